@@ -9,7 +9,7 @@ CODES: dict[str, str] = {
     "E003": "the header is not the JSON of a safetensors file",
     "E004": "a tensor's byte range does not match its dtype and shape",
     "E005": "tensor byte ranges overlap, leave holes or do not end at the end of the file",
-    "E006": "a size exceeds a limit of the format",
+    "E006": "a size is above a limit of the format",
     "E007": "the file is not a safetensors file, and no other kind is read",
     # E1xx header and metadata
     "E101": "no SpQR metadata where it must stand",
@@ -19,10 +19,11 @@ CODES: dict[str, str] = {
     "E105": "config.json and the shards disagree",
     "E106": "a module's entries in several shards disagree",
     "E107": "a module's tensor is missing",
-    "E108": "a module has a tensor that its entry does not allow",
+    "E108": "a tensor has a place that no module's entry allows",
     "E109": "a tensor's dtype is not the one its module's entry implies",
     "E110": "a tensor's shape is not the one its module's entry implies",
     "E111": "config.json is missing or its quantization_config breaks its schema",
+    "E112": "the header does not match the digest it records",
     # E2xx dense payload
     "E201": "a statistic is not finite",
     "E202": "padding is not zero",
@@ -37,7 +38,7 @@ CODES: dict[str, str] = {
     "E305": "columns do not rise within a row",
     "E306": "an outlier's value is not finite",
     # E4xx shards and index
-    "E401": "the index is missing, unreadable or breaks its schema",
+    "E401": "the index is missing, unreadable, not the only way in, or breaks its schema",
     "E402": "a shard named by the index is missing",
     "E403": "the index and a shard disagree on a tensor's place",
     "E404": "a tensor stands in two shards",

@@ -1,0 +1,261 @@
+"""The bytes of a module's tensors: every rule E2xx and E3xx, in blocks of bounded memory (spec 4 to 6).
+
+CSR indices are pointers: whoever hands a CSR to a kernel has called `check_payload` on exactly those bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import SpqrError
+from .layout import TILE, Layout
+from .packing import pack_codes, pack_stat_codes
+
+Array = npt.NDArray[np.generic]
+BLOCK = 2**18  # elements that are looked at at a time
+PERM_WINDOW = 2**24  # values whose uniqueness is checked at a time
+
+ITEM = {"I32": 4, "I16": 2, "U8": 1}
+
+
+class Tensor(Protocol):
+    """A stored tensor that is read piece by piece; a numpy array will do where its bytes are in memory anyway."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+
+    def flat(self, begin: int, end: int) -> Array:
+        """Elements [begin, end) in row-major order."""
+
+
+class InMemory:
+    """A numpy array as a `Tensor`."""
+
+    def __init__(self, array: Array) -> None:
+        self.shape = array.shape
+        self.itemsize = array.dtype.itemsize
+        self._flat = np.ascontiguousarray(array).reshape(-1)
+
+    def flat(self, begin: int, end: int) -> Array:
+        """Elements [begin, end) in row-major order."""
+        return self._flat[begin:end]
+
+
+def check_payload(layout: Layout, tensors: Mapping[str, Array], where: str) -> None:
+    """Raises the first broken rule E201 .. E203 or E301 .. E306 of one module, named by tensor, index and value.
+
+    `tensors` holds what `layout.tensors()` lists; a missing one is E107, another dtype E109, another shape E110.
+    """
+    views: dict[str, InMemory] = {}
+    for leaf, spec in layout.tensors().items():
+        if leaf not in tensors:
+            raise SpqrError("E107", f"{where}.{leaf}", "the tensor is missing")
+        view = views[leaf] = InMemory(np.asarray(tensors[leaf]))
+        if view.itemsize != ITEM[spec.dtype]:
+            raise SpqrError("E109", f"{where}.{leaf}", f"{tensors[leaf].dtype}, expected {spec.dtype}")
+        if view.shape != spec.shape:
+            raise SpqrError("E110", f"{where}.{leaf}", f"shape {view.shape}, expected {spec.shape}")
+    for error in broken_rules(layout, views, where):
+        raise error
+
+
+def broken_rules(layout: Layout, tensors: Mapping[str, Tensor], where: str) -> Iterator[SpqrError]:
+    """The broken payload rules of one module with right dtypes and shapes: the first place of each rule and tensor."""
+    statistics = "tile_stats" if layout.statistics == "bilevel" else "group_sc"
+    yield from _not_finite(tensors[statistics], "F16", "E201", f"{where}.{statistics}")
+    yield from _padding(layout, tensors, where)
+    if layout.permuted:
+        yield from _perm(tensors["perm"], layout.in_features, f"{where}.perm")
+    if layout.outliers:
+        pointers = list(_row_pointers(tensors["crow_indices"], layout, f"{where}.crow_indices"))
+        yield from pointers
+        columns = list(_column_range(tensors["col_indices"], layout, f"{where}.col_indices"))
+        yield from columns
+        if not pointers and not columns:
+            yield from _column_order(tensors["crow_indices"], tensors["col_indices"], layout, f"{where}.col_indices")
+        yield from _not_finite(tensors["values"], "F16", "E306", f"{where}.values")
+
+
+# dtype -> (unsigned type of its bits, test for "not finite" on those bits)
+_Bits = npt.NDArray[np.unsignedinteger]
+NOT_FINITE: dict[str, tuple[type[np.unsignedinteger], Callable[[_Bits], npt.NDArray[np.bool_]]]] = {
+    "F16": (np.uint16, lambda x: (x & 0x7C00) == 0x7C00),
+    "BF16": (np.uint16, lambda x: (x & 0x7F80) == 0x7F80),
+    "F32": (np.uint32, lambda x: (x & 0x7F800000) == 0x7F800000),
+    "C64": (np.uint32, lambda x: (x & 0x7F800000) == 0x7F800000),
+    "F64": (np.uint64, lambda x: (x & 0x7FF0000000000000) == 0x7FF0000000000000),
+    "F8_E4M3": (np.uint8, lambda x: (x & 0x7F) == 0x7F),
+    "F8_E5M2": (np.uint8, lambda x: (x & 0x7C) == 0x7C),
+    "F8_E4M3FNUZ": (np.uint8, lambda x: x == 0x80),
+    "F8_E5M2FNUZ": (np.uint8, lambda x: x == 0x80),
+    "F8_E8M0": (np.uint8, lambda x: x == 0xFF),
+}
+
+
+def not_finite_dense(tensor: Tensor, dtype: str, where: str) -> Iterator[SpqrError]:
+    """E204 for the first NaN or infinity of a bias or another dense tensor; integers are always finite."""
+    if dtype in NOT_FINITE:
+        yield from _not_finite(tensor, dtype, "E204", where)
+
+
+def _blocks(tensor: Tensor, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, Array]]:
+    if end is None:
+        end = int(np.prod(tensor.shape, dtype=object))
+    for start in range(begin, end, BLOCK):
+        yield start, tensor.flat(start, min(start + BLOCK, end))
+
+
+def _at(where: str, shape: tuple[int, ...], flat: int) -> str:
+    index = []
+    for size in reversed(shape):
+        flat, rest = divmod(flat, size)
+        index.append(str(rest))
+    return f"{where}[{', '.join(reversed(index))}]"
+
+
+def _not_finite(tensor: Tensor, dtype: str, code: str, where: str) -> Iterator[SpqrError]:
+    unsigned, test = NOT_FINITE[dtype]
+    for start, block in _blocks(tensor):
+        bits = np.ascontiguousarray(block).view(unsigned)
+        bad = test(bits)
+        if bad.any():
+            place = int(bad.argmax())
+            parts = bits.size // block.size  # 2 for complex
+            what = f"{dtype} bits {int(bits[place]):#x}, expected a finite number"
+            yield SpqrError(code, _at(where, tensor.shape, start + place // parts), what)
+            return
+
+
+def _padding(layout: Layout, tensors: Mapping[str, Tensor], where: str) -> Iterator[SpqrError]:
+    rows, columns = layout.out_features % TILE, layout.in_features % TILE
+    most = 2**layout.weight_bits - 1
+    if rows:
+        real = np.arange(TILE)[:, None] < rows
+        mask = pack_codes(np.where(real, 0, most).astype(np.uint8).repeat(TILE, axis=1), layout.weight_bits)
+        yield from _masked_rows(tensors["weight"], mask[:, 0].view(np.uint32), f"{where}.weight", "rows")
+    if columns:
+        real = np.arange(TILE)[None, :] < columns
+        mask = pack_codes(np.where(real, 0, most).astype(np.uint8).repeat(TILE, axis=0), layout.weight_bits)
+        yield from _masked_last_column(tensors["weight"], mask[:, 0].view(np.uint32), f"{where}.weight")
+    if rows and layout.statistics == "bilevel":
+        codes = np.where(np.arange(TILE)[:, None] < rows, 0, 7).astype(np.uint8)
+        mask = pack_stat_codes(codes, codes)
+        yield from _masked_rows(tensors["stat_codes"], mask[:, 0].view(np.uint32), f"{where}.stat_codes", "rows")
+
+
+def _masked_rows(tensor: Tensor, mask: npt.NDArray[np.uint32], where: str, kind: str) -> Iterator[SpqrError]:
+    """The last `len(mask)` rows of the tensor, row k under mask[k]: the padded rows of the last tile."""
+    height, width = tensor.shape
+    for k in np.flatnonzero(mask):
+        row = height - len(mask) + int(k)
+        for start, block in _blocks(tensor, row * width, (row + 1) * width):
+            bad = block.view(np.uint32) & mask[k]
+            if bad.any():
+                place = int((bad != 0).argmax())
+                yield _dirty(where, tensor, start + place, block[place], mask[k], kind)
+                return
+
+
+def _masked_last_column(tensor: Tensor, mask: npt.NDArray[np.uint32], where: str) -> Iterator[SpqrError]:
+    """The last column of the tensor, its row k under mask[k % len(mask)]: the padded columns of every tile."""
+    height, width = tensor.shape
+    step = max(1, BLOCK // width // len(mask)) * len(mask)  # whole tiles
+    for first in range(0, height, step):
+        rows = range(first, min(first + step, height))
+        if width > 2048:  # then one word a row costs less than the whole row
+            words = np.concatenate([tensor.flat((row + 1) * width - 1, (row + 1) * width) for row in rows])
+        else:
+            words = tensor.flat(first * width, rows.stop * width).reshape(-1, width)[:, -1]
+        words = np.ascontiguousarray(words).view(np.uint32)
+        masks = np.tile(mask, len(rows) // len(mask))
+        bad = words & masks
+        if bad.any():
+            place = int((bad != 0).argmax())
+            flat = (first + place + 1) * width - 1
+            yield _dirty(where, tensor, flat, words[place], masks[place], "columns")
+            return
+
+
+def _dirty(where: str, tensor: Tensor, flat: int, word: np.generic, mask: np.generic, kind: str) -> SpqrError:
+    what = f"{int(word) & 0xFFFFFFFF:#010x} has bits under {int(mask):#010x}, which are padded {kind} and must be 0"
+    return SpqrError("E202", _at(where, tensor.shape, flat), what)
+
+
+def _perm(tensor: Tensor, size: int, where: str) -> Iterator[SpqrError]:
+    for low in range(0, size, PERM_WINDOW):
+        seen = np.zeros(min(PERM_WINDOW, size - low), bool)
+        for start, block in _blocks(tensor):
+            values = block.astype(np.int64)
+            outside = (values < 0) | (values >= size)
+            if outside.any():
+                place = int(outside.argmax())
+                yield SpqrError("E203", f"{where}[{start + place}]", f"{values[place]}, expected 0 .. {size - 1}")
+                return
+            inside = (values >= low) & (values < low + seen.size)
+            found, firsts = np.unique(values[inside], return_index=True)
+            doubled = seen[found - low]
+            if doubled.any() or found.size < int(inside.sum()):
+                again = np.ones(int(inside.sum()), bool)
+                again[firsts[~doubled]] = False
+                place = int(np.flatnonzero(inside)[again.argmax()])
+                yield SpqrError("E203", f"{where}[{start + place}]", f"{values[place]} stands twice")
+                return
+            seen[found - low] = True
+
+
+def _integers(block: Array) -> npt.NDArray[np.int64]:
+    return (block.view(np.uint16) if block.dtype == np.int16 else block).astype(np.int64)
+
+
+def _row_pointers(tensor: Tensor, layout: Layout, where: str) -> Iterator[SpqrError]:
+    before = 0
+    for start, block in _blocks(tensor):
+        values = _integers(block)
+        if start == 0 and values[0] != 0:
+            yield SpqrError("E301", f"{where}[0]", f"{values[0]}, expected 0")
+            return
+        falls = np.diff(values, prepend=before) < 0
+        if falls.any():
+            place = int(falls.argmax())
+            last = before if place == 0 else int(values[place - 1])
+            yield SpqrError("E302", f"{where}[{start + place}]", f"{values[place]}, which is below {last} before it")
+            return
+        before = int(values[-1])
+    if before != layout.outliers:
+        yield SpqrError(
+            "E303", f"{where}[{layout.out_features}]", f"{before}, the module has {layout.outliers} outliers"
+        )
+
+
+def _column_range(tensor: Tensor, layout: Layout, where: str) -> Iterator[SpqrError]:
+    for start, block in _blocks(tensor):
+        values = _integers(block)
+        outside = (values < 0) | (values >= layout.in_features)
+        if outside.any():
+            place = int(outside.argmax())
+            what = f"{values[place]}: the weight has {layout.in_features} columns"
+            yield SpqrError("E304", f"{where}[{start + place}]", what)
+            return
+
+
+def _column_order(crow: Tensor, columns: Tensor, layout: Layout, where: str) -> Iterator[SpqrError]:
+    """E305. Needs row pointers that were checked."""
+    for row in range(0, layout.out_features, BLOCK):
+        starts = _integers(crow.flat(row, min(row + BLOCK, layout.out_features) + 1))
+        for begin in range(int(starts[0]), int(starts[-1]), BLOCK):
+            end = min(begin + BLOCK, int(starts[-1]))
+            first = max(begin - 1, int(starts[0]))
+            values = _integers(columns.flat(first, end))
+            falls = np.diff(values) <= 0  # falls[i] compares first + i + 1 with its left neighbour
+            inner = starts[(starts > first) & (starts < end)]
+            falls[inner - first - 1] = False
+            if falls.any():
+                place = int(falls.argmax()) + 1
+                what = f"{values[place]} after {values[place - 1]} in the same row"
+                yield SpqrError("E305", f"{where}[{first + place}]", what)
+                return

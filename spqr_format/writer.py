@@ -1,0 +1,336 @@
+"""Writing a checkpoint, shard by shard, so that a run that dies never leaves a folder that looks complete (spec 10).
+
+Shards are written under temporary names and synced. `finish` renames them, then writes the index, then the extra files,
+and config.json with its quantization_config last of all: before that rename no reader accepts the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import SpqrError
+from .header import DTYPE_BYTES, MAX_HEADER_BYTES, MAX_NAME_BYTES, MAX_RANK, MAX_SHARDS, short
+from .layout import Layout
+from .matrix import SpqrMatrix
+from .metadata import HEADER_HASH_KEY, NO_HASH, ShardMetadata, compact_json, header_hash, quantization_config
+from .payload import InMemory, check_payload, not_finite_dense
+from .reader import BIAS_DTYPES, CONFIG, INDEX, NUMPY, OWN_LEAVES, SINGLE
+
+Array = npt.NDArray[np.generic]
+PARTIAL = ".partial"  # ends the name of every file that is not complete
+OWN_PARTIAL = re.compile(r"(model-\d{5}\.safetensors|model\.safetensors\.index\.json|config\.json|.+)\.partial")
+
+TORCH_DTYPES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
+    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0", "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+}  # fmt: skip
+
+
+def serialize(
+    tensors: Mapping[str, tuple[str, Array]], metadata: Mapping[str, str], *, hash_header: bool = True
+) -> bytes:
+    """The 8 + N header bytes of a safetensors file with these tensors (name -> dtype, array), in `file_order`."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    if hash_header:
+        entries["__metadata__"][HEADER_HASH_KEY] = NO_HASH
+    position = 0
+    for name in file_order(tensors):
+        dtype, array = tensors[name]
+        entries[name] = {
+            "dtype": dtype,
+            "shape": list(array.shape),
+            "data_offsets": [position, position + array.nbytes],
+        }
+        position += array.nbytes
+    raw = compact_json(entries).encode()
+    raw += b" " * (-len(raw) % 8)
+    if hash_header:
+        raw = raw.replace(NO_HASH.encode(), header_hash(raw).encode(), 1)
+    if len(raw) > MAX_HEADER_BYTES:
+        raise SpqrError(
+            "E002", "writer", f"a header of {len(raw)} bytes, the limit is {MAX_HEADER_BYTES}: write smaller shards"
+        )
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def file_order(tensors: Mapping[str, tuple[str, Array]]) -> list[str]:
+    """Wide dtypes first, then by name: every tensor starts at a multiple of its element's size."""
+    return sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], name))
+
+
+def stored(array: Any, dtype: str | None = None) -> tuple[str, Array]:
+    """dtype and raw numpy bytes of a numpy array or a torch tensor. `dtype` tells what raw integers are (BF16)."""
+    if hasattr(array, "detach"):
+        tensor = array.detach().cpu().contiguous()
+        name = TORCH_DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+        if name in ("BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"):
+            torch = sys.modules["torch"]
+            tensor = tensor.view(torch.int16 if name == "BF16" else torch.uint8)
+        if name is None:
+            raise SpqrError("E109", "writer", f"{tensor.dtype} is no dtype of this format")
+        return dtype or name, tensor.numpy()
+    array = np.asarray(array)
+    contiguous = np.ascontiguousarray(array).reshape(array.shape)
+    name = dtype or TORCH_DTYPES.get(array.dtype.name)
+    if name not in DTYPE_BYTES or DTYPE_BYTES[name] != array.dtype.itemsize:
+        raise SpqrError("E109", "writer", f"{array.dtype} as {short(dtype)} is no dtype of this format")
+    raw = contiguous.view(NUMPY[name]) if array.ndim else contiguous.reshape(1).view(NUMPY[name]).reshape(())
+    return name, raw.astype(raw.dtype.newbyteorder("<"), copy=False)
+
+
+class CheckpointWriter:
+    """Writes a checkpoint into an empty folder. Same calls, same bytes.
+
+    config: the model's config.json. quantization_config: the base of its section (weight_bits, group_size, statistics,
+    provenance, modules_to_not_convert, x_ keys); method, version and features are filled in here. hashes: record the
+    sha256 of every tensor and header. At most one shard of `max_shard_bytes` (or one module, if that is larger) is held in memory.
+    Raises E506 where the folder is not empty. As a context manager it removes what it wrote if the block raises.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        config: Mapping[str, Any],
+        quantization_config: Mapping[str, Any] | None = None,
+        max_shard_bytes: int = 5_000_000_000,
+        provenance: Mapping[str, Any] | None = None,
+        hashes: bool = True,
+    ) -> None:
+        self.folder = Path(folder)
+        self._config = {key: value for key, value in config.items() if key != "quantization_config"}
+        self._section = dict(quantization_config or {})
+        for key in ("quant_method", "format_version", "features"):
+            self._section.pop(key, None)
+        if provenance is not None:
+            self._section["provenance"] = provenance
+        self._max_shard_bytes, self._hashes = max_shard_bytes, hashes
+        self._modules: dict[str, Layout] = {}
+        self._place: dict[str, int] = {}  # tensor -> number of its shard
+        self._dense_parents: dict[str, str] = {}  # name without its leaf -> name, biases left out
+        self._open: dict[str, tuple[str, Array]] = {}
+        self._open_modules: dict[str, Layout] = {}
+        self._open_bytes = self._total_bytes = self._shards = 0
+        self._written: list[Path] = []  # temporary and final names of this run, for abort
+        self._done = False
+        make_quantization_config((), self._section)  # fails now rather than after hours
+        self._prepare()
+
+    def _prepare(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise SpqrError("E506", str(self.folder), "the destination is not a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = sorted(os.listdir(self.folder))
+        taken = [name for name in names if not OWN_PARTIAL.fullmatch(name)]
+        if taken:
+            raise SpqrError(
+                "E506", str(self.folder), f"the destination is not empty: {short(taken[0])} and {len(taken) - 1} more"
+            )
+        for name in names:  # left by a run that was killed
+            (self.folder / name).unlink()
+
+    def add_matrix(self, module: str, matrix: SpqrMatrix, bias: Any = None) -> None:
+        """Adds one module's packed tensors, and its bias (F16, BF16 or F32 [out]). Its payload is checked first."""
+        if module in self._modules:
+            raise SpqrError("E404", module, "the module was added before")
+        packed: dict[str, Array] = matrix.pack()
+        check_payload(matrix.layout, packed, module)
+        specs = matrix.layout.tensors()
+        tensors = {f"{module}.{leaf}": (specs[leaf].dtype, array) for leaf, array in packed.items()}
+        if bias is not None:
+            tensors[f"{module}.bias"] = self._bias(module, matrix.layout, *stored(bias))
+        if module in self._dense_parents:
+            raise SpqrError("E108", self._dense_parents[module], f"a dense tensor of the quantized module {module}")
+        self._add(tensors, {module: matrix.layout})
+
+    def add_dense(self, name: str, array: Any, dtype: str | None = None) -> None:
+        """Adds a numpy array or a torch tensor as it is. `dtype` tells what raw integers are (BF16, F8_E4M3)."""
+        module, _, leaf = name.rpartition(".")
+        raw = stored(array, dtype)
+        if module in self._modules:
+            if leaf != "bias":
+                raise SpqrError("E108", name, f"{module} is quantized and its entry allows no {leaf}")
+            raw = self._bias(module, self._modules[module], *raw)
+        elif leaf in OWN_LEAVES:
+            raise SpqrError("E108", name, f"{leaf} is a name of quantized modules")
+        for error in not_finite_dense(InMemory(raw[1]), raw[0], name):
+            raise error
+        self._add({name: raw}, {})
+        if leaf != "bias":
+            self._dense_parents.setdefault(module, name)
+
+    @staticmethod
+    def _bias(module: str, layout: Layout, dtype: str, array: Array) -> tuple[str, Array]:
+        if dtype not in BIAS_DTYPES:
+            raise SpqrError("E109", f"{module}.bias", f"dtype {dtype}, expected {' or '.join(BIAS_DTYPES)}")
+        if array.shape != (layout.out_features,):
+            raise SpqrError("E110", f"{module}.bias", f"shape {array.shape}, expected {(layout.out_features,)}")
+        for error in not_finite_dense(InMemory(array), dtype, f"{module}.bias"):
+            raise error
+        return dtype, array
+
+    def _add(self, tensors: dict[str, tuple[str, Array]], modules: dict[str, Layout]) -> None:
+        if self._done:
+            raise RuntimeError("this writer is finished")
+        for name, (_, array) in tensors.items():
+            if name in self._open or name in self._place:
+                raise SpqrError("E404", name, "the tensor was added before")
+            if not 0 < len(name.encode()) <= MAX_NAME_BYTES or array.ndim > MAX_RANK:
+                raise SpqrError("E006", short(name), f"{len(name.encode())} bytes of name, rank {array.ndim}")
+        size = sum(array.nbytes for _, array in tensors.values())
+        if self._open and self._open_bytes + size > self._max_shard_bytes:
+            self._flush()
+        self._open |= tensors
+        self._open_modules |= modules
+        self._modules |= modules
+        self._open_bytes += size
+        self._total_bytes += size
+
+    def _partial(self, number: int) -> Path:
+        return self.folder / f"model-{number:05d}.safetensors{PARTIAL}"
+
+    def _flush(self) -> None:
+        """Writes and syncs the open shard under its temporary name."""
+        if self._shards == MAX_SHARDS:
+            raise SpqrError("E006", str(self.folder), f"more than {MAX_SHARDS} shards")
+        order = file_order(self._open)
+        hashes = {name: hashlib.sha256(self._open[name][1].data).hexdigest() for name in order} if self._hashes else {}
+        metadata = ShardMetadata.of(self._open_modules, hashes).as_strings()
+        head = serialize(self._open, metadata, hash_header=self._hashes)
+        self._shards += 1
+        self._write(self._partial(self._shards), [head, *(self._open[name][1].data for name in order)])
+        self._place |= dict.fromkeys(order, self._shards)
+        self._open, self._open_modules, self._open_bytes = {}, {}, 0
+
+    def _write(self, path: Path, parts: Iterable[bytes | memoryview]) -> None:
+        """A new file with these bytes, on disk when this returns. Its mode is 0o666 & ~umask."""
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            self._written.append(path)
+            try:
+                for part in parts:
+                    view = memoryview(part)
+                    if view.nbytes:  # a view with a zero in its shape cannot be cast
+                        _write_all(descriptor, view.cast("B") if view.ndim else view.tobytes())
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError:
+            self.abort()
+            raise
+
+    def _rename(self, source: Path, target: Path) -> None:
+        try:
+            os.rename(source, target)
+            self._written.append(target)
+        except OSError:
+            self.abort()
+            raise
+
+    def _sync_folder(self) -> None:
+        try:
+            descriptor = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError:
+            self.abort()
+            raise
+
+    def _publish(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """write, fsync, rename, fsync of the folder."""
+        target = self.folder / name
+        self._write(self.folder / (name + PARTIAL), parts)
+        self._rename(self.folder / (name + PARTIAL), target)
+        self._sync_folder()
+
+    def finish(
+        self, extra_files: Mapping[str, bytes | str | os.PathLike[str]] | Iterable[str | os.PathLike[str]] = ()
+    ) -> None:
+        """Completes the checkpoint. `extra_files`: paths to copy under their own names, or name -> bytes or path."""
+        if self._done:
+            raise RuntimeError("this writer is finished")
+        try:
+            extra = extra_files if isinstance(extra_files, Mapping) else {Path(file).name: file for file in extra_files}
+            if self._open or not self._shards:
+                self._flush()
+            names = {number: self._name(number) for number in range(1, self._shards + 1)}
+            for number, name in names.items():
+                self._rename(self._partial(number), self.folder / name)
+            self._sync_folder()
+            if self._shards > 1:
+                weight_map = {tensor: names[self._place[tensor]] for tensor in sorted(self._place)}
+                index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+                self._publish(INDEX, [pretty_json(index)])
+            for name in sorted(extra):
+                if name in (CONFIG, INDEX) or Path(name).name != name or (self.folder / name).exists():
+                    raise SpqrError("E505", name, "not a name for an extra file")
+                self._publish(name, _parts(extra[name]))
+            section = make_quantization_config(self._modules.values(), self._section)
+            self._publish(CONFIG, [pretty_json({**self._config, "quantization_config": section})])
+        except BaseException:
+            self.abort()
+            raise
+        self._done = True
+
+    def _name(self, number: int) -> str:
+        return SINGLE if self._shards == 1 else f"model-{number:05d}-of-{self._shards:05d}.safetensors"
+
+    def abort(self) -> None:
+        """Removes every file that this run wrote. Does nothing after `finish`."""
+        if self._done:
+            return
+        self._done = True
+        for path in self._written:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError:  # the disk is in trouble: the first error is the one to report
+                continue
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.abort()
+
+
+def make_quantization_config(layouts: Iterable[Layout], base: Mapping[str, Any]) -> dict[str, Any]:
+    """The section for these modules from its base: see `CheckpointWriter`."""
+    return quantization_config(layouts, **base)
+
+
+def pretty_json(value: object) -> bytes:
+    """Indented JSON with a final newline, in UTF-8."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view.nbytes:
+        view = view[os.write(descriptor, view[: 2**26]) :]
+
+
+def _parts(content: bytes | str | os.PathLike[str]) -> Iterable[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with open(content, "rb") as file:
+        while part := file.read(2**24):
+            yield part
