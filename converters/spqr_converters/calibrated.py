@@ -52,12 +52,18 @@ def corrected_target(weight: torch.Tensor, damped: torch.Tensor, drift: torch.Te
     return (weight.double() + share * correction).float()
 
 
+def prepare(H: torch.Tensor, options: SolverOptions, name: str = "hessian") -> Factor:
+    """The factor of a Hessian that `solve` needs; layers with the same inputs share one."""
+    return factorise(H, order_columns(H, options.group_size), options.damping, name)
+
+
 def solve(
     weight: torch.Tensor,
     H: torch.Tensor,
     options: SolverOptions,
     name: str = "weight",
     drift: torch.Tensor | None = None,
+    factor: Factor | None = None,
 ) -> tuple[SpqrMatrix, dict[str, float]]:
     """Quantise weight [out, in] (any float dtype) against H float32 [in, in]; returns the matrix and its figures:
     weight_error (relative Frobenius norm), output_error (relative, Hessian-weighted, squared) and damping.
@@ -67,8 +73,7 @@ def solve(
     check_finite(weight, name)
     weight = weight.detach().float()
     layout = options.layout(*weight.shape)
-    order = order_columns(H, options.group_size)
-    factor = factorise(H, order, options.damping, name)
+    factor = factor or prepare(H, options, name)
     target = weight
     if drift is not None and options.drift > 0:
         target = corrected_target(weight, factor.damped, drift, options.drift)

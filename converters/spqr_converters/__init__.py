@@ -1,0 +1,8 @@
+"""Converters: readers of other checkpoints and the quantizer."""
+
+from .calibration import Calibration
+from .job import convert
+from .options import SolverOptions
+from .report import ModuleReport, Report
+
+__all__ = ["Calibration", "ModuleReport", "Report", "SolverOptions", "convert"]

@@ -1,0 +1,129 @@
+"""The parts of a decoder language model, found without knowing its architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from spqr_format.errors import SpqrError
+
+from .source import Source
+
+
+def build(config: dict[str, Any], folder: str) -> nn.Module:
+    """The causal LM of a config with its parameters on the meta device and its buffers real. E501 when transformers
+    does not know it. No code from the checkpoint is ever run."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        kind = config.get("architectures") or config.get("model_type")
+        raise SpqrError("E501", folder, f"transformers builds no causal LM of {kind}: {error}") from None
+    return model.eval()
+
+
+@dataclass
+class Plan:
+    """What becomes of every tensor of a source.
+
+    prefix and blocks: the decoder blocks. matrices: tensor name of the source -> module name, for each 2-D weight to be
+    quantised, in source order. fused: those of them that are experts, which the model holds stacked.
+    dense: tensor name -> why it stays dense. parameters: model parameter name -> source tensor name.
+    """
+
+    prefix: str
+    blocks: nn.ModuleList
+    matrices: dict[str, str] = field(default_factory=dict)
+    fused: set[str] = field(default_factory=set)
+    dense: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, str] = field(default_factory=dict)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of same-class modules with the most parameters, each of them with a linear layer. E504 if none."""
+    found: list[tuple[int, str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            same = len({type(child) for child in module}) == 1
+            if same and all(any(isinstance(m, nn.Linear) for m in child.modules()) for child in module):
+                found.append((sum(p.numel() for p in module.parameters()), name, module))
+    if not found:
+        raise SpqrError("E504", type(model).__name__, "no list of decoder blocks with linear layers")
+    _, name, blocks = max(found, key=lambda row: row[0])
+    return name, blocks
+
+
+def linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Linear]]:
+    """Name and module of each linear layer inside."""
+    for name, child in module.named_modules(prefix=prefix):
+        if isinstance(child, nn.Linear):
+            yield name, child
+
+
+def plan(model: nn.Module, source: Source) -> Plan:
+    """Decide for every tensor of the source: quantised, or dense and why. E504 when nothing can be quantised, or when
+    experts lie stacked in a 3-D tensor of the source; E501 when a linear layer's weight is missing there."""
+    prefix, blocks = find_blocks(model)
+    result = Plan(prefix, blocks)
+    base = getattr(model, "base_model_prefix", "")
+    for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        for candidate in (name, name.removeprefix(base + ".")):
+            if candidate in source.entries:
+                result.parameters[name] = candidate
+                break
+    by_tensor = {tensor: name for name, tensor in result.parameters.items()}
+    wanted: dict[str, str] = {}
+    for name, layer in linears(blocks, prefix):
+        parameter = f"{name}.weight"
+        if parameter not in result.parameters:
+            raise SpqrError("E501", str(source.folder), f"tensor {parameter} is missing")
+        tensor = result.parameters[parameter]
+        if source.entries[tensor].shape != tuple(layer.weight.shape):
+            raise SpqrError(
+                "E501", tensor, f"shape {source.entries[tensor].shape}, config.json implies {tuple(layer.weight.shape)}"
+            )
+        wanted[tensor] = tensor.removesuffix(".weight")
+    stacks = [
+        name
+        for name, module in blocks.named_modules(prefix=prefix)
+        if any(p.dim() == 3 for p in module.parameters(recurse=False))
+    ]
+    for tensor, entry in source.entries.items():
+        stack = next((s for s in stacks if tensor.startswith(s + ".")), None)
+        if stack is not None and len(entry.shape) == 3:
+            raise SpqrError("E504", tensor, "experts stacked in one 3-D tensor cannot be quantised yet")
+        if stack is not None and len(entry.shape) == 2 and tensor.endswith(".weight"):
+            wanted[tensor] = tensor.removesuffix(".weight")
+            result.fused.add(tensor)
+    outputs = getattr(model, "get_output_embeddings", lambda: None)()
+    inputs = getattr(model, "get_input_embeddings", lambda: None)()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for tensor, entry in source.entries.items():
+        if tensor in wanted:
+            result.matrices[tensor] = wanted[tensor]
+            continue
+        owner = modules.get(by_tensor.get(tensor, "").rpartition(".")[0])
+        if tensor not in by_tensor:
+            reason = "not a parameter of the model"
+        elif owner is inputs or isinstance(owner, nn.Embedding):
+            reason = "embedding"
+        elif owner is outputs:
+            reason = "lm_head"
+        elif isinstance(owner, nn.Linear) and tensor.endswith(".bias"):
+            reason = "bias"
+        elif len(entry.shape) < 2:
+            reason = "vector"
+        elif isinstance(owner, nn.Linear):
+            reason = "outside the decoder blocks"
+        else:
+            reason = f"not a linear layer ({type(owner).__name__})"
+        result.dense[tensor] = reason
+    return result

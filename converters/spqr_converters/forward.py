@@ -1,0 +1,217 @@
+"""Running a decoder one block at a time, with only that block's weights in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from spqr_format.errors import SpqrError
+
+from .blocks import Plan, linears
+from .source import Source
+
+
+class _StopForward(Exception):  # noqa: N818 - not an error: it ends a forward pass early
+    pass
+
+
+def set_tensor(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+    """Replace a parameter or buffer by its dotted name; None puts it back on the meta device."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        old = owner._parameters[leaf]
+        new = torch.empty_like(old, device="meta") if tensor is None else tensor
+        owner._parameters[leaf] = nn.Parameter(new, requires_grad=False)
+    else:
+        old = owner._buffers[leaf]
+        owner._buffers[leaf] = torch.empty_like(old, device="meta") if tensor is None else tensor
+
+
+def load(module: nn.Module, prefix: str, plan: Plan, source: Source, device: torch.device) -> None:
+    """Fill a module (named `prefix` in the model) from the source, as float32 on `device`; its other buffers move there
+    too. E501 when a parameter is missing in the source, E504 when it is a stack of experts that cannot be put together."""
+    tied: dict[int, torch.Tensor] = {}
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        tensor = _parameter(f"{prefix}.{name}" if prefix else name, parameter, plan, source)
+        if id(parameter) not in tied:
+            tied[id(parameter)] = tensor.to(device=device, dtype=torch.float32)
+        set_tensor(module, name, tied[id(parameter)])
+    for name, buffer in list(module.named_buffers()):
+        full = f"{prefix}.{name}" if prefix else name
+        if full in plan.parameters:
+            set_tensor(module, name, source.load(plan.parameters[full]).to(device=device, dtype=buffer.dtype))
+        else:
+            set_tensor(module, name, buffer.to(device))
+
+
+def unload(module: nn.Module) -> None:
+    """Drop a module's parameters."""
+    for name, _ in list(module.named_parameters(remove_duplicate=False)):
+        set_tensor(module, name, None)
+
+
+def _parameter(name: str, parameter: nn.Parameter, plan: Plan, source: Source) -> torch.Tensor:
+    if name in plan.parameters:
+        tensor = source.load(plan.parameters[name])
+        if tensor.shape != parameter.shape:
+            raise SpqrError("E501", name, f"shape {tuple(tensor.shape)}, the model has {tuple(parameter.shape)}")
+        return tensor
+    owner, _, leaf = name.rpartition(".")
+    if parameter.dim() == 3:
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(leaf, (leaf,))
+        names = [[f"{owner}.{i}.{part}.weight" for part in parts] for i in range(len(parameter))]
+        if all(n in source.entries for row in names for n in row):
+            stack = torch.stack([torch.cat([source.load(n) for n in row]) for row in names])
+            if stack.shape == parameter.shape:
+                return stack
+        raise SpqrError("E504", name, "these experts are not supported by the calibrated path; quantise without data")
+    raise SpqrError("E501", str(source.folder), f"tensor {name} is missing")
+
+
+class Stream:
+    """The hidden states of all calibration windows on their way through the blocks.
+
+    hidden: one float32 tensor [batch, length, width] for each batch, kept on `device`; calls[shape][i] = (args, kwargs)
+    of block i for a batch of that shape.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, source: Source, windows: torch.Tensor, batch: int, device) -> None:  # noqa: ANN001
+        self.device = torch.device(device)
+        self.hidden: list[torch.Tensor] = []
+        self.calls: dict[tuple[int, ...], list[tuple[tuple, dict]]] = {}
+        outputs = model.get_output_embeddings()
+        skip = {id(m) for m in plan.blocks.modules()}
+        if outputs is not None:
+            skip |= {id(m) for m in outputs.modules()}
+        inputs = model.get_input_embeddings()
+        if inputs is not None:
+            skip -= {id(m) for m in inputs.modules()}
+        outside = [(name, m) for name, m in model.named_modules() if id(m) not in skip]
+        for name, module in outside:
+            _load_own(module, name, plan, source, self.device)
+        originals = [block.forward for block in plan.blocks]
+        try:
+            for i, block in enumerate(plan.blocks):
+                block.forward = self._recorder(i, i + 1 == len(plan.blocks))
+            for first in range(0, len(windows), batch):
+                ids = windows[first : first + batch].to(self.device)
+                try:
+                    with torch.no_grad():
+                        model(input_ids=ids, use_cache=False)
+                except _StopForward:
+                    pass
+        finally:
+            for block, forward in zip(plan.blocks, originals, strict=True):
+                block.forward = forward
+        for _, module in outside:
+            for name in list(module._parameters):
+                if module._parameters[name] is not None:
+                    set_tensor(module, name, None)
+
+    def _recorder(self, index: int, last: bool) -> Callable[..., torch.Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if args:
+                hidden, rest = args[0], args[1:]
+            else:
+                hidden, rest = kwargs.pop("hidden_states"), ()
+            if index == 0:
+                self.hidden.append(hidden)
+            calls = self.calls.setdefault(tuple(hidden.shape), [])
+            if len(calls) == index:
+                calls.append((rest, kwargs))
+            if last:
+                raise _StopForward
+            return hidden
+
+        return forward
+
+    def fork(self) -> Stream:
+        """A second stream over the same calls, with its own hidden states."""
+        other = object.__new__(Stream)
+        other.device, other.calls, other.hidden = self.device, self.calls, list(self.hidden)
+        return other
+
+    def run(self, block: nn.Module, index: int, number: int) -> torch.Tensor:
+        """Block `index` on batch `number`: its output hidden states."""
+        hidden = self.hidden[number]
+        args, kwargs = self.calls[tuple(hidden.shape)][index]
+        with torch.no_grad():
+            out = block(hidden, *args, **kwargs)
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Replace the hidden states by the block's outputs."""
+        for number in range(len(self.hidden)):
+            self.hidden[number] = self.run(block, index, number)
+
+    def sets(self, block: nn.Module, index: int) -> tuple[list[list[str]], bool]:
+        """The linear layers in order of execution, those with the same input together; and whether each ran once."""
+        order: list[list[str]] = []
+        inputs: list[torch.Tensor] = []
+        seen: list[str] = []
+
+        def hook(name: str) -> Callable:
+            def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
+                x = _first(args, kwargs)
+                seen.append(name)
+                if seen.count(name) > 1:
+                    return
+                for place, known in enumerate(inputs):
+                    if known is x and place == len(inputs) - 1:
+                        order[place].append(name)
+                        return
+                inputs.append(x)
+                order.append([name])
+
+            return note
+
+        handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in linears(block)]
+        try:
+            self.run(block, index, 0)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return order, len(seen) == len(set(seen))
+
+    def inputs(self, block: nn.Module, index: int, name: str, once: bool) -> Iterator[list[torch.Tensor]]:
+        """For each batch the inputs of one linear layer; the pass ends there when every layer runs once."""
+        caught: list[torch.Tensor] = []
+
+        def catch(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            caught.append(_first(args, kwargs))
+            if once:
+                raise _StopForward
+
+        handle = block.get_submodule(name).register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            for number in range(len(self.hidden)):
+                caught.clear()
+                try:
+                    self.run(block, index, number)
+                except _StopForward:
+                    pass
+                yield list(caught)
+        finally:
+            handle.remove()
+
+
+def _first(args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _load_own(module: nn.Module, prefix: str, plan: Plan, source: Source, device: torch.device) -> None:
+    """Load the parameters and buffers that a module holds itself; ones missing in the source are left on meta (a tied
+    or unused weight) and fail where they are used."""
+    for leaf, parameter in list(module._parameters.items()):
+        full = f"{prefix}.{leaf}" if prefix else leaf
+        if parameter is not None and full in plan.parameters:
+            set_tensor(module, leaf, source.load(plan.parameters[full]).to(device=device, dtype=torch.float32))
+    for leaf, buffer in list(module._buffers.items()):
+        if buffer is not None:
+            full = f"{prefix}.{leaf}" if prefix else leaf
+            value = source.load(plan.parameters[full]).to(buffer.dtype) if full in plan.parameters else buffer
+            set_tensor(module, leaf, value.to(device))

@@ -1,0 +1,283 @@
+"""A conversion from end to end: one block at a time from the source's shards to the destination's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spqr_format.errors import SpqrError
+
+from . import calibrated, datafree
+from .blocks import Plan, build, linears, plan
+from .calibration import Calibration
+from .forward import Stream, load, unload
+from .hessian import Accumulator
+from .options import SolverOptions
+from .report import ModuleReport, Report
+from .source import Source
+
+Progress = Callable[[str, int, int], None]
+REPORT = "spqr_report.json"
+_COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm"}
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    weight_bits: int = 3,
+    group_size: int = 16,
+    statistics: str = "bilevel",
+    outlier_share: float | None = None,
+    outlier_threshold: float | None = None,
+    calibration: Calibration | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Progress | None = None,
+    solver: SolverOptions | None = None,
+) -> Report:
+    """Quantise a dense Hugging Face checkpoint folder into a new SpQR folder; returns what was done.
+
+    Without `calibration` the weights alone are used. `solver` carries further options; its format fields (weight_bits,
+    group_size, statistics, outliers) are replaced by the arguments here. progress(module, done, total) is called after
+    every matrix with parameters done and in all.
+
+    The same arguments on the same machine give the same tensors. Until the very end the destination has no index, so a
+    killed run leaves nothing that loads. Errors: E501, E502, E503, E504, E505, E506, E507 (see spqr_format.errors).
+    """
+    started = time.monotonic()
+    options = replace(
+        solver or SolverOptions(), weight_bits=weight_bits, group_size=group_size, statistics=statistics,
+        outlier_share=outlier_share, outlier_threshold=outlier_threshold,
+    )  # fmt: skip
+    if max_shard_bytes < 1:
+        raise SpqrError("E505", "max_shard_bytes", f"{max_shard_bytes}: expected at least 1")
+    target = Path(destination)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SpqrError("E506", str(target), "the destination exists and is not empty")
+    where = resolve_device(device)
+    origin = Source(source)
+    model = build(origin.config, str(origin.folder))
+    todo = plan(model, origin)
+    job = _Job(origin, model, todo, options, where, progress)
+    windows, data = None, None
+    if calibration is not None:
+        windows, data = calibration.windows(_tokenizer(origin.folder), context_length(origin.config), seed)
+    job.report.provenance = provenance(origin, options, data, seed)
+
+    from spqr_format.writer import CheckpointWriter
+
+    job.writer = CheckpointWriter(
+        target, max_shard_bytes=max_shard_bytes, config=origin.config,
+        quantization_config={"provenance": job.report.provenance},
+    )  # fmt: skip
+    if windows is None or calibration is None:
+        job.run_data_free()
+    else:
+        job.run_calibrated(windows, calibration.batch)
+    copy_companions(origin.folder, target)
+    job.report.seconds = time.monotonic() - started
+    job.report.write(target / REPORT)
+    job.writer.finish()
+    return job.report
+
+
+def resolve_device(device: str) -> torch.device:
+    """"auto" is the first GPU, else the CPU. E505 for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise SpqrError("E505", "device", f"{device!r}: {str(error).splitlines()[0]}") from None
+    return resolved
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """Tokens that the model was made for, or None when config.json does not say."""
+    for holder in (config, config.get("text_config") or {}):
+        for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length"):
+            if isinstance(holder.get(key), int):
+                return holder[key]
+    return None
+
+
+def provenance(origin: Source, options: SolverOptions, calibration: dict[str, Any] | None, seed: int) -> dict[str, Any]:
+    """Where the numbers come from: names, hashes, options, versions; no absolute path and no date."""
+    versions = {}
+    for package in ("spqr-format", "torch", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    return {
+        "source": origin.folder.resolve().name,
+        "source_sha256": origin.fingerprint(),
+        "method": "data-free" if calibration is None else "calibrated",
+        "calibration": calibration,
+        "seed": seed,
+        "solver": options.as_dict(),
+        "versions": versions,
+    }
+
+
+def copy_companions(source: Path, destination: Path) -> list[str]:
+    """Copy tokenizer, generation config, chat template and licence: small text files that are neither weights nor code."""
+    copied = []
+    for path in sorted(source.iterdir()):
+        text = path.suffix in _COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
+        if not path.is_file() or not text or path.name in ("config.json", REPORT) or path.name.endswith(".index.json"):
+            continue
+        temporary = destination / f".{path.name}.partial"
+        shutil.copyfile(path, temporary)
+        os.replace(temporary, destination / path.name)
+        copied.append(path.name)
+    return copied
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise SpqrError("E501", str(folder), f"its tokenizer cannot be loaded: {error}") from None
+
+
+class _Job:
+    def __init__(
+        self, source: Source, model: nn.Module, todo: Plan, options: SolverOptions, device: torch.device,
+        progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.source, self.model, self.plan, self.options = source, model, todo, options
+        self.device, self.progress = device, progress
+        self.report = Report()
+        self.writer: Any = None
+        self.done = 0
+        self.total = sum(source.entries[tensor].numel for tensor in todo.matrices)
+
+    # What both ways share
+
+    def _add(self, tensor: str, matrix, method: str, figures: dict[str, float]) -> None:  # noqa: ANN001
+        name = self.plan.matrices[tensor]
+        self.writer.add_matrix(name, matrix)
+        self.report.modules.append(ModuleReport.of(name, matrix, method, figures))
+        self.done += self.source.entries[tensor].numel
+        if self.progress is not None:
+            self.progress(name, self.done, self.total)
+
+    def _add_dense(self, tensor: str) -> None:
+        entry = self.source.entries[tensor]
+        self.writer.add_dense(tensor, self.source.load(tensor))
+        self.report.dense[tensor] = {
+            "parameters": entry.numel, "bytes": entry.end - entry.begin, "reason": self.plan.dense[tensor],
+        }  # fmt: skip
+
+    def _add_data_free(self, tensor: str, method: str) -> None:
+        matrix, figures = datafree.solve(self.source.load(tensor).to(self.device), self.options, tensor)
+        self._add(tensor, matrix, method, figures)
+
+    # Without data
+
+    def run_data_free(self) -> None:
+        for tensor in self.source.entries:
+            if tensor in self.plan.matrices:
+                self._add_data_free(tensor, "data-free")
+            else:
+                self._add_dense(tensor)
+
+    # With data
+
+    def run_calibrated(self, windows: torch.Tensor, batch: int) -> None:
+        of_block = self._tensors_by_block()
+        for tensor in of_block[None]:
+            if tensor in self.plan.matrices:
+                self._add_data_free(tensor, "data-free: outside the decoder blocks")
+            else:
+                self._add_dense(tensor)
+        stream = Stream(self.model, self.plan, self.source, windows, batch, self.device)
+        reference = stream.fork() if self.options.drift > 0 else None
+        for index, block in enumerate(self.plan.blocks):
+            prefix = f"{self.plan.prefix}.{index}"
+            load(block, prefix, self.plan, self.source, self.device)
+            self._solve_block(block, prefix, index, stream, reference, of_block[index])
+            unload(block)
+
+    def _tensors_by_block(self) -> dict[int | None, list[str]]:
+        names = {tensor: parameter for parameter, tensor in self.plan.parameters.items()}
+        table: dict[int | None, list[str]] = {None: []} | {i: [] for i in range(len(self.plan.blocks))}
+        for tensor in self.source.entries:
+            rest = names.get(tensor, tensor).removeprefix(self.plan.prefix + ".")
+            number = rest.split(".", 1)[0]
+            inside = rest != names.get(tensor, tensor) and number.isdigit() and int(number) < len(self.plan.blocks)
+            table[int(number) if inside else None].append(tensor)
+        return table
+
+    def _solve_block(
+        self, block: nn.Module, prefix: str, index: int, stream: Stream, reference: Stream | None, tensors: list[str]
+    ) -> None:
+        order, once = stream.sets(block, index)
+        original = _copy(block) if reference is not None else None
+        solved = {}
+        for names in order:
+            layers = [block.get_submodule(name) for name in names]
+            accumulator = Accumulator(layers[0].in_features, f"{prefix}.{names[0]}", self.device, reference is not None)
+            seen = stream.inputs(block, index, names[0], once)
+            meant = reference.inputs(original, index, names[0], once) if reference is not None else None
+            for inputs in seen:
+                wanted = next(meant) if meant is not None else [None] * len(inputs)
+                for x, x_reference in zip(inputs, wanted, strict=True):
+                    accumulator.add(x, x_reference)
+            if accumulator.tokens == 0:
+                continue
+            H, drift = accumulator.mean(), accumulator.drift()
+            del accumulator
+            factor = calibrated.prepare(H, self.options, f"{prefix}.{names[0]}")
+            for name, layer in zip(names, layers, strict=True):
+                tensor = self.plan.parameters[f"{prefix}.{name}.weight"]
+                matrix, figures = calibrated.solve(layer.weight, H, self.options, tensor, drift, factor)
+                layer.weight = nn.Parameter(torch.from_numpy(matrix.dequantize()).to(self.device), requires_grad=False)
+                solved[tensor] = (matrix, figures)
+                if self.progress is not None:
+                    done = self.done + sum(self.source.entries[t].numel for t in solved)
+                    self.progress(self.plan.matrices[tensor], done, self.total)
+        last = index + 1 == len(self.plan.blocks)
+        if not last:
+            stream.advance(block, index)
+            if reference is not None and original is not None:
+                reference.advance(original, index)
+        progress, self.progress = self.progress, None
+        for tensor in tensors:
+            if tensor in solved:
+                self._add(tensor, solved[tensor][0], "calibrated", solved[tensor][1])
+            elif tensor in self.plan.matrices:
+                why = "expert" if tensor in self.plan.fused else "not run by the calibration text"
+                self._add_data_free(tensor, f"data-free: {why}")
+            else:
+                self._add_dense(tensor)
+        self.progress = progress
+        if progress is not None and tensors:
+            progress(prefix, self.done, self.total)
+
+
+def _copy(block: nn.Module) -> nn.Module:
+    """A second block that shares no linear weight slot with the first (the tensors themselves are shared until one of
+    them is replaced)."""
+    import copy
+
+    memo = {id(t): t for t in [*block.parameters(), *block.buffers()]}
+    return copy.deepcopy(block, memo)
+
+
+__all__ = ["REPORT", "Progress", "context_length", "convert", "copy_companions", "linears", "provenance", "resolve_device"]

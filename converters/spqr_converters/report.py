@@ -1,0 +1,102 @@
+"""What a conversion did, module by module, and what it left alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spqr_format.matrix import SpqrMatrix
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One quantised matrix. bits: stored bits for each weight; outliers: share of the weights; method: "calibrated" or
+    "data-free" (and why); weight_error: relative norm; output_error: relative, squared, over the calibration inputs."""
+
+    name: str
+    shape: tuple[int, int]
+    weight_bits: int
+    stored_bytes: int
+    bits: float
+    outliers: float
+    method: str
+    weight_error: float
+    output_error: float | None = None
+    damping: float | None = None
+
+    @classmethod
+    def of(cls, name: str, matrix: SpqrMatrix, method: str, figures: dict[str, float]) -> ModuleReport:
+        layout = matrix.layout
+        weights = layout.out_features * layout.in_features
+        count = 0 if matrix.values is None else int(matrix.values.size)
+        stored = layout.stored_bytes(outliers=count)
+        return cls(
+            name, (layout.out_features, layout.in_features), layout.weight_bits, stored, 8 * stored / weights,
+            count / weights, method, figures["weight_error"], figures.get("output_error"), figures.get("damping"),
+        )  # fmt: skip
+
+
+@dataclass
+class Report:
+    """modules: what was quantised. dense: tensor name -> {parameters, bytes, reason} of what was not. seconds: wall time."""
+
+    modules: list[ModuleReport] = field(default_factory=list)
+    dense: dict[str, dict[str, Any]] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def quantised_parameters(self) -> int:
+        return sum(m.shape[0] * m.shape[1] for m in self.modules)
+
+    @property
+    def quantised_bytes(self) -> int:
+        return sum(m.stored_bytes for m in self.modules)
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per quantised weight."""
+        return 8 * self.quantised_bytes / max(self.quantised_parameters, 1)
+
+    @property
+    def outliers(self) -> float:
+        """Share of the quantised weights that are outliers."""
+        return sum(m.outliers * m.shape[0] * m.shape[1] for m in self.modules) / max(self.quantised_parameters, 1)
+
+    @property
+    def dense_parameters(self) -> int:
+        return sum(d["parameters"] for d in self.dense.values())
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(d["bytes"] for d in self.dense.values())
+
+    def totals(self) -> dict[str, Any]:
+        reasons: Counter[str] = Counter()
+        for row in self.dense.values():
+            reasons[row["reason"]] += row["parameters"]
+        return {
+            "modules": len(self.modules),
+            "quantised_parameters": self.quantised_parameters,
+            "quantised_bytes": self.quantised_bytes,
+            "bits_per_quantised_weight": self.bits,
+            "outlier_share": self.outliers,
+            "dense_parameters": self.dense_parameters,
+            "dense_bytes": self.dense_bytes,
+            "dense_parameters_by_reason": dict(sorted(reasons.items())),
+            "seconds": round(self.seconds, 1),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "totals": self.totals(),
+            "provenance": self.provenance,
+            "modules": [asdict(m) for m in self.modules],
+            "dense": self.dense,
+        }
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.as_dict(), indent=1) + "\n", "utf-8")
