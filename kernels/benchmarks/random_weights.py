@@ -1,0 +1,53 @@
+"""Quantized matrices of random content, made on the GPU: what the benchmarks multiply with."""
+
+from __future__ import annotations
+
+import torch
+from spqr_format.layout import Layout
+from spqr_kernels.checks import TORCH_DTYPES
+from torch import Tensor
+
+
+def random_tensors(layout: Layout, outlier_share: float, seed: int) -> tuple[dict[str, Tensor], Layout]:
+    """Stored tensors of random codes, statistics that give weights near N(0, 0.02), and uniformly spread outliers."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device="cuda") * (high - low) + low
+
+    tensors = {}
+    if outlier_share:
+        counts = torch.binomial(
+            torch.full((layout.out_features,), float(layout.in_features), device="cuda"),
+            torch.full((layout.out_features,), outlier_share, device="cuda"), generator=generator,
+        ).long()  # fmt: skip
+        crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        layout = layout.with_outliers(int(crow[-1]))
+        # sorted random columns of each row; a doubled column would only be added twice
+        rows = torch.arange(layout.out_features, device="cuda").repeat_interleave(counts)
+        columns = torch.randint(layout.in_features, (layout.outliers,), generator=generator, device="cuda")
+        columns = (rows * layout.in_features + columns).sort().values % layout.in_features
+        tensors["crow_indices"], tensors["col_indices"] = crow, columns
+        tensors["values"] = uniform(-0.1, 0.1, layout.outliers).half().view(torch.int16)
+    for leaf, spec in layout.tensors().items():
+        dtype = TORCH_DTYPES[spec.dtype]
+        if leaf in ("weight", "stat_codes"):
+            tensors[leaf] = torch.randint(
+                -(2**31), 2**31 - 1, spec.shape, generator=generator, device="cuda", dtype=torch.int32
+            )
+        elif leaf == "tile_stats":
+            shape = (layout.tile_rows, layout.groups)
+            stats = [uniform(0.001, 0.003, *shape), uniform(-3, -2, *shape), uniform(0.1, 0.3, *shape)]
+            middle = (2**layout.weight_bits - 1) / 2
+            stats.append(3.5 - middle / stats[2])
+            tensors[leaf] = torch.stack(stats, -1).half().view(torch.int16).view(spec.shape)
+        elif leaf == "group_sc":
+            tensors[leaf] = uniform(0.005, 0.02, *spec.shape).half().view(torch.int16)
+        elif leaf == "group_zp":
+            high = 2**layout.weight_bits + 1
+            tensors[leaf] = torch.randint(high, spec.shape, generator=generator, device="cuda", dtype=torch.uint8)
+        elif leaf == "perm":
+            tensors[leaf] = torch.randperm(layout.in_features, generator=generator, device="cuda").int()
+        else:
+            tensors[leaf] = tensors[leaf].to(dtype)  # int64 to raw 16 bits wraps as it should
+    return tensors, layout

@@ -1,0 +1,60 @@
+"""Which kernel runs: decided from shapes, dtypes and the device alone, never from values (no host sync)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F  # noqa: N812, its name everywhere
+from spqr_format.layout import TILE, Layout
+from torch import Tensor
+
+from . import reference
+
+DECODE_BATCH = 16  # largest batch of the decode kernel
+
+Tensors = Mapping[str, Tensor]
+
+
+def has_triton(device: torch.device) -> bool:
+    """True where the device is a GPU and Triton is installed."""
+    return device.type in ("cuda", "xpu") and importlib.util.find_spec("triton") is not None
+
+
+def has_tensor_cores(device: torch.device) -> bool:
+    """True for NVIDIA GPUs of sm_80 and newer, which the decode kernel needs."""
+    if device.type != "cuda" or torch.version.hip is not None or not has_triton(device):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def dequantize(tensors: Tensors, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """W of the given dtype, [out, in]."""
+    if has_triton(tensors["weight"].device):
+        from . import dequant
+
+        return dequant.dequantize(tensors, layout, dtype)
+    return reference.dequantize(tensors, layout).to(dtype)
+
+
+def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> Tensor:
+    """x W^T + bias for checked operands: x [..., in] of any strides, result [..., out] of x's dtype."""
+    rows = x.reshape(-1, layout.in_features)
+    batch = rows.shape[0]
+    if batch == 0:
+        return x.new_empty(*x.shape[:-1], layout.out_features)
+    device = x.device
+    if batch <= DECODE_BATCH and x.dtype in (torch.float16, torch.bfloat16) and has_tensor_cores(device):
+        from . import decode
+
+        y = decode.linear(rows.contiguous(), tensors, layout, bias)
+    else:
+        weight = dequantize(tensors, layout, x.dtype)
+        y = F.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:-1], layout.out_features)
+
+
+def padded_columns(layout: Layout) -> int:
+    """in_features rounded up to whole column blocks."""
+    return layout.blocks * TILE

@@ -1,0 +1,196 @@
+"""The ops against the numpy decode and float64 products, on every device that this machine has."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from spqr_format import SpqrError
+from spqr_kernels import dequantize, linear, reference
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SHAPES = [(1, 1), (1, 16), (16, 1), (17, 33), (16, 64), (64, 688), (688, 256), (1376, 512), (512, 1376), (40, 130), (256, 2048)]
+LARGE = [(4096, 4096), (11008, 4096), (4096, 11008)]
+KINDS = [
+    {"weight_bits": 3, "statistics": "bilevel"},
+    {"weight_bits": 3, "statistics": "bilevel", "permuted": True},
+    {"weight_bits": 2, "statistics": "bilevel", "group_size": 32, "outliers": 0.0},
+    {"weight_bits": 4, "statistics": "direct", "group_size": 128},
+    {"weight_bits": 3, "statistics": "direct", "group_size": 64, "permuted": True},
+]
+# Relative norm against float64 of the stored weights. fp16: the bound of the project. bf16 outputs alone round by 1.7e-3.
+BOUND = {torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def _device(request):
+    if "cuda" in request.node.name and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+
+
+def stored(matrix, device):
+    return {leaf: torch.from_numpy(tensor.copy()).to(device) for leaf, tensor in matrix.pack().items()}
+
+
+def relative_error(y, expected):
+    assert torch.isfinite(y).all()
+    return ((y.double().cpu() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_the_reference_decodes_as_numpy_does_bit_for_bit(random_matrix, shape, kind):
+    matrix = random_matrix(*shape, **kind)
+    decoded = reference.dequantize(stored(matrix, "cpu"), matrix.layout)
+    np.testing.assert_array_equal(decoded.numpy(), matrix.dequantize())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("device", DEVICES)
+def test_linear_matches_float64(random_matrix, device, shape, kind):
+    if device == "cpu" and shape in LARGE:
+        pytest.skip("minutes on a CPU; the same code as for the other shapes")
+    matrix = random_matrix(*shape, **kind)
+    tensors = stored(matrix, device)
+    exact = torch.from_numpy(matrix.dequantize()).double()
+    bias = torch.randn(shape[0], dtype=torch.float32).half()
+    generator = torch.Generator().manual_seed(1)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32) if shape not in LARGE else (torch.float16, torch.bfloat16):
+        for batch in (0, 1, 2, 7, 33) if device == "cuda" else (0, 1, 7):
+            x = torch.randn(batch, shape[1], generator=generator).to(dtype)
+            y = linear(x.to(device), tensors, matrix.layout, bias.to(device, dtype))
+            assert y.shape == (batch, shape[0])
+            assert y.dtype == dtype
+            if batch:
+                expected = x.double() @ exact.T + bias.to(dtype).double()
+                assert relative_error(y, expected) < BOUND[dtype], (dtype, batch)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
+@pytest.mark.parametrize("device", DEVICES)
+def test_dequantize_matches_numpy(random_matrix, device, kind):
+    for shape in ((1, 1), (17, 33), (688, 256), (40, 130)):
+        matrix = random_matrix(*shape, **kind)
+        expected = matrix.dequantize()
+        exact = dequantize(stored(matrix, device), matrix.layout, torch.float32).cpu().numpy()
+        if device == "cpu":
+            np.testing.assert_array_equal(exact, expected)
+        else:  # a GPU fuses multiply and add
+            np.testing.assert_allclose(exact, expected, rtol=1e-5, atol=1e-6)
+        half = dequantize(stored(matrix, device), matrix.layout, torch.float16).cpu().numpy()
+        np.testing.assert_allclose(half.astype(np.float32), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_rank_and_stride(random_matrix, device):
+    matrix = random_matrix(48, 64)
+    tensors = stored(matrix, device)
+    exact = torch.from_numpy(matrix.dequantize()).double()
+    x = torch.randn(5, 2, 3, 128, device=device).half()[..., ::2]
+    assert not x.is_contiguous()
+    expected = x.double().cpu() @ exact.T
+    for view, target in ((x, expected), (x[0, 0, 0], expected[0, 0, 0]), (x.transpose(0, 1), expected.transpose(0, 1))):
+        y = linear(view, tensors, matrix.layout)
+        assert y.shape == target.shape
+        assert relative_error(y, target) < 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_large_activations_do_not_overflow(random_matrix, device):
+    matrix = random_matrix(64, 256, outliers=0.01)
+    exact = torch.from_numpy(matrix.dequantize()).double()
+    for dtype, size in ((torch.float16, 6e4), (torch.bfloat16, 1e30)):
+        for batch in (1, 3):
+            x = torch.zeros(batch, 256, dtype=dtype)
+            x[:, 3] = size
+            x[:, 100] = -size
+            # halved so that the result itself stays inside fp16
+            expected = x.double() @ exact.T
+            keep = expected.abs() < (6e4 if dtype == torch.float16 else float("inf"))
+            y = linear(x.to(device), stored(matrix, device), matrix.layout).double().cpu()
+            assert relative_error(y[keep], expected[keep]) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_results_repeat_bit_for_bit(random_matrix, device):
+    matrix = random_matrix(200, 1024, outliers=0.02)
+    tensors = stored(matrix, device)
+    for batch in (1, 5, 40):
+        x = torch.randn(batch, 1024, device=device).half()
+        first = linear(x, tensors, matrix.layout)
+        assert all(torch.equal(first, linear(x, tensors, matrix.layout)) for _ in range(5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradient_with_respect_to_x(random_matrix, device):
+    matrix = random_matrix(33, 48)
+    tensors = stored(matrix, device)
+    exact = torch.from_numpy(matrix.dequantize())
+    x = torch.randn(4, 48, device=device, requires_grad=True)
+    bias = torch.randn(33, device=device, requires_grad=True)
+    grad = torch.randn(4, 33)
+    linear(x, tensors, matrix.layout, bias).backward(grad.to(device))
+    torch.testing.assert_close(x.grad.cpu(), grad @ exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bias.grad.cpu(), grad.sum(0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_ops_pass_torch_opcheck(random_matrix, device):
+    from spqr_kernels.ops import LEAVES
+
+    matrix = random_matrix(17, 33)
+    tensors = stored(matrix, device)
+    stack = [tensors.get(leaf) for leaf in LEAVES]
+    x = torch.randn(3, 33, device=device, requires_grad=True)
+    torch.library.opcheck(torch.ops.spqr.linear, (x, None, *stack, 17, 33, 3, 16))
+    torch.library.opcheck(torch.ops.spqr.dequantize, (*stack, 17, 33, 3, 16, torch.float16))
+
+
+@pytest.mark.gpu
+def test_decode_runs_in_a_cuda_graph(random_matrix):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    matrix = random_matrix(256, 512)
+    tensors = stored(matrix, "cuda")
+    x = torch.randn(1, 512, device="cuda").half()
+    expected = linear(x, tensors, matrix.layout)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x, tensors, matrix.layout)
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+BROKEN = {
+    "missing": lambda t: t.pop("tile_stats"),
+    "dtype": lambda t: t.update(weight=t["weight"].float()),
+    "short": lambda t: t.update(weight=t["weight"][:-1]),
+    "transposed": lambda t: t.update(stat_codes=t["stat_codes"].t().contiguous().t()),
+    "pointers": lambda t: t.update(crow_indices=t["crow_indices"][:-1]),
+    "columns": lambda t: t.update(col_indices=t["col_indices"].int()),
+    "extra": lambda t: t.update(group_zp=torch.zeros(1, dtype=torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_tensor_that_does_not_fit_is_refused_before_launch(random_matrix, fault):
+    matrix = random_matrix(40, 64)
+    tensors = stored(matrix, "cpu")
+    BROKEN[fault](tensors)
+    with pytest.raises(SpqrError) as caught:
+        linear(torch.randn(1, 64), tensors, matrix.layout)
+    assert caught.value.code == "E509"
+
+
+def test_an_operand_that_does_not_fit_is_refused_before_launch(random_matrix):
+    matrix = random_matrix(40, 64)
+    tensors = stored(matrix, "cpu")
+    wrong = [torch.randn(1, 63), torch.randint(0, 2, (1, 64)), torch.tensor(1.0), torch.randn(1, 64, device="meta")]
+    for x in wrong:
+        with pytest.raises((SpqrError, NotImplementedError, RuntimeError)) as caught:
+            linear(x, tensors, matrix.layout)
+        if isinstance(caught.value, SpqrError):
+            assert caught.value.code == "E509"
+    with pytest.raises(SpqrError):
+        linear(torch.randn(1, 64), tensors, matrix.layout, bias=torch.randn(39))
