@@ -102,7 +102,8 @@ class SpqrLinear(nn.Linear):
             return shape
         size = self.layout
         outliers = f", outliers={size.outliers}" if size.outliers else ""
-        return f"{shape}, weight_bits={size.weight_bits}, group_size={size.group_size}, {size.statistics}{outliers}"
+        permuted = ", permuted" if size.permuted else ""
+        return f"{shape}, weight_bits={size.weight_bits}, group_size={size.group_size}, {size.statistics}{outliers}{permuted}"
 
 
 def torch_tensors(matrix: SpqrMatrix) -> dict[str, Tensor]:

@@ -1,0 +1,188 @@
+"""A stored model loads through transformers and computes what the format says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import spqr_loaders
+import torch
+from spqr_format.errors import SpqrError
+from spqr_loaders import SpqrLinear
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from .conftest import TINY, How, Quantized, write_model
+
+IDS = torch.tensor([[5, 6, 7, 8, 900, 33, 1200]])
+
+
+def dense_of(quantized: Quantized, source: Path = TINY) -> Any:
+    """The dense fp32 model with the numbers of plain numpy: the oracle."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.load_state_dict(quantized.dense, strict=False)
+    return model
+
+
+def layers(model: torch.nn.Module) -> dict[str, SpqrLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SpqrLinear)}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Quantized) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32)
+
+
+def test_modules_are_those_of_the_checkpoint(tiny, loaded):
+    assert {name: layer.layout for name, layer in layers(loaded).items()} == {
+        name: matrix.layout for name, matrix in tiny.matrices.items()
+    }
+    for layer in layers(loaded).values():
+        assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert loaded.config.quantization_config.features == ["bilevel", "direct", "outliers", "perm"]
+
+
+def test_weights_are_the_oracles_exactly(tiny, loaded):
+    for name, layer in layers(loaded).items():
+        assert torch.equal(layer.dequantize().weight, tiny.dense[f"{name}.weight"]), name
+
+
+def test_greedy_text_equals_that_of_the_dequantized_model(tiny, loaded):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.folder)
+    batch = tokenizer(["The history of the town begins", "In the winter of that year"], return_tensors="pt", padding=True)
+    batch.pop("token_type_ids", None)
+    reference = dense_of(tiny)
+    kwargs = {"max_new_tokens": 32, "do_sample": False}
+    with torch.no_grad():
+        assert torch.equal(loaded.generate(**batch, **kwargs), reference.generate(**batch, **kwargs))
+        assert torch.equal(loaded(IDS).logits, reference(IDS).logits)
+
+
+def test_base_model_without_its_head(tiny):
+    model = AutoModel.from_pretrained(tiny.folder, dtype=torch.float32)
+    assert len(layers(model)) == len(tiny.matrices)
+    assert torch.equal(model(IDS).last_hidden_state, dense_of(tiny).model(IDS).last_hidden_state)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_maps(tiny, loaded, device_map):
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32, device_map=device_map)
+    assert torch.equal(model(IDS).logits, loaded(IDS).logits)
+
+
+def test_bfloat16_and_casts_leave_the_packed_tensors_alone(tiny, loaded):
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder)
+    assert model.dtype == torch.bfloat16
+    assert model(IDS).logits.dtype == torch.bfloat16
+    model = model.to(torch.float32)
+    for name, layer in layers(model).items():
+        for leaf, tensor in layers(loaded)[name].tensors().items():
+            assert torch.equal(tensor, getattr(layer, leaf))
+
+
+def test_disk_offload_reads_the_shards_in_place(tiny, loaded, tmp_path):
+    device_map = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    device_map |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny.folder, dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert torch.equal(model(IDS).logits, loaded(IDS).logits)
+    with pytest.raises(SpqrError, match="E508.*offloaded"):
+        model.dequantize()
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(again(IDS).logits, loaded(IDS).logits)
+
+
+def test_compiles_to_one_graph(loaded):
+    torch._dynamo.reset()
+    compiled = torch.compile(loaded, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(IDS, use_cache=False).logits, loaded(IDS, use_cache=False).logits)
+
+
+def test_static_cache(loaded):
+    kwargs = {"max_new_tokens": 8, "do_sample": False}
+    static = loaded.generate(IDS, cache_implementation="static", **kwargs)
+    assert torch.equal(static, loaded.generate(IDS, **kwargs))
+
+
+def test_without_the_plugin_nothing_loads(tiny):
+    """transformers only warns of an unknown method, so the shape of `weight` has to stop it."""
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tiny.folder)!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "ignore_mismatched_sizes" in result.stderr
+
+
+def test_from_pretrained_checks_the_folder_first(tiny, copied):
+    assert spqr_loaders.from_pretrained(tiny.folder, dtype=torch.float32).dtype == torch.float32
+    index = copied / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"].popitem()
+    index.write_text(json.dumps(content))
+    with pytest.raises(SpqrError, match="E403"):
+        spqr_loaders.from_pretrained(copied)
+
+
+def test_biases_stay_dense(tmp_path):
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    quantized = write_model(tmp_path, model, How(share=0.01))
+    loaded = AutoModelForCausalLM.from_pretrained(quantized.folder)
+    q_proj = loaded.model.layers[0].self_attn.q_proj
+    assert torch.equal(q_proj.bias, model.model.layers[0].self_attn.q_proj.bias)
+    assert not q_proj.bias.requires_grad
+    ids = torch.tensor([[1, 2, 3, 60]])
+    assert torch.equal(loaded(ids).logits, dense_of(quantized, tmp_path / "dense")(ids).logits)
+
+
+def test_renamed_modules_of_a_vision_model(tmp_path):
+    """Llava stores `language_model.model.layers`, and its modules are `model.language_model.layers`."""
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=63))
+    quantized = write_model(tmp_path, model, How(share=0.01))
+    assert "language_model.model.layers.0.mlp.up_proj" in quantized.matrices
+    loaded = AutoModelForImageTextToText.from_pretrained(quantized.folder)
+    assert "model.language_model.layers.0.mlp.up_proj" in layers(loaded)
+    assert len(layers(loaded)) == len(quantized.matrices)
+    loaded.save_pretrained(tmp_path / "again")
+    from spqr_format.reader import Checkpoint
+
+    with Checkpoint.open(tmp_path / "again") as again:
+        assert again.modules == {name: matrix.layout for name, matrix in quantized.matrices.items()}
+    ids = torch.tensor([[1, 2, 3, 60]])
+    reference = AutoModelForImageTextToText.from_pretrained(quantized.folder, quantization_config=runtime())
+    assert not layers(reference)
+    assert torch.equal(loaded(input_ids=ids).logits, reference(input_ids=ids).logits)
+
+
+def runtime() -> spqr_loaders.SpqrFormatConfig:
+    return spqr_loaders.SpqrFormatConfig(dequantize=True)
