@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 from spqr_format.errors import SpqrError
 
 from . import calibrated, datafree
-from .blocks import Plan, build, linears, plan
+from .blocks import Plan, build, plan
 from .calibration import Calibration
 from .forward import Stream, load, unload
 from .hessian import Accumulator
@@ -63,7 +62,7 @@ def convert(
     if max_shard_bytes < 1:
         raise SpqrError("E505", "max_shard_bytes", f"{max_shard_bytes}: expected at least 1")
     target = Path(destination)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or any(p.suffix != ".partial" for p in target.iterdir())):
         raise SpqrError("E506", str(target), "the destination exists and is not empty")
     where = resolve_device(device)
     origin = Source(source)
@@ -77,18 +76,19 @@ def convert(
 
     from spqr_format.writer import CheckpointWriter
 
-    job.writer = CheckpointWriter(
+    base = {"weight_bits": weight_bits, "group_size": group_size, "statistics": statistics}
+    writer = CheckpointWriter(
         target, max_shard_bytes=max_shard_bytes, config=origin.config,
-        quantization_config={"provenance": job.report.provenance},
+        quantization_config={**base, "provenance": job.report.provenance},
     )  # fmt: skip
-    if windows is None or calibration is None:
-        job.run_data_free()
-    else:
-        job.run_calibrated(windows, calibration.batch)
-    copy_companions(origin.folder, target)
-    job.report.seconds = time.monotonic() - started
-    job.report.write(target / REPORT)
-    job.writer.finish()
+    with writer:
+        job.writer = writer
+        if windows is None or calibration is None:
+            job.run_data_free()
+        else:
+            job.run_calibrated(windows, calibration.batch)
+        job.report.seconds = time.monotonic() - started
+        writer.finish(extra_files={**companions(origin.folder), REPORT: job.report.as_json()})
     return job.report
 
 
@@ -132,18 +132,14 @@ def provenance(origin: Source, options: SolverOptions, calibration: dict[str, An
     }
 
 
-def copy_companions(source: Path, destination: Path) -> list[str]:
-    """Copy tokenizer, generation config, chat template and licence: small text files that are neither weights nor code."""
-    copied = []
+def companions(source: Path) -> dict[str, Path]:
+    """Tokenizer, generation config, chat template and licence: small text files that are neither weights nor code."""
+    found = {}
     for path in sorted(source.iterdir()):
         text = path.suffix in _COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
-        if not path.is_file() or not text or path.name in ("config.json", REPORT) or path.name.endswith(".index.json"):
-            continue
-        temporary = destination / f".{path.name}.partial"
-        shutil.copyfile(path, temporary)
-        os.replace(temporary, destination / path.name)
-        copied.append(path.name)
-    return copied
+        if path.is_file() and text and path.name not in ("config.json", REPORT) and not path.name.endswith(".index.json"):
+            found[path.name] = path
+    return found
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -234,10 +230,12 @@ class _Job:
             layers = [block.get_submodule(name) for name in names]
             accumulator = Accumulator(layers[0].in_features, f"{prefix}.{names[0]}", self.device, reference is not None)
             seen = stream.inputs(block, index, names[0], once)
-            meant = reference.inputs(original, index, names[0], once) if reference is not None else None
-            for inputs in seen:
-                wanted = next(meant) if meant is not None else [None] * len(inputs)
-                for x, x_reference in zip(inputs, wanted, strict=True):
+            if reference is not None and original is not None:
+                meant: Iterable[list[Any]] = reference.inputs(original, index, names[0], once)
+            else:
+                meant = [[]] * len(stream.hidden)
+            for inputs, wanted in zip(seen, meant, strict=True):
+                for x, x_reference in zip(inputs, wanted or [None] * len(inputs), strict=True):
                     accumulator.add(x, x_reference)
             if accumulator.tokens == 0:
                 continue
@@ -272,12 +270,6 @@ class _Job:
 
 
 def _copy(block: nn.Module) -> nn.Module:
-    """A second block that shares no linear weight slot with the first (the tensors themselves are shared until one of
-    them is replaced)."""
-    import copy
-
+    """A second block with the same tensors; replacing a parameter of one leaves the other alone."""
     memo = {id(t): t for t in [*block.parameters(), *block.buffers()]}
     return copy.deepcopy(block, memo)
-
-
-__all__ = ["REPORT", "Progress", "context_length", "convert", "copy_companions", "linears", "provenance", "resolve_device"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from spqr_format.matrix import SpqrMatrix
@@ -98,5 +97,5 @@ class Report:
             "dense": self.dense,
         }
 
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.as_dict(), indent=1) + "\n", "utf-8")
+    def as_json(self) -> bytes:
+        return (json.dumps(self.as_dict(), indent=1) + "\n").encode()

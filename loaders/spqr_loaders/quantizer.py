@@ -13,6 +13,7 @@ from spqr_format.payload import check_payload
 from spqr_format.reader import Checkpoint
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils import logging
 
@@ -39,6 +40,7 @@ class SpqrFormatQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.files: list[str] = []
         self.placed: dict[str, str] = {}  # model name -> checkpoint name
+        self.dtype = torch.get_default_dtype()
         self.split = False  # whether experts are single modules
         self.dropped_conversions: list[Any] = []
         self.failure: SpqrError | None = None  # of an on-the-fly quantization, raised when transformers lets us
@@ -57,7 +59,8 @@ class SpqrFormatQuantizer(HfQuantizer):
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The model's dtype. Where no config names one, transformers may have taken that of packed integers."""
-        return dtype if dtype.is_floating_point else torch.get_default_dtype()
+        self.dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
+        return self.dtype
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -108,6 +111,7 @@ class SpqrFormatQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._describe(model, layers)
         self._check_loaded(model, layers)
+        self._cast_dense(model)
         for layer in layers.values():
             layer.requires_grad_(False)  # the loader turns it on for every float parameter, such as a bias
         if self.pre_quantized and self.quantization_config.dequantize:
@@ -152,6 +156,21 @@ class SpqrFormatQuantizer(HfQuantizer):
             if parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
         }
         check_missing(model, read, "no tensor was read for it")
+
+    def _cast_dense(self, model: PreTrainedModel) -> None:
+        """Every dense parameter has the dtype that was asked for.
+
+        Before 5.21 transformers leaves the tensors of a quantized model that it renames in their stored dtype.
+        """
+        exceptions = model._get_dtype_plan(self.dtype)  # pattern -> dtype, for modules that a model keeps in fp32
+        pattern, groups, _ = build_glob_alternation(list(exceptions)) if exceptions else (None, {}, {})
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point() or parameter.is_meta:
+                continue
+            match = pattern.search(name) if pattern is not None else None
+            dtype = self.dtype if match is None else exceptions[groups[match.lastgroup]]
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
 
     def _describe(self, model: PreTrainedModel, layers: dict[str, SpqrLinear]) -> None:
         """Makes the config say what was done while loading."""

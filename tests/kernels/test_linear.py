@@ -186,11 +186,9 @@ def test_a_tensor_that_does_not_fit_is_refused_before_launch(random_matrix, faul
 def test_an_operand_that_does_not_fit_is_refused_before_launch(random_matrix):
     matrix = random_matrix(40, 64)
     tensors = stored(matrix, "cpu")
-    wrong = [torch.randn(1, 63), torch.randint(0, 2, (1, 64)), torch.tensor(1.0), torch.randn(1, 64, device="meta")]
-    for x in wrong:
-        with pytest.raises((SpqrError, NotImplementedError, RuntimeError)) as caught:
+    for x in (torch.randn(1, 63), torch.randint(0, 2, (1, 64)), torch.tensor(1.0)):
+        with pytest.raises(SpqrError) as caught:
             linear(x, tensors, matrix.layout)
-        if isinstance(caught.value, SpqrError):
-            assert caught.value.code == "E509"
+        assert caught.value.code == "E509"
     with pytest.raises(SpqrError):
         linear(torch.randn(1, 64), tensors, matrix.layout, bias=torch.randn(39))

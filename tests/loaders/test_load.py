@@ -66,7 +66,7 @@ def test_greedy_text_equals_that_of_the_dequantized_model(tiny, loaded):
     batch = tokenizer(["The history of the town begins", "In the winter of that year"], return_tensors="pt", padding=True)
     batch.pop("token_type_ids", None)
     reference = dense_of(tiny)
-    kwargs = {"max_new_tokens": 32, "do_sample": False}
+    kwargs = {"max_new_tokens": 16, "do_sample": False}
     with torch.no_grad():
         assert torch.equal(loaded.generate(**batch, **kwargs), reference.generate(**batch, **kwargs))
         assert torch.equal(loaded(IDS).logits, reference(IDS).logits)
@@ -116,7 +116,7 @@ def test_compiles_to_one_graph(loaded):
 
 
 def test_static_cache(loaded):
-    kwargs = {"max_new_tokens": 8, "do_sample": False}
+    kwargs = {"max_new_tokens": 5, "do_sample": False}
     static = loaded.generate(IDS, cache_implementation="static", **kwargs)
     assert torch.equal(static, loaded.generate(IDS, **kwargs))
 
