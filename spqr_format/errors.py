@@ -65,6 +65,7 @@ class SpqrError(ValueError):
     def __init__(self, code: str, where: str, what: str) -> None:
         if code not in CODES:
             raise KeyError(f"{code} is not an error code of this format")
+        where, what = _printable(where), _printable(what)
         super().__init__(code, where, what)
         self.code = code
         self.where = where
@@ -72,3 +73,8 @@ class SpqrError(ValueError):
 
     def __str__(self) -> str:
         return f"SPQR-{self.code} {self.where}: {self.what}"
+
+
+def _printable(text: str) -> str:
+    """The text without control characters: names come from the file, and a terminal would obey them."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)

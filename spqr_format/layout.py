@@ -98,12 +98,12 @@ class Layout:
 
     @property
     def row_pointer_dtype(self) -> str:
-        """I16 holds unsigned 16-bit integers, raw (spec 6.1)."""
+        """I16 holds unsigned 16-bit integers, raw (spec 5.2)."""
         return "I16" if self.outliers < U16 else "I32"
 
     @property
     def column_dtype(self) -> str:
-        """I16 holds unsigned 16-bit integers, raw (spec 6.1)."""
+        """I16 holds unsigned 16-bit integers, raw (spec 5.2)."""
         return "I16" if self.in_features <= U16 else "I32"
 
     def tensors(self) -> dict[str, TensorSpec]:

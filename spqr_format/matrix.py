@@ -133,7 +133,7 @@ class SpqrMatrix:
 
 
 def indices(stored: Array) -> npt.NDArray[np.int64]:
-    """Stored CSR indices as int64: I16 tensors hold unsigned 16-bit integers (spec 6.1)."""
+    """Stored CSR indices as int64: I16 tensors hold unsigned 16-bit integers (spec 5.2)."""
     if stored.dtype == np.int16:
         stored = np.ascontiguousarray(stored).view(np.uint16)
     return stored.astype(np.int64)

@@ -133,22 +133,25 @@ def _not_finite(tensor: Tensor, dtype: str, code: str, where: str) -> Iterator[S
 
 def _padding(layout: Layout, tensors: Mapping[str, Tensor], where: str) -> Iterator[SpqrError]:
     rows, columns = layout.out_features % TILE, layout.in_features % TILE
-    most = 2**layout.weight_bits - 1
+    padded_row = np.broadcast_to(np.arange(TILE)[:, None] >= (rows or TILE), (TILE, TILE))
+    padded_column = np.broadcast_to(np.arange(TILE)[None, :] >= (columns or TILE), (TILE, TILE))
+    most = np.uint8(2**layout.weight_bits - 1)
+    weight, name = tensors["weight"], f"{where}.weight"
+    found: list[SpqrError] = []
     if rows:
-        real = np.arange(TILE)[:, None] < rows
-        mask = pack_codes(np.where(real, 0, most).astype(np.uint8).repeat(TILE, axis=1), layout.weight_bits)
-        yield from _masked_rows(tensors["weight"], mask[:, 0].view(np.uint32), f"{where}.weight", "rows")
-    if columns:
-        real = np.arange(TILE)[None, :] < columns
-        mask = pack_codes(np.where(real, 0, most).astype(np.uint8).repeat(TILE, axis=0), layout.weight_bits)
-        yield from _masked_last_column(tensors["weight"], mask[:, 0].view(np.uint32), f"{where}.weight")
+        mask = pack_codes(padded_row * most, layout.weight_bits)
+        found += _masked_rows(weight, mask[:, 0].view(np.uint32), name)
+    if columns and not found:
+        mask = pack_codes(padded_column * most, layout.weight_bits)
+        found += _masked_last_column(weight, mask[:, 0].view(np.uint32), name)
+    yield from found
     if rows and layout.statistics == "bilevel":
-        codes = np.where(np.arange(TILE)[:, None] < rows, 0, 7).astype(np.uint8)
+        codes = padded_row[:, :1] * np.uint8(7)
         mask = pack_stat_codes(codes, codes)
-        yield from _masked_rows(tensors["stat_codes"], mask[:, 0].view(np.uint32), f"{where}.stat_codes", "rows")
+        yield from _masked_rows(tensors["stat_codes"], mask[:, 0].view(np.uint32), f"{where}.stat_codes")
 
 
-def _masked_rows(tensor: Tensor, mask: npt.NDArray[np.uint32], where: str, kind: str) -> Iterator[SpqrError]:
+def _masked_rows(tensor: Tensor, mask: npt.NDArray[np.uint32], where: str) -> Iterator[SpqrError]:
     """The last `len(mask)` rows of the tensor, row k under mask[k]: the padded rows of the last tile."""
     height, width = tensor.shape
     for k in np.flatnonzero(mask):
@@ -157,7 +160,7 @@ def _masked_rows(tensor: Tensor, mask: npt.NDArray[np.uint32], where: str, kind:
             bad = block.view(np.uint32) & mask[k]
             if bad.any():
                 place = int((bad != 0).argmax())
-                yield _dirty(where, tensor, start + place, block[place], mask[k], kind)
+                yield _dirty(where, tensor, start + place, block[place], mask[k], "rows")
                 return
 
 

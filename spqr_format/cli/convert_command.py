@@ -1,0 +1,140 @@
+"""spqr convert"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .model import device_option, install_hint
+from .output import duration, print_json, size, table
+from .progress import progress_bar
+
+
+class Share(click.ParamType):
+    """A fraction, or a percentage with its sign: 0.003 or 0.3%."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            share = float(value[:-1]) / 100 if str(value).endswith("%") else float(value)
+        except ValueError:
+            self.fail(f"{value!r} is no share: write 0.003 or 0.3%", param, ctx)
+        if not 0 <= share <= 1:
+            self.fail(f"{value!r} is not between 0 and 1", param, ctx)
+        return share
+
+
+class Size(click.ParamType):
+    """Bytes, with a unit if you like: 5GB, 500MB, 1000000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", str(value))
+        if not match:
+            self.fail(f"{value!r} is no size: write 5GB or 500MB", param, ctx)
+        return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+
+
+@click.command("convert")
+@click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="A UTF-8 text like the model's use. Without it the weights alone decide, at a visible loss.")
+@click.option("--tokens", type=click.IntRange(1), default=131072, show_default=True, help="Of the calibration text to use.")
+@click.option("--context", type=click.IntRange(1), help="Tokens in a calibration window.  [default: the model's, at most 2048]")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Calibration windows in one forward pass.")
+@click.option("--weight-bits", "-b", type=click.IntRange(2, 4), default=3, show_default=True, help="Bits of a code.")
+@click.option("--group-size", "-g", type=click.IntRange(16), default=16, show_default=True,
+              help="Columns that share a scale and a zero; a multiple of 16.")
+@click.option("--statistics", type=click.Choice(["bilevel", "direct"]), default="bilevel", show_default=True,
+              help="bilevel: 3-bit scales and zeros. direct: an fp16 scale and an integer zero a group.")
+@click.option("--outlier-share", type=Share(), help="Weights kept apart in fp16, 32 bits each: 0.003 or 0.3%.  [default: none]")
+@click.option("--outlier-threshold", type=click.FloatRange(0, min_open=True), help="Instead: SpQR's relative threshold.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the calibration windows.")
+@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Of one output file.")
+@device_option
+@click.option("--dry-run", is_flag=True, help="Print the predicted bits, size, memory and time, and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def convert_command(
+    source: Path, destination: Path, calibration: Path | None, tokens: int, context: int | None, batch: int,
+    weight_bits: int, group_size: int, statistics: str, outlier_share: float | None, outlier_threshold: float | None,
+    seed: int, max_shard_size: int, device: str, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Quantize a dense checkpoint: SOURCE, a Hugging Face model folder, into the new folder DESTINATION.
+
+    Works block by block, so that memory holds one block of the model and not the model. Output embedding and token
+    embedding stay as they are. The destination gets the tokenizer, a report (spqr_report.json) and where it all comes from.
+
+    \b
+    Examples:
+      spqr convert ./llama ./llama-spqr --calibration text.txt
+      spqr convert ./llama ./llama-spqr --calibration text.txt --outlier-share 0.3%
+      spqr convert ./llama ./llama-spqr --dry-run
+    """
+    try:
+        from spqr_converters import Calibration, convert, predict
+    except ImportError as error:
+        raise install_hint("convert") from error
+    data = None
+    if calibration is not None:
+        data = Calibration(text=calibration, tokens=tokens, seqlen=context, batch=batch)
+    options: dict[str, Any] = {
+        "weight_bits": weight_bits, "group_size": group_size, "statistics": statistics, "outlier_share": outlier_share,
+        "outlier_threshold": outlier_threshold, "calibration": data, "device": device,
+    }  # fmt: skip
+    if dry_run:
+        _print_prediction(predict(source, **options), as_json)
+        return
+    if data is None:
+        click.echo("no --calibration text: only the weights decide, which costs quality (see --help)", err=True)
+    warnings.filterwarnings("always", module="spqr_converters")
+    with progress_bar("converting", shown=not as_json) as bar:
+        report = convert(
+            source, destination, **options, seed=seed, max_shard_bytes=max_shard_size, progress=bar
+        )  # fmt: skip
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        _print_report(report, destination)
+
+
+def _print_prediction(prediction: Any, as_json: bool) -> None:
+    figures = prediction.as_dict()
+    if as_json:
+        print_json(figures)
+        return
+    rows = [[name.replace("_", " "), _shown(name, value)] for name, value in figures.items()]
+    table(["prediction", ""], rows)
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if "bytes" in name or "memory" in name:
+        return size(value)
+    if "seconds" in name:
+        return "about " + duration(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _print_report(report: Any, destination: Path) -> None:
+    totals = report.totals()
+    click.echo(
+        f"{totals['modules']} modules, {totals['quantised_parameters']:,} weights: "
+        f"{totals['bits_per_quantised_weight']:.3f} bits a weight, {100 * totals['outlier_share']:.2f} % outliers, "
+        f"{size(totals['quantised_bytes'])}; in {duration(report.seconds)}"
+    )
+    for reason, count in totals["dense_parameters_by_reason"].items():
+        click.echo(f"left dense: {count:,} parameters, {reason}")
+    worst = max(report.modules, key=lambda module: module.weight_error, default=None)
+    if worst is not None:
+        click.echo(f"largest weight error: {worst.weight_error:.3f} relative, {worst.name}")
+    click.echo(f"wrote {destination}")
