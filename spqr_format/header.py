@@ -27,7 +27,8 @@ DTYPE_BYTES = {
 
 OTHER_KINDS = {
     b"PK\x03\x04": "a zip archive (torch.save)", b"\x80\x02": "a pickle", b"\x80\x03": "a pickle",
-    b"\x80\x04": "a pickle",    b"\x80\x05": "a pickle", b"GGUF": "a GGUF file", b"\x89HDF": "an HDF5 file", b"PAR1": "a Parquet file",
+    b"\x80\x04": "a pickle", b"\x80\x05": "a pickle", b"GGUF": "a GGUF file", b"\x89HDF": "an HDF5 file",
+    b"PAR1": "a Parquet file",
 }  # fmt: skip
 
 

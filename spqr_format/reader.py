@@ -1,7 +1,7 @@
 """A checkpoint on disk: its structure checked from headers alone, then read tensor by tensor (spec 5 to 9).
 
 Every file is opened once and read through that descriptor with pread into memory of our own. A file that is replaced
-after the check still yields the bytes that were checked; one that is cut raises E001. A mapping would raise SIGBUS there.
+after the check still yields the bytes that were checked; one that is cut raises E001, where a mapping raises SIGBUS.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ OTHER_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 
 NUMPY = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2", "BF16": "<u2", "U32": "<u4",
-    "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8", "F8_E4M3": "u1", "F8_E5M2": "u1",
-    "F8_E8M0": "u1", "F8_E4M3FNUZ": "u1", "F8_E5M2FNUZ": "u1",
+    "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8", "F8_E4M3": "u1",
+    "F8_E5M2": "u1", "F8_E8M0": "u1", "F8_E4M3FNUZ": "u1", "F8_E5M2FNUZ": "u1",
 }  # fmt: skip
 
 # Leaf names that no other format uses: where one stands without an entry in spqr_modules, an entry was lost (E108).

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,14 +27,13 @@ from .payload import InMemory, check_payload, not_finite_dense
 from .reader import BIAS_DTYPES, CONFIG, INDEX, NUMPY, OWN_LEAVES, SINGLE
 
 Array = npt.NDArray[np.generic]
-PARTIAL = ".partial"  # ends the name of every file that is not complete
-OWN_PARTIAL = re.compile(r"(model-\d{5}\.safetensors|model\.safetensors\.index\.json|config\.json|.+)\.partial")
+PARTIAL = ".spqr-partial"  # ends the name of every file that is not complete
 
 TORCH_DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
-    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0", "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
+    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
 }  # fmt: skip
 
 
@@ -96,7 +94,7 @@ class CheckpointWriter:
 
     config: the model's config.json. quantization_config: the base of its section (weight_bits, group_size, statistics,
     provenance, modules_to_not_convert, x_ keys); method, version and features are filled in here. hashes: record the
-    sha256 of every tensor and header. At most one shard of `max_shard_bytes` (or one module, if that is larger) is held in memory.
+    sha256 of every tensor and header. At most one shard of `max_shard_bytes` (or one larger module) is held in memory.
     Raises E506 where the folder is not empty. As a context manager it removes what it wrote if the block raises.
     """
 
@@ -134,7 +132,7 @@ class CheckpointWriter:
             raise SpqrError("E506", str(self.folder), "the destination is not a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         names = sorted(os.listdir(self.folder))
-        taken = [name for name in names if not OWN_PARTIAL.fullmatch(name)]
+        taken = [name for name in names if not name.endswith(PARTIAL)]
         if taken:
             raise SpqrError(
                 "E506", str(self.folder), f"the destination is not empty: {short(taken[0])} and {len(taken) - 1} more"
