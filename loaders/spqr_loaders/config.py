@@ -63,6 +63,10 @@ class SpqrFormatConfig(QuantizationConfigMixin):
         check_config(stored, "config.json quantization_config")
         return super().from_dict(dict(config_dict), return_unused_kwargs, **kwargs)
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """A field, as from a dict: transformers asks so when a loaded model's config is passed to from_pretrained."""
+        return getattr(self, key, default)
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a caller's config overrides in a stored one."""
         return {"dequantize": self.dequantize}

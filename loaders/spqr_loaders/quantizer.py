@@ -40,6 +40,7 @@ class SpqrFormatQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.files: list[str] = []
         self.placed: dict[str, str] = {}  # model name -> checkpoint name
+        self.placeholders: dict[str, torch.dtype] = {}
         self.dtype = torch.get_default_dtype()
         self.split = False  # whether experts are single modules
         self.dropped_conversions: list[Any] = []
@@ -74,6 +75,7 @@ class SpqrFormatQuantizer(HfQuantizer):
         with Checkpoint.from_files(self.files) as checkpoint:
             check_agreement(self.quantization_config, checkpoint)
             self.placed = place(model, checkpoint)
+        self.placeholders = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self.split = any(isinstance(module, SplitExperts) for module in model.modules())
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
@@ -158,18 +160,16 @@ class SpqrFormatQuantizer(HfQuantizer):
         check_missing(model, read, "no tensor was read for it")
 
     def _cast_dense(self, model: PreTrainedModel) -> None:
-        """Every dense parameter has the dtype that was asked for.
+        """Every dense parameter has the dtype that its placeholder had, or that the model keeps it in.
 
         Before 5.21 transformers leaves the tensors of a quantized model that it renames in their stored dtype.
         """
-        exceptions = model._get_dtype_plan(self.dtype)  # pattern -> dtype, for modules that a model keeps in fp32
-        pattern, groups, _ = build_glob_alternation(list(exceptions)) if exceptions else (None, {}, {})
+        kept = model._get_dtype_plan(self.dtype)  # pattern -> dtype, for modules that a model keeps in fp32
+        pattern, groups, _ = build_glob_alternation(list(kept)) if kept else (None, {}, {})
         for name, parameter in model.named_parameters():
-            if not parameter.is_floating_point() or parameter.is_meta:
-                continue
             match = pattern.search(name) if pattern is not None else None
-            dtype = self.dtype if match is None else exceptions[groups[match.lastgroup]]
-            if parameter.dtype != dtype:
+            dtype = kept[groups[str(match.lastgroup)]] if match else self.placeholders.get(name, parameter.dtype)
+            if parameter.dtype != dtype and parameter.is_floating_point() and not parameter.is_meta:
                 parameter.data = parameter.data.to(dtype)
 
     def _describe(self, model: PreTrainedModel, layers: dict[str, SpqrLinear]) -> None:

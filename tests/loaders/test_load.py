@@ -78,6 +78,11 @@ def test_base_model_without_its_head(tiny):
     assert torch.equal(model(IDS).last_hidden_state, dense_of(tiny).model(IDS).last_hidden_state)
 
 
+def test_config_of_a_loaded_model(tiny, loaded):
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder, config=loaded.config, dtype=torch.float32)
+    assert torch.equal(model(IDS).logits, loaded(IDS).logits)
+
+
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
 def test_device_maps(tiny, loaded, device_map):
     model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32, device_map=device_map)
