@@ -2,8 +2,9 @@
 
 import sys
 
-import spqr_loaders  # noqa: F401  registers the format with transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import spqr_loaders  # noqa: F401  registers the format with transformers
 
 folder = sys.argv[1]
 prompt = sys.argv[2] if len(sys.argv) > 2 else "The old man looked at the sea and"

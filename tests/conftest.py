@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from spqr_format import Layout, SpqrMatrix
 
 ROOT = Path(__file__).parent.parent
@@ -22,9 +23,7 @@ def make_matrix(
     layout = Layout(out_features, in_features, weight_bits, group_size, statistics)  # type: ignore[arg-type]
     per_group = (out_features, layout.groups)
     middle = 2 ** (weight_bits - 1) - 0.5
-    arrays: dict[str, np.ndarray] = {
-        "codes": rng.integers(0, 2**weight_bits, (out_features, in_features), dtype=np.uint8)
-    }
+    arrays: dict[str, np.ndarray] = {"codes": rng.integers(0, 2**weight_bits, (out_features, in_features), dtype=np.uint8)}
     if statistics == "bilevel":
         stats = rng.uniform(0.5, 1.5, (layout.tile_rows, layout.groups, 4))
         # s = ss (sq - sz) about 0.01, z = zs (zq - zz) about the middle

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from spqr_format.errors import SpqrError
 from torch import Tensor
+
+from spqr_format.errors import SpqrError
 
 DEFAULT_CONTEXT = 2048
 _POSITIONS = 256  # of which float32 log-probabilities are held at a time

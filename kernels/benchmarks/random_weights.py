@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from spqr_format.layout import Layout
 from spqr_kernels.checks import TORCH_DTYPES
-from torch import Tensor
 
 
 def random_tensors(layout: Layout, outlier_share: float, seed: int) -> tuple[dict[str, Tensor], Layout]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
+
 from spqr_format.errors import SpqrError
 from spqr_format.layout import Layout
-from torch import Tensor
 
 TORCH_DTYPES = {"I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
 INT32_MAX = 2**31 - 1

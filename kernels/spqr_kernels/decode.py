@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from spqr_format.layout import TILE, Layout
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+from spqr_format.layout import TILE, Layout
 
 from . import ptx
 
@@ -54,7 +55,12 @@ def _load4(pointer, mask):
 @gluon.jit
 def _load4_cached(pointer, mask):
     return gl.inline_asm_elementwise(
-        _LOAD4_CACHED, _LOAD4_REGISTERS, [pointer, mask], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
+        _LOAD4_CACHED,
+        _LOAD4_REGISTERS,
+        [pointer, mask],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
     )
 
 
@@ -204,10 +210,20 @@ def decode_kernel(
                     zero0 = gl.load(GroupZp + at0, mask=there, other=0).to(gl.int32)
                     zero1 = gl.load(GroupZp + at1, mask=there, other=0).to(gl.int32)
                     direct0 = gl.inline_asm_elementwise(
-                        _DIRECT, "=&r,=&r,r,r,r", [raw0, zero0, middle], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+                        _DIRECT,
+                        "=&r,=&r,r,r,r",
+                        [raw0, zero0, middle],
+                        dtype=(gl.int32, gl.int32),
+                        is_pure=True,
+                        pack=1,
                     )
                     direct1 = gl.inline_asm_elementwise(
-                        _DIRECT, "=&r,=&r,r,r,r", [raw1, zero1, middle], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+                        _DIRECT,
+                        "=&r,=&r,r,r,r",
+                        [raw1, zero1, middle],
+                        dtype=(gl.int32, gl.int32),
+                        is_pure=True,
+                        pack=1,
                     )
                     s0 = direct0[0]
                     o0 = direct0[1]

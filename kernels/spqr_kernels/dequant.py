@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from spqr_format.layout import TILE, Layout, ceil_div
 from spqr_format.packing import FIELDS, PAIRS, SPREAD
-from torch import Tensor
 
 from .reference import add_outliers
 
@@ -103,6 +104,3 @@ def dequantize(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype
     if layout.outliers:
         add_outliers(weight, tensors)
     return weight.to(dtype)
-
-
-

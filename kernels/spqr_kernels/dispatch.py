@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F  # noqa: N812, its name everywhere
-from spqr_format.layout import TILE, Layout
 from torch import Tensor
+
+from spqr_format.layout import TILE, Layout
 
 from . import reference
 

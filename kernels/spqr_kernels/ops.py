@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from spqr_format.layout import Layout
 from torch import Tensor
+
+from spqr_format.layout import Layout
 
 from . import dispatch
 from .checks import check_operand, check_tensors
@@ -34,9 +35,7 @@ def _dequantize(
     crow_indices: Tensor | None, col_indices: Tensor | None, values: Tensor | None, perm: Tensor | None,
     out_features: int, in_features: int, weight_bits: int, group_size: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    present = _present(
-        weight, stat_codes, tile_stats, group_sc, group_zp, crow_indices, col_indices, values, perm
-    )
+    present = _present(weight, stat_codes, tile_stats, group_sc, group_zp, crow_indices, col_indices, values, perm)
     layout = _layout(present, out_features, in_features, weight_bits, group_size)
     check_tensors(present, layout, "spqr::dequantize")
     return dispatch.dequantize(present, layout, dtype)
@@ -55,9 +54,7 @@ def _linear(
     crow_indices: Tensor | None, col_indices: Tensor | None, values: Tensor | None, perm: Tensor | None,
     out_features: int, in_features: int, weight_bits: int, group_size: int,
 ) -> Tensor:  # fmt: skip
-    present = _present(
-        weight, stat_codes, tile_stats, group_sc, group_zp, crow_indices, col_indices, values, perm
-    )
+    present = _present(weight, stat_codes, tile_stats, group_sc, group_zp, crow_indices, col_indices, values, perm)
     layout = _layout(present, out_features, in_features, weight_bits, group_size)
     check_operand(x, bias, layout, check_tensors(present, layout))
     return dispatch.linear(x, present, layout, bias)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
+
 from spqr_format.layout import LANES, TILE, Layout
 from spqr_format.packing import FIELDS, PAIRS, SPREAD
-from torch import Tensor
 
 
 def unpack_codes(words: Tensor, bits: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .model import device_option, install_hint
+from .model import device_option, libraries
 from .output import duration, print_json, size, table
 from .progress import progress_bar
 
@@ -44,16 +44,30 @@ class Size(click.ParamType):
 @click.command("convert")
 @click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option("--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="A UTF-8 text like the model's use. Without it the weights alone decide, at a visible loss.")
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A UTF-8 text like the model's use. Without it the weights alone decide, at a visible loss.",
+)
 @click.option("--tokens", type=click.IntRange(1), default=131072, show_default=True, help="Of the calibration text to use.")
 @click.option("--context", type=click.IntRange(1), help="Tokens in a calibration window.  [default: the model's, at most 2048]")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Calibration windows in one forward pass.")
 @click.option("--weight-bits", "-b", type=click.IntRange(2, 4), default=3, show_default=True, help="Bits of a code.")
-@click.option("--group-size", "-g", type=click.IntRange(16), default=16, show_default=True,
-              help="Columns that share a scale and a zero; a multiple of 16.")
-@click.option("--statistics", type=click.Choice(["bilevel", "direct"]), default="bilevel", show_default=True,
-              help="bilevel: 3-bit scales and zeros. direct: an fp16 scale and an integer zero a group.")
+@click.option(
+    "--group-size",
+    "-g",
+    type=click.IntRange(16),
+    default=16,
+    show_default=True,
+    help="Columns that share a scale and a zero; a multiple of 16.",
+)
+@click.option(
+    "--statistics",
+    type=click.Choice(["bilevel", "direct"]),
+    default="bilevel",
+    show_default=True,
+    help="bilevel: 3-bit scales and zeros. direct: an fp16 scale and an integer zero a group.",
+)
 @click.option("--outlier-share", type=Share(), help="Weights kept apart in fp16, 32 bits each: 0.003 or 0.3%.  [default: none]")
 @click.option("--outlier-threshold", type=click.FloatRange(0, min_open=True), help="Instead: SpQR's relative threshold.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the calibration windows.")
@@ -77,10 +91,8 @@ def convert_command(
       spqr convert ./llama ./llama-spqr --calibration text.txt --outlier-share 0.3%
       spqr convert ./llama ./llama-spqr --dry-run
     """
-    try:
+    with libraries("convert"):
         from spqr_converters import Calibration, convert, predict
-    except ImportError as error:
-        raise install_hint("convert") from error
     data = None
     if calibration is not None:
         data = Calibration(text=calibration, tokens=tokens, seqlen=context, batch=batch)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .model import device_option, dtype_option, install_hint, load_model, load_tokenizer
+from .model import device_option, dtype_option, libraries, load_model, load_tokenizer
 from .output import plus_minus, print_json, table
 from .progress import progress_bar
 
@@ -14,8 +14,11 @@ from .progress import progress_bar
 @click.command("eval")
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--reference", type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="The original model: adds KL divergence and top-1 agreement.")
+@click.option(
+    "--reference",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The original model: adds KL divergence and top-1 agreement.",
+)
 @click.option("--tokens", type=click.IntRange(2), help="Only the first so many tokens of the text.")
 @click.option("--context", type=click.IntRange(2), help="Window in tokens.  [default: the model's, at most 2048]")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Windows in one forward pass.")
@@ -35,24 +38,25 @@ def eval_command(
     \b
     Example:  spqr eval ./llama-spqr wikitext2_test.txt --reference ./llama
     """
-    try:
+    with libraries("transformers"):
         from spqr_converters.evaluation import context_of, evaluate, read_text, windows_of
-    except ImportError as error:
-        raise install_hint("transformers") from error
     content = read_text(text)
     loaded = load_model(model, device, dtype)
     original = None if reference is None else load_model(reference, device, dtype)
     windows = windows_of(content, load_tokenizer(model), context_of(loaded.config, context), tokens)
     with progress_bar("evaluating", shown=not as_json) as bar:
-        result = evaluate(
-            loaded, windows, reference=original, batch=batch, progress=lambda done, total: bar("", done, total)
-        )
+        result = evaluate(loaded, windows, reference=original, batch=batch, progress=lambda done, total: bar("", done, total))
     if as_json:
         print_json(result.as_dict())
         return
     rows = []
     if result.reference_perplexity and result.kl and result.top1:
-        rows.append(["perplexity of the original", plus_minus(result.reference_perplexity.mean, result.reference_perplexity.error, 3)])
+        rows.append(
+            [
+                "perplexity of the original",
+                plus_minus(result.reference_perplexity.mean, result.reference_perplexity.error, 3),
+            ]
+        )
     rows.append(["perplexity", plus_minus(result.perplexity.mean, result.perplexity.error, 3)])
     if result.kl and result.top1:
         rows.append(["KL to the original, nats a token", plus_minus(result.kl.mean, result.kl.error, 5)])

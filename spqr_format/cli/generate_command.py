@@ -13,8 +13,13 @@ from .model import device_option, dtype_option, load_model, load_tokenizer
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("prompt")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True,
-              help="0 always takes the most likely token.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="0 always takes the most likely token.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
 @device_option
 @dtype_option

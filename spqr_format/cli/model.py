@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,16 @@ import click
 from ..errors import SpqrError
 
 
-def install_hint(extra: str) -> click.ClickException:
-    """What to say where a command's own libraries are not installed."""
-    return click.ClickException(f"this command needs more libraries: pip install 'spqr-format[{extra}]'")
+@contextmanager
+def libraries(extra: str) -> Iterator[None]:
+    """Around imports: a library that is not installed becomes the advice to install the extra that has it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("spqr_"):
+            raise
+        advice = f"this command needs {error.name}: pip install 'spqr-format[{extra}]'"
+        raise click.ClickException(advice) from error
 
 
 def load_model(path: Path, device: str, dtype: str) -> Any:
@@ -21,11 +30,10 @@ def load_model(path: Path, device: str, dtype: str) -> Any:
 
     Raises SpqrError E501 where the folder is no model, and the loader's codes for a broken one.
     """
-    try:
-        import spqr_loaders  # registers the format
+    with libraries("transformers"):
         import torch
-    except ImportError as error:
-        raise install_hint("transformers") from error
+
+        import spqr_loaders  # registers the format
     if not (path / "config.json").is_file():
         raise SpqrError("E501", str(path), "no config.json: not a model folder")
     _quiet()
@@ -52,10 +60,14 @@ def _quiet() -> None:
 
 def device_option(command: Any) -> Any:
     """--device, the same in every command."""
-    return click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")(command)
+    return click.option(
+        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."
+    )(command)
 
 
 def dtype_option(command: Any) -> Any:
     """--dtype, the same in every command."""
     choice = click.Choice(["auto", "float32", "float16", "bfloat16"])
-    return click.option("--dtype", type=choice, default="auto", show_default=True, help="Of activations and dense weights.")(command)
+    return click.option("--dtype", type=choice, default="auto", show_default=True, help="Of activations and dense weights.")(
+        command
+    )

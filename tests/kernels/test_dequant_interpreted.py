@@ -32,6 +32,10 @@ def test_the_portable_kernel_decodes_as_numpy_does():
     tests = os.path.dirname(os.path.dirname(__file__))
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(tests=tests)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", PROGRAM.format(tests=tests)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.stdout.strip() == "equal", done.stderr[-2000:]

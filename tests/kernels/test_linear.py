@@ -5,11 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from spqr_format import SpqrError
 from spqr_kernels import dequantize, linear, reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-SHAPES = [(1, 1), (1, 16), (16, 1), (17, 33), (16, 64), (64, 688), (688, 256), (1376, 512), (512, 1376), (40, 130), (256, 2048)]
+SHAPES = [
+    (1, 1),
+    (1, 16),
+    (16, 1),
+    (17, 33),
+    (16, 64),
+    (64, 688),
+    (688, 256),
+    (1376, 512),
+    (512, 1376),
+    (40, 130),
+    (256, 2048),
+]
 LARGE = [(4096, 4096), (11008, 4096), (4096, 11008)]
 KINDS = [
     {"weight_bits": 3, "statistics": "bilevel"},
