@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import transformers.quantizers.auto as auto
-from spqr_format.metadata import FORMAT_VERSION, QUANT_METHOD, check_config
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from spqr_format.metadata import FORMAT_VERSION, QUANT_METHOD, check_config
 
 RUNTIME = ("dequantize", "outlier_share")  # asked for by a caller, never stored
 
@@ -41,7 +42,7 @@ class SpqrFormatConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **extra: Any,
     ) -> None:
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]  # a str, as transformers allows
         self.format_version = format_version
         self.features = [] if features is None else features
         self.weight_bits = weight_bits
@@ -55,9 +56,7 @@ class SpqrFormatConfig(QuantizationConfigMixin):
         check_config(self.to_dict(), "quantization_config")
 
     @classmethod
-    def from_dict(
-        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The config of a stored section. A required key that is absent is E111 here; `__init__` has defaults."""
         stored = {key: value for key, value in config_dict.items() if key not in RUNTIME}
         check_config(stored, "config.json quantization_config")
@@ -79,4 +78,4 @@ class SpqrFormatConfig(QuantizationConfigMixin):
 
 
 # transformers overrides a stored config's attributes only for the classes of this tuple; it has no registration call.
-auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (SpqrFormatConfig,)
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (SpqrFormatConfig,)  # type: ignore[assignment]

@@ -6,6 +6,8 @@ Outliers differ in number from expert to expert, so quantized experts cannot be 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +18,8 @@ from .names import FUSED
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether this is an experts module of transformers that `SplitExperts` computes alike."""
     fused = all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in FUSED)
-    expected = {
-        "has_gate": True, "is_concatenated": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False,
-    }  # fmt: skip
+    expected = {"has_gate": True, "is_concatenated": True}
+    expected |= dict.fromkeys(("has_bias", "is_transposed", "has_post_expert_norm"), False)
     alike = all(getattr(module, name, value) == value for name, value in expected.items())
     return fused and alike and len(list(module.parameters())) == 2 and hasattr(type(module), "_apply_gate")
 
@@ -29,12 +30,12 @@ class SplitExperts(nn.Module):
     Computes what the fused module computes: for each token the sum of its experts' outputs, weighted by the router.
     """
 
-    def __init__(self, fused: nn.Module, projections: tuple[str, str, str]) -> None:
+    def __init__(self, fused: Any, projections: tuple[str, str, str]) -> None:
         """Dense placeholders on `meta` for the experts of `fused`. projections: their names for gate, up and down."""
         super().__init__()
         self.num_experts, self.hidden, self.intermediate = fused.down_proj.shape
         self.projections = projections
-        self._fused = (fused,)  # in a tuple, so that its parameters are not parameters of this module
+        self._fused: tuple[Any] = (fused,)  # in a tuple, so that its parameters are not parameters of this module
         dtype = fused.down_proj.dtype
         up, down = (self.hidden, self.intermediate), (self.intermediate, self.hidden)
         for index in range(self.num_experts):
@@ -58,7 +59,7 @@ class SplitExperts(nn.Module):
             result.index_add_(0, token, y.to(result.dtype))
         return result
 
-    def fuse(self) -> nn.Module:
+    def fuse(self) -> Any:
         """The fused module with these experts' weights, which must be dense by now."""
         fused = self._fused[0]
         gate, up, down = (

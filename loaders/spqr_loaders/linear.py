@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from spqr_format.errors import SpqrError
 from spqr_format.layout import Layout
 from spqr_format.matrix import SpqrMatrix
 from spqr_kernels import dequantize, linear
-from torch import Tensor, nn
 
 DTYPES = {"I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}  # of TensorSpec
 
@@ -24,6 +25,8 @@ class SpqrLinear(nn.Linear):
     """
 
     layout: Layout | None
+    leaves: tuple[str, ...]
+    _is_hf_initialized: bool
 
     def __init__(
         self,
@@ -50,8 +53,8 @@ class SpqrLinear(nn.Linear):
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = dense.in_features, dense.out_features
         layer.layout = None
-        layer.register_parameter("weight", dense.weight)
-        layer.register_parameter("bias", dense.bias)
+        layer.weight = dense.weight
+        layer.register_parameter("bias", dense.bias)  # type: ignore[arg-type]  # typed as a Tensor, and a Parameter
         return layer
 
     @classmethod
@@ -72,6 +75,7 @@ class SpqrLinear(nn.Linear):
             self.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
         # The stored names, in a tuple: torch.compile then sees a constant.
         self.leaves = tuple(layout.tensors())
+        self._is_hf_initialized = True  # transformers must not try to draw random codes
 
     def reset_parameters(self) -> None:
         """Nothing: packed codes have no random initial value."""
@@ -82,7 +86,7 @@ class SpqrLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in_features], fp16, bf16 or fp32, to [..., out_features] in the same dtype."""
-        return linear(input, self.tensors(), self.layout, self.bias)
+        return linear(input, self.tensors(), self.layout, self.bias)  # type: ignore[arg-type]  # None only while loading
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The dense layer of the same numbers. Raises SpqrError E508 while the tensors are offloaded."""
@@ -103,7 +107,8 @@ class SpqrLinear(nn.Linear):
         size = self.layout
         outliers = f", outliers={size.outliers}" if size.outliers else ""
         permuted = ", permuted" if size.permuted else ""
-        return f"{shape}, weight_bits={size.weight_bits}, group_size={size.group_size}, {size.statistics}{outliers}{permuted}"
+        bits = f"weight_bits={size.weight_bits}, group_size={size.group_size}"
+        return f"{shape}, {bits}, {size.statistics}{outliers}{permuted}"
 
 
 def torch_tensors(matrix: SpqrMatrix) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ tells a quantizer nothing of it. This file asks the same functions as its loader
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class Names:
         converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self.converters = [c for c in converters if not (split_experts and is_expert_converter(c))]
 
-    def in_model(self, key: str, state: Mapping[str, Any]) -> tuple[list[str], bool]:
+    def in_model(self, key: str, state: dict[str, Any]) -> tuple[list[str], bool]:
         """The model's names of what the stored tensor `key` becomes, and whether it gets there unchanged.
 
         `state` holds the model's names; a name that is not in it means that the model has no place for the tensor.

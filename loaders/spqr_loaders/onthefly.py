@@ -7,12 +7,13 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from spqr_format.errors import SpqrError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging
+
+from spqr_format.errors import SpqrError
 
 from .config import SpqrFormatConfig
 from .linear import SpqrLinear, torch_tensors
@@ -28,8 +29,8 @@ logger = logging.get_logger(__name__)
 def plan(model: PreTrainedModel, config: SpqrFormatConfig, files: list[str]) -> bool:
     """Puts a waiting SpqrLinear in the place of each linear layer that is to be quantized.
 
-    Returns whether experts were split. Raises SpqrError E505 where the quantizer is not installed and E504 where nothing
-    is left to quantize.
+    Returns whether experts were split. Raises SpqrError E505 where the quantizer is not installed and E504 where
+    nothing is left to quantize.
     """
     converter()
     skip = config.modules_to_not_convert
@@ -37,7 +38,8 @@ def plan(model: PreTrainedModel, config: SpqrFormatConfig, files: list[str]) -> 
         # Not transformers' get_modules_to_not_convert: its fp32 entries are patterns for parameters, not modules.
         skip = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
     split = _stores_single_experts(files) and bool(split_experts(model))
-    if not split and any(getattr(parameter, "ndim", 0) == 3 and ".experts." in name for name, parameter in model.named_parameters()):
+    fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and ".experts." in name]
+    if fused:
         logger.warning("The checkpoint stores experts fused; they stay dense. Use `spqr convert` to quantize them.")
     chosen = [(name, dense) for name, dense in linears(model) if not any(matches(name, pattern) for pattern in skip)]
     if not chosen:
@@ -53,10 +55,13 @@ class QuantizeWeight(ConversionOps):
     def __init__(self, quantizer: SpqrFormatQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(
+    def convert(  # type: ignore[override]  # called with these keywords by every version
         self, input_dict: dict[str, Any], model: PreTrainedModel | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """{"M.weight": dense} to {"M.<leaf>": packed}. A failure is kept for later: transformers would swallow its code."""
+        """{"M.weight": dense} to {"M.<leaf>": packed}.
+
+        A failure is kept for later: transformers would turn it into a RuntimeError that has lost the code.
+        """
         ((name, value),) = input_dict.items()
         weight: Tensor = value[0] if isinstance(value, list) else value
         module = name.removesuffix(".weight")
@@ -86,7 +91,6 @@ class QuantizeWeight(ConversionOps):
             return {}
         # Exact placeholders, so that 5.23 finds the shapes that it compares with.
         layer.shape_as(matrix.layout, "meta")
-        layer._is_hf_initialized = True
         return {f"{module}.{leaf}": tensor.to(weight.device) for leaf, tensor in torch_tensors(matrix).items()}
 
 
@@ -106,6 +110,7 @@ def _stores_single_experts(files: list[str]) -> bool:
     for file in files:
         if str(file).endswith(".safetensors"):
             with safe_open(file, "pt") as shard:
-                if any(re.search(r"\.experts\.\d+\.", key) for key in shard.keys()):
+                names = shard.keys()
+                if any(re.search(r"\.experts\.\d+\.", name) for name in names):
                     return True
     return False

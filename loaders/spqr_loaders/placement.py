@@ -10,11 +10,12 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from spqr_format.errors import SpqrError
 from spqr_format.metadata import features_of
 from spqr_format.reader import Checkpoint
-from torch import nn
-from transformers import PreTrainedModel
 
 from .config import SpqrFormatConfig
 from .experts import SplitExperts, is_fused_experts
@@ -51,7 +52,6 @@ def place(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
             raise SpqrError("E508", hub, f"quantized, but {target} {what}")
         layer = SpqrLinear(layout, device="meta")
         layer.bias = dense.bias
-        layer._is_hf_initialized = True  # transformers must not try to draw random codes
         model.set_submodule(name, layer)
         placed[name] = hub
     check_fit(model, names, checkpoint, placed)
@@ -97,9 +97,7 @@ def check_missing(model: PreTrainedModel, loaded: Collection[str], what: str) ->
     missing = [
         name
         for name, _ in model.named_parameters(remove_duplicate=False)
-        if name not in loaded
-        and partners.get(name) not in loaded
-        and not any(pattern.search(name) for pattern in ignored)
+        if name not in loaded and partners.get(name) not in loaded and not any(pattern.search(name) for pattern in ignored)
     ]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -127,7 +125,7 @@ def _tied(model: PreTrainedModel) -> set[str]:
 
 
 def _may_be_left(model: PreTrainedModel, hub: str, name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a quantized module without a place is expected: a head of a base model, or what the model says it drops."""
+    """Whether a quantized module without a place is expected: a base model's head, or what the model says it drops."""
     patterns = model._keys_to_ignore_on_load_unexpected or ()
     if any(re.search(pattern, f"{key}.weight") for pattern in patterns for key in (hub, name)):
         return True

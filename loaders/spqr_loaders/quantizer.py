@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from spqr_format.errors import SpqrError
-from spqr_format.metadata import FORMAT_VERSION, QUANT_METHOD, ShardMetadata, features_of
-from spqr_format.payload import check_payload
-from spqr_format.reader import Checkpoint
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils import logging
+
+from spqr_format.errors import SpqrError
+from spqr_format.metadata import FORMAT_VERSION, QUANT_METHOD, ShardMetadata, features_of
+from spqr_format.payload import check_payload
+from spqr_format.reader import Checkpoint
 
 from .config import SpqrFormatConfig
 from .experts import SplitExperts
@@ -71,7 +72,7 @@ class SpqrFormatQuantizer(HfQuantizer):
             self.split = plan(model, self.quantization_config, self.files)
             return
         if not self.files:
-            raise SpqrError("E508", "state_dict", "a quantized model is read from its files; pass a folder or a repository")
+            raise SpqrError("E508", "state_dict", "a quantized model is read from its files; pass their folder")
         with Checkpoint.from_files(self.files) as checkpoint:
             check_agreement(self.quantization_config, checkpoint)
             self.placed = place(model, checkpoint)
@@ -123,7 +124,7 @@ class SpqrFormatQuantizer(HfQuantizer):
     def _check_loaded(self, model: PreTrainedModel, layers: dict[str, SpqrLinear]) -> None:
         """Every tensor is what the checkpoint holds and keeps the rules E2xx and E3xx, before a kernel sees it.
 
-        Raises SpqrError E107, E109, E110, E2xx, E3xx for packed tensors and E508 for dense parameters that were not read.
+        Raises SpqrError E107, E109, E110, E2xx, E3xx for packed tensors, E508 for dense parameters that were not read.
         """
         offloaded: dict[str, SpqrLinear] = {}
         for name, layer in layers.items():
@@ -194,11 +195,12 @@ class SpqrFormatQuantizer(HfQuantizer):
         hubs = hub_names(model, layers)
         layouts = {hubs[name]: layer.layout for name, layer in layers.items() if layer.layout is not None}
         hashes: dict[str, str] = {}
-        if len(layers) <= HASHED_MODULES and not any(p.is_meta for layer in layers.values() for p in layer.parameters()):
+        offloaded = any(parameter.is_meta for layer in layers.values() for parameter in layer.parameters())
+        if len(layers) <= HASHED_MODULES and not offloaded:
             for name, layer in layers.items():
                 for leaf, tensor in layer.tensors().items():
                     data = np.ascontiguousarray(tensor.detach().cpu().numpy())
-                    hashes[f"{hubs[name]}.{leaf}"] = hashlib.sha256(data).hexdigest()
+                    hashes[f"{hubs[name]}.{leaf}"] = hashlib.sha256(data.data).hexdigest()
         metadata = ShardMetadata.of(layouts, hashes)
         # The folder's config.json is written after this call, from this very object.
         self.quantization_config.features = metadata.features
@@ -207,15 +209,15 @@ class SpqrFormatQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Dense layers in place of packed ones. transformers may pass a dtype by its name."""
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype.removeprefix("torch."))
+        chosen: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
         for name, layer in spqr_layers(model).items():
-            replace(model, name, layer.dequantize(dtype or torch.get_default_dtype()))
+            replace(model, name, layer.dequantize(chosen))
         for name, module in list(model.named_modules()):
             if isinstance(module, SplitExperts):
                 replace(model, name, module.fuse())
         if self.dropped_conversions:  # from now on, saving has to split the experts again
-            model._weight_conversions = [*self.dropped_conversions, *(getattr(model, "_weight_conversions", None) or [])]
+            used: list[Any] = getattr(model, "_weight_conversions", None) or []
+            model._weight_conversions = [*used, *self.dropped_conversions]  # type: ignore[assignment]
             self.dropped_conversions = []
         return model
 
@@ -232,8 +234,8 @@ class SpqrFormatQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Forward neither waits for the device nor depends on values."""
-        return True
+        """Whether forward neither waits for the device nor branches on values; single experts do both."""
+        return not self.split
 
 
 def spqr_layers(model: nn.Module) -> dict[str, SpqrLinear]:

@@ -1,9 +1,10 @@
-"""Quantized checkpoints for the loader's tests, written by the format's own writer, and their numbers by plain numpy."""
+"""Quantized checkpoints for the loader's tests, from the format's own writer, and their numbers by plain numpy."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from spqr_format.layout import Layout
 from spqr_format.matrix import SpqrMatrix
 from spqr_format.writer import CheckpointWriter
@@ -108,7 +110,7 @@ def write(
     return Quantized(folder, matrices, state)
 
 
-def write_model(folder: Path, model: Any, how: How, skip: str = "lm_head") -> Quantized:
+def write_model(folder: Path, model: Any, how: How, also: str = "_proj") -> Quantized:
     """Saves `model` by transformers, under its hub names, and writes those names again with every linear quantized."""
     model.save_pretrained(folder / "dense")
     state = load_file(folder / "dense" / "model.safetensors")
@@ -116,9 +118,18 @@ def write_model(folder: Path, model: Any, how: How, skip: str = "lm_head") -> Qu
     modules = {
         name.removesuffix(".weight"): how
         for name, tensor in state.items()
-        if name.endswith("proj.weight") and tensor.ndim == 2 and skip not in name
+        if name.endswith(("_proj.weight", f"{also}.weight")) and tensor.ndim == 2
     }
     return write(folder / "spqr", config, state, modules)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices here are small: waiting for other threads would take longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
 import spqr_kernels
 import spqr_loaders
-import torch
 from spqr_format.errors import SpqrError
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from .conftest import Quantized
+from .conftest import How, Quantized, write_model
 
 MODULE = "model.layers.1.self_attn.q_proj"  # bilevel, with outliers, inside the second shard or later
 
@@ -195,7 +196,7 @@ def test_broken_payload_is_refused_where_it_is_offloaded_or_dequantized(copied: 
 @pytest.mark.parametrize("name", ["model.layers.2.input_layernorm.weight", "model.embed_tokens.weight"])
 def test_missing_dense_tensor(copied: Path, name: str) -> None:
     without(copied, name)
-    with pytest.raises(SpqrError, match="E508.*random") as error:
+    with pytest.raises(SpqrError, match=r"E508.*random") as error:
         AutoModelForCausalLM.from_pretrained(copied)
     assert error.value.where == name
 
@@ -207,6 +208,20 @@ def test_dense_tensor_of_another_shape(copied: Path) -> None:
     join(path, header, data)
     with pytest.raises(SpqrError, match=r"E508 model.norm.weight.*\[1, 256\].*\[256\]"):
         AutoModelForCausalLM.from_pretrained(copied)
+
+
+def test_bias_that_is_not_finite(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, attention_bias=True))
+    quantized = write_model(tmp_path, model, How())
+    name = "model.layers.0.self_attn.q_proj.bias"
+    path = quantized.folder / "model.safetensors"
+    header, data = split(path)
+    begin, end = header[name]["data_offsets"]
+    path.write_bytes(path.read_bytes()[: -len(data)] + data[:begin] + b"\xff" * (end - begin) + data[end:])
+    with pytest.raises(SpqrError, match=f"E204 {name}"):
+        AutoModelForCausalLM.from_pretrained(quantized.folder)
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import spqr_loaders
 import torch
-from spqr_format.errors import SpqrError
-from spqr_loaders import SpqrLinear
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -20,11 +19,17 @@ from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+import spqr_loaders
+from spqr_format.errors import SpqrError
+from spqr_format.reader import Checkpoint
+from spqr_loaders import SpqrLinear
 
 from .conftest import TINY, How, Quantized, write_model
 
@@ -66,7 +71,7 @@ def test_greedy_text_equals_that_of_the_dequantized_model(tiny, loaded):
     batch = tokenizer(["The history of the town begins", "In the winter of that year"], return_tensors="pt", padding=True)
     batch.pop("token_type_ids", None)
     reference = dense_of(tiny)
-    kwargs = {"max_new_tokens": 16, "do_sample": False}
+    kwargs = {"max_new_tokens": 32, "do_sample": False}
     with torch.no_grad():
         assert torch.equal(loaded.generate(**batch, **kwargs), reference.generate(**batch, **kwargs))
         assert torch.equal(loaded(IDS).logits, reference(IDS).logits)
@@ -106,11 +111,22 @@ def test_disk_offload_reads_the_shards_in_place(tiny, loaded, tmp_path):
         tiny.folder, dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "offload"
     )
     assert torch.equal(model(IDS).logits, loaded(IDS).logits)
-    with pytest.raises(SpqrError, match="E508.*offloaded"):
+    with pytest.raises(SpqrError, match=r"E508.*offloaded"):
         model.dequantize()
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
     assert torch.equal(again(IDS).logits, loaded(IDS).logits)
+
+
+def test_config_without_a_dtype(tiny, copied):
+    """transformers then takes the dtype of the first floating tensor in the first shard; here there is none."""
+    path = copied / "config.json"
+    config = json.loads(path.read_text())
+    del config["dtype"]
+    path.write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(copied)
+    assert model.dtype.is_floating_point
+    assert model(IDS).logits.isfinite().all()
 
 
 def test_compiles_to_one_graph(loaded):
@@ -163,12 +179,47 @@ def test_biases_stay_dense(tmp_path):
     assert torch.equal(loaded(ids).logits, dense_of(quantized, tmp_path / "dense")(ids).logits)
 
 
+def small_llama(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, **changes))
+
+
+def test_a_quantized_head(tmp_path):
+    quantized = write_model(tmp_path, small_llama(), How(share=0.01), also="lm_head")
+    model = AutoModelForCausalLM.from_pretrained(quantized.folder)
+    ids = torch.tensor([[1, 2, 3, 60]])
+    assert isinstance(model.lm_head, SpqrLinear)
+    assert torch.equal(model(ids).logits, dense_of(quantized, tmp_path / "dense")(ids).logits)
+    base = AutoModel.from_pretrained(quantized.folder)
+    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    path = quantized.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    with pytest.raises(SpqrError, match=r"E508 lm_head: .*tie_word_embeddings"):
+        AutoModelForCausalLM.from_pretrained(quantized.folder)
+
+
+def test_a_base_model_grows_its_head(tmp_path):
+    """A base model is stored without the prefix of its place in a larger one."""
+    quantized = write_model(tmp_path, small_llama(tie_word_embeddings=True), How())
+    base = AutoModel.from_pretrained(quantized.folder)
+    base.save_pretrained(tmp_path / "base")
+    assert "layers.0.mlp.up_proj" in Checkpoint.open(tmp_path / "base").modules
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    ids = torch.tensor([[1, 2, 3, 60]])
+    assert torch.equal(model(ids).logits, dense_of(quantized, tmp_path / "dense")(ids).logits)
+
+
+def test_copies_of_a_model(loaded):
+    again = copy.deepcopy(loaded)
+    assert torch.equal(again(IDS).logits, loaded(IDS).logits)
+    assert pickle.loads(pickle.dumps(layers(loaded)["model.layers.0.mlp.up_proj"])).layout.weight_bits == 3
+
+
 def test_renamed_modules_of_a_vision_model(tmp_path):
     """Llava stores `language_model.model.layers`, and its modules are `model.language_model.layers`."""
     torch.manual_seed(0)
-    text = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
-    )
+    text = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )
@@ -179,8 +230,6 @@ def test_renamed_modules_of_a_vision_model(tmp_path):
     assert "model.language_model.layers.0.mlp.up_proj" in layers(loaded)
     assert len(layers(loaded)) == len(quantized.matrices)
     loaded.save_pretrained(tmp_path / "again")
-    from spqr_format.reader import Checkpoint
-
     with Checkpoint.open(tmp_path / "again") as again:
         assert again.modules == {name: matrix.layout for name, matrix in quantized.matrices.items()}
     ids = torch.tensor([[1, 2, 3, 60]])

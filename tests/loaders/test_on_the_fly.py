@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
 from spqr_converters.datafree import quantize
 from spqr_converters.options import SolverOptions
 from spqr_format.errors import SpqrError
 from spqr_format.validate import validate
 from spqr_loaders import SpqrFormatConfig
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from .test_load import layers
 
@@ -26,11 +27,11 @@ IDS = torch.tensor([[1, 2, 3, 60]])
 def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=request.param, attention_bias=True,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("dense")
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="50KB")
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="20KB")
     return folder
 
 
@@ -40,7 +41,7 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "asked",
-    [{}, {"weight_bits": 4, "group_size": 32, "statistics": "direct"}, {"outlier_share": 0.01}],
+    [{}, {"weight_bits": 4, "group_size": 16, "statistics": "direct"}, {"outlier_share": 0.01}],
     ids=["default", "direct", "outliers"],
 )
 def test_equals_the_converter(dense: Path, tmp_path: Path, asked: dict[str, Any]) -> None:
@@ -55,7 +56,7 @@ def test_equals_the_converter(dense: Path, tmp_path: Path, asked: dict[str, Any]
             assert torch.equal(getattr(layer, leaf), torch.from_numpy(array)), (name, leaf)
         assert torch.equal(layer.dequantize().weight, torch.from_numpy(expected.dequantize()))
     logits = model(IDS).logits
-    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    model.save_pretrained(tmp_path, max_shard_size="15KB")
     report = validate(tmp_path, deep=True)
     assert report.ok, report.findings
     section = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -65,8 +66,9 @@ def test_equals_the_converter(dense: Path, tmp_path: Path, asked: dict[str, Any]
     assert torch.equal(again(IDS).logits, logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("device_map", [None, "auto", {"": "cpu"}])
+@pytest.mark.parametrize(
+    ("dtype", "device_map"), [(torch.float16, None), (torch.bfloat16, "auto"), (torch.bfloat16, {"": "cpu"})]
+)
 def test_half_precision_and_device_maps(dense: Path, dtype: torch.dtype, device_map: Any) -> None:
     """Before 5.23 transformers casts to the placeholder's dtype first: were it an integer, all codes would be 0."""
     model = AutoModelForCausalLM.from_pretrained(
@@ -128,5 +130,5 @@ def test_without_the_converter(dense: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(SpqrError, match="E505.*spqr_converters"):
+    with pytest.raises(SpqrError, match=r"E505.*spqr_converters"):
         LlamaForCausalLM.from_pretrained(dense, quantization_config=SpqrFormatConfig())

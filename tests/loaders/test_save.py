@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
 from spqr_format.errors import SpqrError
 from spqr_format.reader import Checkpoint
 from spqr_format.validate import validate
 from spqr_loaders import SpqrFormatConfig
-from transformers import AutoModelForCausalLM
 
 from .conftest import Quantized
 from .test_broken import split
