@@ -98,9 +98,9 @@ class Checkpoint:
                 settings = _read_config(path)
             files, weight_map = find_shards(path)
             checkpoint._add_files(files)
+            checkpoint._check_modules()
             if weight_map is not None:
                 checkpoint._check_index(path, weight_map)
-            checkpoint._check_modules()
             if settings is not None:
                 checkpoint._check_config(settings)
         except BaseException:
@@ -128,9 +128,7 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def info(self, name: str) -> TensorInfo:
@@ -182,9 +180,7 @@ class Checkpoint:
             self._merge(path, metadata, owner)
             for name, digest in metadata.sha256.items():
                 if self.sha256.setdefault(name, digest) != digest:
-                    raise SpqrError(
-                        "E106", f"{path.name} {name}", f"its sha256 differs from that in {hash_owner[name].name}"
-                    )
+                    raise SpqrError("E106", f"{path.name} {name}", f"its sha256 differs from that in {hash_owner[name].name}")
                 hash_owner.setdefault(name, path)
             for name in header.tensors:
                 if name in self.place:
@@ -222,13 +218,9 @@ class Checkpoint:
         for name in self.dense:
             module, _, leaf = name.rpartition(".")
             if module in self.modules and leaf != "bias":
-                raise SpqrError(
-                    "E108", f"{self.place[name].name} {short(name)}", f"the entry of {module} has no {short(leaf)}"
-                )
+                raise SpqrError("E108", f"{self.place[name].name} {short(name)}", f"the entry of {module} has no {short(leaf)}")
             if leaf in OWN_LEAVES:
-                raise SpqrError(
-                    "E108", f"{self.place[name].name} {short(name)}", "spqr_modules has no entry for its module"
-                )
+                raise SpqrError("E108", f"{self.place[name].name} {short(name)}", "spqr_modules has no entry for its module")
         for module in self.modules:
             self._check_listed(module)
 
@@ -250,9 +242,7 @@ class Checkpoint:
         for name, file in weight_map.items():
             if self.place.get(name) != folder / file:
                 found = self.place[name].name if name in self.place else "no shard"
-                raise SpqrError(
-                    "E403", f"{INDEX} {short(name)}", f"the index says {file}, the tensor stands in {found}"
-                )
+                raise SpqrError("E403", f"{INDEX} {short(name)}", f"the index says {file}, the tensor stands in {found}")
         for name, path in self.place.items():
             if name not in weight_map:
                 raise SpqrError("E403", f"{path.name} {short(name)}", "the index does not list this tensor")
@@ -260,9 +250,7 @@ class Checkpoint:
     def _check_config(self, config: dict[str, Any]) -> None:
         section, where = config["quantization_config"], f"{CONFIG} quantization_config"
         if section["format_version"] != self.version:
-            raise SpqrError(
-                "E105", where, f"format_version {section['format_version']}, the shards have {self.version}"
-            )
+            raise SpqrError("E105", where, f"format_version {section['format_version']}, the shards have {self.version}")
         used = features_of(self.modules.values())
         if set(section["features"]) != set(used):
             raise SpqrError("E105", where, f"features {section['features']}, the shards use {used}")
@@ -323,8 +311,8 @@ def _check_inside(folder: Path, name: str) -> None:
         raise SpqrError("E405", INDEX, f"{short(name)} is not the name of a file in this folder")
     if not name.endswith(".safetensors"):
         raise SpqrError("E401", INDEX, f"{short(name)} does not end in .safetensors")
-    home = folder.resolve()
-    target = (folder / name).resolve()
+    home = Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(folder / name))  # Path.resolve raises RuntimeError on a loop
     roots = [home]
     if home.parent.name == "snapshots":
         roots.append(home.parent.parent / "blobs")

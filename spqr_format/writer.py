@@ -37,9 +37,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-def serialize(
-    tensors: Mapping[str, tuple[str, Array]], metadata: Mapping[str, str], *, hash_header: bool = True
-) -> bytes:
+def serialize(tensors: Mapping[str, tuple[str, Array]], metadata: Mapping[str, str], *, hash_header: bool = True) -> bytes:
     """The 8 + N header bytes of a safetensors file with these tensors (name -> dtype, array), in `file_order`."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     if hash_header:
@@ -147,7 +145,11 @@ class CheckpointWriter:
         packed: dict[str, Array] = matrix.pack()
         check_payload(matrix.layout, packed, module)
         specs = matrix.layout.tensors()
-        tensors = {f"{module}.{leaf}": (specs[leaf].dtype, array) for leaf, array in packed.items()}
+        # `pack` returns views of the caller's statistics and permutation, which may change before the shard is written.
+        tensors = {
+            f"{module}.{leaf}": (specs[leaf].dtype, array if leaf == "weight" else array.copy())
+            for leaf, array in packed.items()
+        }
         if bias is not None:
             tensors[f"{module}.bias"] = self._bias(module, matrix.layout, *stored(bias))
         if module in self._dense_parents:
@@ -166,7 +168,7 @@ class CheckpointWriter:
             raise SpqrError("E108", name, f"{leaf} is a name of quantized modules")
         for error in not_finite_dense(InMemory(raw[1]), raw[0], name):
             raise error
-        self._add({name: raw}, {})
+        self._add({name: (raw[0], raw[1].copy())}, {})
         if leaf != "bias":
             self._dense_parents.setdefault(module, name)
 
@@ -178,7 +180,7 @@ class CheckpointWriter:
             raise SpqrError("E110", f"{module}.bias", f"shape {array.shape}, expected {(layout.out_features,)}")
         for error in not_finite_dense(InMemory(array), dtype, f"{module}.bias"):
             raise error
-        return dtype, array
+        return dtype, array.copy()
 
     def _add(self, tensors: dict[str, tuple[str, Array]], modules: dict[str, Layout]) -> None:
         if self._done:
@@ -256,9 +258,7 @@ class CheckpointWriter:
         self._rename(self.folder / (name + PARTIAL), target)
         self._sync_folder()
 
-    def finish(
-        self, extra_files: Mapping[str, bytes | str | os.PathLike[str]] | Iterable[str | os.PathLike[str]] = ()
-    ) -> None:
+    def finish(self, extra_files: Mapping[str, bytes | str | os.PathLike[str]] | Iterable[str | os.PathLike[str]] = ()) -> None:
         """Completes the checkpoint. `extra_files`: paths to copy under their own names, or name -> bytes or path."""
         if self._done:
             raise RuntimeError("this writer is finished")
@@ -302,9 +302,7 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
             self.abort()
 

@@ -35,8 +35,7 @@ def verdict(tmp_path: Path) -> Callable[[bytes], str | None]:
                     assert weight.shape == (layout.out_features, layout.in_features)
                     assert np.isfinite(weight).all()
         except SpqrError as error:
-            assert len(str(error)) < 3000
-            return error.code
+            return error.code if len(str(error)) < 3000 else "an error message of absurd length"
         return None
 
     return judge

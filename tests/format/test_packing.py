@@ -92,8 +92,8 @@ def check_round_trip(matrix: SpqrMatrix) -> None:
     assert np.array_equal(reference_decoder.decode(raw, layout.as_dict(), "m").view(np.uint32), weight.view(np.uint32))
 
 
-@given(shape=shapes, bits=st.sampled_from([2, 3, 4]), group=st.sampled_from([16, 32, 64, 128]), share=st.sampled_from([0, 0.1, 1]),
-       statistics=st.sampled_from(["bilevel", "direct"]), permuted=st.booleans(), seed=st.integers(0, 2**32))  # fmt: skip
+@given(shape=shapes, bits=st.sampled_from([2, 3, 4]), group=st.sampled_from([16, 32, 64, 128]),
+       share=st.sampled_from([0, 0.1, 1]), statistics=st.sampled_from(["bilevel", "direct"]), permuted=st.booleans(), seed=st.integers(0, 2**32))  # fmt: skip
 @settings(max_examples=400, deadline=None)
 def test_the_decoder_agrees_to_the_bit(random_matrix, shape, bits, group, share, statistics, permuted, seed):
     check_round_trip(random_matrix(*shape, weight_bits=bits, group_size=group, statistics=statistics,

@@ -62,9 +62,7 @@ def test_worked_examples(page):
 
 
 def test_worked_numbers_of_the_decoding(page):
-    pattern = (
-        r"ss = (\S+) \((\w+)\), sz = (\S+) \((\w+)\), zs = (\S+) \((\w+)\), zz = (\S+) \((\w+)\), sq = (\d), zq = (\d)"
-    )
+    pattern = r"ss = (\S+) \((\w+)\), sz = (\S+) \((\w+)\), zs = (\S+) \((\w+)\), zz = (\S+) \((\w+)\), sq = (\d), zq = (\d)"
     found = re.search(pattern, page)
     assert found is not None
     numbers = [np.float16(found[k]) for k in (1, 3, 5, 7)]
@@ -98,9 +96,7 @@ def test_dtypes_features_and_version(page):
     listed = re.search(r"### 6.2 dtypes\n(.+?)\. Any other", page, re.DOTALL)
     assert listed is not None
     assert set(listed[1].split()) == set(header.DTYPE_BYTES)
-    assert (
-        tuple(re.findall(r"^\| `(\w+)` \| (?:statistics|outliers|permuted) ", page, re.MULTILINE)) == metadata.FEATURES
-    )
+    assert tuple(re.findall(r"^\| `(\w+)` \| (?:statistics|outliers|permuted) ", page, re.MULTILINE)) == metadata.FEATURES
     assert page.startswith(f"# SpQR checkpoint format {metadata.FORMAT_VERSION}\n")
 
 
