@@ -67,6 +67,7 @@ class SpqrFormatQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        refuse_sharding(model)
         self.files = list(checkpoint_files or [])
         if not self.pre_quantized:
             self.split = plan(model, self.quantization_config, self.files)
@@ -236,6 +237,15 @@ class SpqrFormatQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether forward neither waits for the device nor branches on values; single experts do both."""
         return not self.split
+
+
+def refuse_sharding(model: PreTrainedModel) -> None:
+    """Raises SpqrError E508 where the model is to be cut over devices: a CSR must not be cut as a dense tensor is."""
+    distributed = getattr(model.config, "distributed_config", None)
+    for name in ("tp_size", "pp_size", "ep_size", "fsdp_size"):
+        size = getattr(distributed, name, None) or 1
+        if size > 1:
+            raise SpqrError("E508", "distributed_config", f"{name} = {size}; SpQR models cannot be sharded here yet")
 
 
 def spqr_layers(model: nn.Module) -> dict[str, SpqrLinear]:

@@ -129,6 +129,15 @@ def test_config_without_a_dtype(tiny, copied):
     assert model(IDS).logits.isfinite().all()
 
 
+def test_sharding_is_refused(tiny, loaded):
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    config = copy.deepcopy(loaded.config)
+    config.distributed_config = DistributedConfig(tp_size=2)
+    with pytest.raises(SpqrError, match="E508 distributed_config: tp_size = 2"):
+        AutoModelForCausalLM.from_pretrained(tiny.folder, config=config)
+
+
 def test_compiles_to_one_graph(loaded):
     torch._dynamo.reset()
     compiled = torch.compile(loaded, backend="aot_eager", fullgraph=True)

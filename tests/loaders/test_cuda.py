@@ -1,0 +1,56 @@
+"""The same on a GPU: what is loaded computes what it is, and generates through CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from spqr_format.errors import SpqrError
+from spqr_loaders import SpqrFormatConfig
+
+from .test_broken import column_out_of_range
+from .test_load import IDS, layers
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_loaded_on_the_gpu(tiny, dtype):
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=dtype, device_map="cuda")
+    runtime = SpqrFormatConfig(dequantize=True)
+    dense = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=dtype, device_map="cuda", quantization_config=runtime)
+    for name, layer in layers(model).items():
+        assert layer.weight.is_cuda
+        expected = tiny.dense[f"{name}.weight"].to(dtype)
+        assert torch.equal(dense.get_submodule(name).weight.cpu(), expected), name
+    ids = IDS.cuda()
+    with torch.no_grad():
+        error = (model(ids).logits - dense(ids).logits).float().norm() / dense(ids).logits.float().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 3e-2)
+    if dtype == torch.float32:
+        kwargs = {"max_new_tokens": 32, "do_sample": False}
+        assert torch.equal(model.generate(ids, **kwargs), dense.generate(ids, **kwargs))
+
+
+def test_static_cache_compiles(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float16, device_map="cuda")
+    kwargs = {"max_new_tokens": 24, "do_sample": False}
+    eager = model.generate(IDS.cuda(), **kwargs)
+    compiled = model.generate(IDS.cuda(), cache_implementation="static", **kwargs)
+    # Half precision may tie: the first tokens must agree, and nothing may be garbage after that.
+    assert torch.equal(eager[:, : IDS.shape[1] + 4], compiled[:, : IDS.shape[1] + 4])
+
+
+def test_broken_payload_never_reaches_the_gpu_kernels(copied):
+    column_out_of_range(copied)
+    with pytest.raises(SpqrError, match="E304"):
+        AutoModelForCausalLM.from_pretrained(copied, device_map="cuda")
+    assert torch.ones(3, device="cuda").sum() == 3  # no illegal access has happened
+
+
+def test_quantized_while_loading_on_the_gpu(tiny_llama):
+    config = SpqrFormatConfig(weight_bits=4, outlier_share=0.001)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16, device_map="cuda", quantization_config=config)
+    assert all(layer.weight.is_cuda for layer in layers(model).values())
+    assert model(IDS.cuda()).logits.isfinite().all()
