@@ -142,9 +142,7 @@ class File:
         self.metadata["spqr_sha256"] = {name: hashlib.sha256(self.raw(name)).hexdigest() for name in self.entries}
 
     def header(self) -> bytes:
-        strings = {
-            k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for k, v in self.metadata.items()
-        }
+        strings = {k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for k, v in self.metadata.items()}
         if self.hash_header:
             strings["spqr_header_sha256"] = "0" * 64
         raw = json.dumps({"__metadata__": strings, **self.entries}, separators=(",", ":")).encode()
@@ -172,9 +170,7 @@ def file(*matrices: tuple[str, SpqrMatrix], dense: bool = False, bias: str | Non
         if bias is not None:
             numbers = Random(7).array((m.layout.out_features,), 100, "f4")
             array = (
-                numbers.astype({"F16": "f2", "F32": "f4"}[bias])
-                if bias != "BF16"
-                else (numbers.view("u4") >> 16).astype("u2")
+                numbers.astype({"F16": "f2", "F32": "f4"}[bias]) if bias != "BF16" else (numbers.view("u4") >> 16).astype("u2")
             )
             result.add(f"{name}.bias", bias, array)
     if dense:
@@ -234,9 +230,7 @@ def sharded(one: File | None = None, two: File | None = None, cfg: Any = None, i
     weight_map = {name: NAMES[0] for name in one.entries} | {name: NAMES[1] for name in two.entries}
     return {
         "config.json": cfg if isinstance(cfg, bytes) else as_json(cfg or config(a, b)),
-        "model.safetensors.index.json": index
-        if isinstance(index, bytes)
-        else as_json({"weight_map": index or weight_map}),
+        "model.safetensors.index.json": index if isinstance(index, bytes) else as_json({"weight_map": index or weight_map}),
         NAMES[0]: one.bytes(),
         NAMES[1]: two.bytes(),
     }
@@ -369,6 +363,8 @@ def malformed() -> None:
     for name, size in {"empty": 0, "seven_bytes": 7, "no_header": 8, "half_header": 8 + n // 2, "header_minus_one": 7 + n,
                        "no_data": 8 + n, "half_data": 8 + n + 300, "minus_one": len(whole) - 1}.items():  # fmt: skip
         bad("E001", name, f"the first {size} bytes of base", whole[:size])
+    cut = changed(lambda f: f.add("ids", "U8", np.arange(9, dtype="u1")))
+    bad("E001", "cut_in_integers", "cut in a tensor that no payload rule looks at", cut.bytes()[:-1])
     for name, size in {"zero": 0, "one": 1, "over_limit": 100_000_001, "two_31": 2**31, "two_32": 2**32, "two_63": 2**63,
                        "two_64": 2**64 - 1}.items():  # fmt: skip
         bad("E002", name, f"N = {size}", struct.pack("<Q", size) + whole[8:])
@@ -700,12 +696,12 @@ def invalid_structure() -> None:
     alone = single()
     del alone["config.json"]
     bad("E111", "missing", "no config.json", alone, "single")
-    for name, text in {"not_json": b"{", "list": b"[]", "no_section": b'{"model_type":"llama"}', "section_list": b'{"quantization_config":[]}',
+    for name, text in {"not_json": b"{", "list": b"[]", "no_section": b'{"model_type":"llama"}', "text": b'"quantization_config"', "section_list": b'{"quantization_config":[]}',
                        "section_null": b'{"quantization_config":null}', "empty": b"", "twice": b'{"quantization_config":{},"quantization_config":{}}',
                        "not_utf8": b'{"x":"\xff"}', "nan": b'{"x":NaN}'}.items():  # fmt: skip
         bad("E111", name, f"config.json is {text!r}", single(text), "single")
     for name, values in {
-        "no_method": {"quant_method": None}, "other_method": {"quant_method": "spqr"}, "no_version": {"format_version": None},
+        "no_method": {"quant_method": None}, "other_method": {"quant_method": "spqr"}, "other_method_and_version": {"quant_method": "gptq", "format_version": "2.0"}, "no_version": {"format_version": None},
         "version_number": {"format_version": 1.0}, "version_text": {"format_version": "1"}, "no_features": {"features": None},
         "features_text": {"features": "bilevel"}, "features_twice": {"features": ["bilevel", "bilevel"]}, "no_bits": {"weight_bits": None}, "bits_5": {"weight_bits": 5},
         "no_group": {"group_size": None}, "group_8": {"group_size": 8}, "no_statistics": {"statistics": None}, "statistics": {"statistics": "x"},

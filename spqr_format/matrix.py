@@ -68,7 +68,9 @@ class SpqrMatrix:
         """Leaf name -> stored tensor, with the dtypes and shapes of `layout.tensors()`."""
         tensors: dict[str, Array] = {"weight": pack_codes(self.codes, self.layout.weight_bits)}
         if self.layout.statistics == "bilevel":
-            assert self.scale_codes is not None and self.zero_codes is not None and self.tile_stats is not None
+            assert self.scale_codes is not None
+            assert self.zero_codes is not None
+            assert self.tile_stats is not None
             tensors["stat_codes"] = pack_stat_codes(self.scale_codes, self.zero_codes)
             stats = np.ascontiguousarray(self.tile_stats, np.float16)
             tensors["tile_stats"] = stats.reshape(self.layout.tile_rows, -1).view(np.int16)
@@ -76,7 +78,8 @@ class SpqrMatrix:
             tensors["group_sc"] = np.ascontiguousarray(self.group_scales, np.float16).view(np.int16)
             tensors["group_zp"] = np.ascontiguousarray(self.group_zeros, np.uint8)
         if self.values is not None:
-            assert self.crow_indices is not None and self.col_indices is not None
+            assert self.crow_indices is not None
+            assert self.col_indices is not None
             tensors["crow_indices"] = _as_stored(self.crow_indices, self.layout.row_pointer_dtype)
             tensors["col_indices"] = _as_stored(self.col_indices, self.layout.column_dtype)
             tensors["values"] = np.ascontiguousarray(self.values, np.float16).view(np.int16)
@@ -111,12 +114,15 @@ class SpqrMatrix:
         """W float32 [out, in] in original column order, by the exact arithmetic of spec 3."""
         f32 = np.float32
         if self.layout.statistics == "bilevel":
-            assert self.scale_codes is not None and self.zero_codes is not None and self.tile_stats is not None
+            assert self.scale_codes is not None
+            assert self.zero_codes is not None
+            assert self.tile_stats is not None
             stats = self.tile_stats.astype(f32).repeat(TILE, axis=0)[: self.layout.out_features]
             scales = stats[..., 0] * (self.scale_codes.astype(f32) - stats[..., 1])
             zeros = stats[..., 2] * (self.zero_codes.astype(f32) - stats[..., 3])
         else:
-            assert self.group_scales is not None and self.group_zeros is not None
+            assert self.group_scales is not None
+            assert self.group_zeros is not None
             scales, zeros = self.group_scales.astype(f32), self.group_zeros.astype(f32)
         inn, g = self.layout.in_features, self.layout.group_size
         per_column = [x.repeat(g, axis=1)[:, :inn] for x in (scales, zeros)]
@@ -126,7 +132,8 @@ class SpqrMatrix:
             original[:, self.perm] = weight
             weight = original
         if self.values is not None:
-            assert self.crow_indices is not None and self.col_indices is not None
+            assert self.crow_indices is not None
+            assert self.col_indices is not None
             rows = np.repeat(np.arange(self.layout.out_features), np.diff(self.crow_indices))
             weight[rows, self.col_indices] += self.values.astype(f32)
         return weight

@@ -60,10 +60,9 @@ def unpack_codes(words: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.uint
     q = np.empty((tiles, 2, LANES, blocks, PAIRS, 2), np.uint8)
     for half, table in enumerate(FIELDS[bits]):
         for pair, (word, bit) in enumerate(table):
+            value = (w[:, word] >> bit) & mask
             if bit == SPREAD:
                 value = sum(((w[:, k] >> 15) & 0x00010001) << k for k in range(3))
-            else:
-                value = (w[:, word] >> bit) & mask
             q[:, half, :, :, pair, 0] = value & 0xFF
             q[:, half, :, :, pair, 1] = value >> 16
     return q.reshape(tiles * TILE, blocks * TILE)

@@ -8,7 +8,7 @@ import reference_decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spqr_format import Layout, SpqrMatrix
+from spqr_format import Layout, SpqrError, SpqrMatrix
 from spqr_format.packing import FIELDS, SPREAD, pack_codes, pack_stat_codes, unpack_codes, unpack_stat_codes
 
 shapes = st.tuples(st.integers(1, 50), st.integers(1, 70))
@@ -93,7 +93,8 @@ def check_round_trip(matrix: SpqrMatrix) -> None:
 
 
 @given(shape=shapes, bits=st.sampled_from([2, 3, 4]), group=st.sampled_from([16, 32, 64, 128]),
-       share=st.sampled_from([0, 0.1, 1]), statistics=st.sampled_from(["bilevel", "direct"]), permuted=st.booleans(), seed=st.integers(0, 2**32))  # fmt: skip
+       share=st.sampled_from([0, 0.1, 1]), statistics=st.sampled_from(["bilevel", "direct"]), permuted=st.booleans(),
+       seed=st.integers(0, 2**32))  # fmt: skip
 @settings(max_examples=400, deadline=None)
 def test_the_decoder_agrees_to_the_bit(random_matrix, shape, bits, group, share, statistics, permuted, seed):
     check_round_trip(random_matrix(*shape, weight_bits=bits, group_size=group, statistics=statistics,
@@ -115,3 +116,16 @@ def test_a_real_layer(random_matrix):
 def test_bits_per_weight_are_those_of_the_paper():
     assert Layout(4096, 4096).bits_per_weight() == 3.625
     assert Layout(4096, 4096, 4, 128, "direct").bits_per_weight() == 4 + 24 / 128
+
+
+@pytest.mark.parametrize(("fields", "code"), [
+    ({"out_features": 0}, "E104"), ({"in_features": -1}, "E104"), ({"out_features": 2**31}, "E006"), 
+    ({"in_features": 1.0}, "E104"),
+    ({"out_features": 2**21, "in_features": 2**20}, "E006"), ({"weight_bits": 5}, "E104"), ({"weight_bits": True}, "E104"),
+    ({"group_size": 8}, "E104"), ({"group_size": 24}, "E104"), ({"group_size": 2**31}, "E104"), ({"statistics": "x"}, "E104"),
+    ({"outliers": -1}, "E006"), ({"outliers": 65}, "E006"),
+])  # fmt: skip
+def test_layouts_that_do_not_exist(fields, code):
+    with pytest.raises(SpqrError) as caught:
+        Layout(**{"out_features": 8, "in_features": 8, **fields})
+    assert caught.value.code == code

@@ -123,3 +123,8 @@ def test_links(spec):
     for name in ("spqr-1.0.md", "README.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", (spec / name).read_text("utf-8")):
             assert (spec / target).exists(), (name, target)
+
+
+def test_counts_in_the_readme(spec):
+    accept, refuse = (len(list(spec.glob(f"vectors/{kind}/*.json"))) for kind in ("ok", "*d"))
+    assert f"{accept} files to accept, {refuse} to refuse" in (spec / "README.md").read_text("utf-8")
