@@ -4,6 +4,11 @@
     model = AutoModelForCausalLM.from_pretrained("folder-in-spqr-format")
 
 Without the import transformers refuses such a folder: the packed codes are called `weight` and have another shape.
+
+A dense folder is quantized while it loads with `quantization_config=SpqrFormatConfig(weight_bits=3)`; a stored one loads
+dense with `quantization_config=SpqrFormatConfig(dequantize=True)`. `model.dequantize()` and `model.save_pretrained()`
+work, and so do PEFT's adapters; merging an adapter needs `dequantize()` first. What does not fit, or is missing, is a
+SpqrError: no weight is ever left random.
 """
 
 from .config import SpqrFormatConfig

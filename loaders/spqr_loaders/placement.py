@@ -33,6 +33,8 @@ def place(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
         split_experts(model)
     names = Names(model, split_experts=any(isinstance(module, SplitExperts) for module in model.modules()))
     state = model.state_dict()
+    ties = _ties(model)
+    tied = {*ties, *ties.values()}
     placed: dict[str, str] = {}
     for hub, layout in checkpoint.modules.items():
         (target, *_), _ = names.in_model(f"{hub}.weight", state)
@@ -47,7 +49,7 @@ def place(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
         if (dense.out_features, dense.in_features) != (layout.out_features, layout.in_features):
             found = f"{layout.out_features} x {layout.in_features}"
             raise SpqrError("E508", hub, f"{found}, but {name} is {dense.out_features} x {dense.in_features}")
-        if target in _tied(model):
+        if target in tied:
             what = "is tied to another tensor; set tie_word_embeddings to false in config.json"
             raise SpqrError("E508", hub, f"quantized, but {target} {what}")
         layer = SpqrLinear(layout, device="meta")
@@ -90,14 +92,13 @@ def check_fit(model: PreTrainedModel, names: Names, checkpoint: Checkpoint, plac
 
 def check_missing(model: PreTrainedModel, loaded: Collection[str], what: str) -> None:
     """Raises SpqrError E508 for parameters that are neither in `loaded`, nor tied to one, nor allowed to be absent."""
-    partners: dict[str, str] = {}
-    for one, other in _ties(model).items():
-        partners |= {one: other, other: one}
+    ties = _ties(model)  # tied name -> the name that it shares its tensor with
+    owned = {ties.get(name, name) for name in loaded}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     missing = [
         name
         for name, _ in model.named_parameters(remove_duplicate=False)
-        if name not in loaded and partners.get(name) not in loaded and not any(pattern.search(name) for pattern in ignored)
+        if ties.get(name, name) not in owned and not any(pattern.search(name) for pattern in ignored)
     ]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -117,11 +118,6 @@ def check_agreement(config: SpqrFormatConfig, checkpoint: Checkpoint) -> None:
 def _ties(model: PreTrainedModel) -> dict[str, str]:
     ties: dict[str, Any] | None = getattr(model, "all_tied_weights_keys", None)
     return dict(ties or {})
-
-
-def _tied(model: PreTrainedModel) -> set[str]:
-    ties = _ties(model)
-    return {*ties, *ties.values()}
 
 
 def _may_be_left(model: PreTrainedModel, hub: str, name: str, checkpoint: Checkpoint) -> bool:

@@ -238,6 +238,17 @@ def test_config_of_another_model(copied: Path, key: str, value: int, what: str) 
         AutoModelForCausalLM.from_pretrained(copied)
 
 
+@pytest.mark.parametrize(("stored", "asked"), [(True, False), (False, True)])
+def test_biases_that_only_one_side_has(tmp_path: Path, stored: bool, asked: bool) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, attention_bias=stored))
+    quantized = write_model(tmp_path, model, How())
+    path = quantized.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_bias": asked}))
+    with pytest.raises(SpqrError, match=r"E508 model\.layers\.0\.self_attn\.\w_proj\.bias"):
+        AutoModelForCausalLM.from_pretrained(quantized.folder)
+
+
 def test_a_state_dict_has_no_headers(tiny: Quantized) -> None:
     config = AutoModelForCausalLM.from_pretrained(tiny.folder).config
     with pytest.raises(SpqrError, match="E508"):

@@ -128,6 +128,20 @@ def test_lora_trains_saves_and_loads(tiny: Quantized, tmp_path: Path) -> None:
     torch.testing.assert_close(peft.PeftModel.from_pretrained(base, tmp_path)(IDS).logits, trained)
 
 
+def test_prepared_for_training_with_checkpointed_activations(tiny: Quantized) -> None:
+    """PEFT's preparation casts every half precision tensor to fp32, which must not reach ours."""
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder)
+    before = {name: layer.dequantize().weight for name, layer in layers(model).items()}
+    model = peft.prepare_model_for_kbit_training(model)
+    assert all(torch.equal(layer.dequantize().weight, before[name]) for name, layer in layers(model).items())
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.train()
+    model.enable_input_require_grads()
+    model(IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
 def test_trainer_accepts_an_adapted_model(tiny: Quantized) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny.folder)
     assert model.hf_quantizer.is_trainable
