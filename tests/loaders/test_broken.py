@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import spqr_kernels
 import spqr_loaders
 from spqr_format.errors import SpqrError
+from spqr_format.validate import validate
 
 from .conftest import How, Quantized, write_model
 
@@ -179,6 +180,7 @@ def test_broken_checkpoint_is_refused_with_its_code(copied: Path, breaking: Call
     with pytest.raises(SpqrError) as error:
         load(copied)
     assert error.value.code == BROKEN[breaking]
+    assert [finding.code for finding in validate(copied).findings] == [BROKEN[breaking]]
 
 
 @pytest.mark.usefixtures("no_kernels")
@@ -199,6 +201,15 @@ def test_missing_dense_tensor(copied: Path, name: str) -> None:
     with pytest.raises(SpqrError, match=r"E508.*random") as error:
         AutoModelForCausalLM.from_pretrained(copied)
     assert error.value.where == name
+
+
+@pytest.mark.parametrize(
+    ("leaf", "code"), [(f"{MODULE}.stat_codes", "E107"), ("model.layers.1.input_layernorm.weight", "E508")]
+)
+def test_tensor_that_is_renamed_away(tiny: Quantized, leaf: str, code: str) -> None:
+    """A key_mapping is applied behind our back: what it loses is found after loading."""
+    with pytest.raises(SpqrError, match=f"{code} {leaf}.*random"):
+        AutoModelForCausalLM.from_pretrained(tiny.folder, key_mapping={leaf: leaf.replace("layers.1", "layers.2")})
 
 
 def test_dense_tensor_of_another_shape(copied: Path) -> None:
