@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from spqr_format.layout import Layout
 from spqr_format.matrix import SpqrMatrix
 from spqr_format.writer import CheckpointWriter
+from spqr_loaders import SpqrLinear
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-llama"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+IDS = torch.tensor([[5, 6, 7, 8, 900, 33, 1200]])
+MODULE = "model.layers.1.self_attn.q_proj"  # bilevel, with outliers, inside the second shard or later
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,50 @@ def write_model(folder: Path, model: Any, how: How, also: str = "_proj") -> Quan
         if name.endswith(("_proj.weight", f"{also}.weight")) and tensor.ndim == 2
     }
     return write(folder / "spqr", config, state, modules)
+
+
+def dense_of(quantized: Quantized, source: Path = TINY) -> Any:
+    """The dense fp32 model with the numbers of plain numpy: the oracle."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.load_state_dict(quantized.dense, strict=False)
+    return model
+
+
+def layers(model: torch.nn.Module) -> dict[str, SpqrLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SpqrLinear)}
+
+
+def shard_of(folder: Path, tensor: str) -> Path:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return folder / index["weight_map"][tensor]
+
+
+def split(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a safetensors file."""
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:end]), raw[end:]
+
+
+def join(path: Path, header: dict[str, Any], data: bytes) -> None:
+    """Writes the file again. The header's own digest is left out: these tests reach the rules behind it."""
+    header["__metadata__"].pop("spqr_header_sha256", None)
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+
+
+def poke(folder: Path, leaf: str, dtype: str, change: Callable[[np.ndarray], Any]) -> None:
+    """Changes one tensor's bytes in place."""
+    path = shard_of(folder, f"{MODULE}.{leaf}")
+    header, data = split(path)
+    begin, end = header[f"{MODULE}.{leaf}"]["data_offsets"]
+    array = np.frombuffer(data[begin:end], dtype).copy()
+    change(array)
+    path.write_bytes(path.read_bytes()[: -len(data)] + data[:begin] + array.tobytes() + data[end:])
+
+
+def column_out_of_range(folder: Path) -> None:
+    poke(folder, "col_indices", "<u2", lambda x: x.__setitem__(-1, 256))
 
 
 @pytest.fixture(scope="session", autouse=True)

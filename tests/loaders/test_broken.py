@@ -17,38 +17,7 @@ import spqr_loaders
 from spqr_format.errors import SpqrError
 from spqr_format.validate import validate
 
-from .conftest import How, Quantized, write_model
-
-MODULE = "model.layers.1.self_attn.q_proj"  # bilevel, with outliers, inside the second shard or later
-
-
-def shard_of(folder: Path, tensor: str) -> Path:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    return folder / index["weight_map"][tensor]
-
-
-def split(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Header and data of a safetensors file."""
-    raw = path.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8:end]), raw[end:]
-
-
-def join(path: Path, header: dict[str, Any], data: bytes) -> None:
-    """Writes the file again. The header's own digest is left out: these tests reach the rules behind it."""
-    header["__metadata__"].pop("spqr_header_sha256", None)
-    raw = json.dumps(header).encode()
-    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
-
-
-def poke(folder: Path, leaf: str, dtype: str, change: Callable[[np.ndarray], Any]) -> None:
-    """Changes one tensor's bytes in place."""
-    path = shard_of(folder, f"{MODULE}.{leaf}")
-    header, data = split(path)
-    begin, end = header[f"{MODULE}.{leaf}"]["data_offsets"]
-    array = np.frombuffer(data[begin:end], dtype).copy()
-    change(array)
-    path.write_bytes(path.read_bytes()[: -len(data)] + data[:begin] + array.tobytes() + data[end:])
+from .conftest import MODULE, How, Quantized, column_out_of_range, join, poke, shard_of, split, write_model
 
 
 def truncated(folder: Path) -> None:
@@ -67,10 +36,6 @@ def flipped_digit_of_a_shape(folder: Path) -> None:
     path = shard_of(folder, f"{MODULE}.weight")
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b'"shape":[384,16]', b'"shape":[385,16]', 1))
-
-
-def column_out_of_range(folder: Path) -> None:
-    poke(folder, "col_indices", "<u2", lambda x: x.__setitem__(-1, 256))
 
 
 def falling_row_pointer(folder: Path) -> None:

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM
 from spqr_format.errors import SpqrError
 from spqr_loaders import SpqrFormatConfig
 
-from .test_broken import column_out_of_range
-from .test_load import IDS, layers
+from .conftest import IDS, column_out_of_range, layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

@@ -24,8 +24,7 @@ from spqr_format.validate import validate
 from spqr_loaders import SpqrFormatConfig
 from spqr_loaders.experts import SplitExperts
 
-from .conftest import How, Quantized, write
-from .test_load import layers
+from .conftest import How, Quantized, layers, write
 
 IDS = torch.tensor([[1, 2, 3, 60, 4, 9, 33, 12]])
 SIZES: dict[str, Any] = {

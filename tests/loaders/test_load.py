@@ -7,7 +7,6 @@ import json
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,20 +30,7 @@ from spqr_format.errors import SpqrError
 from spqr_format.reader import Checkpoint
 from spqr_loaders import SpqrLinear
 
-from .conftest import TINY, How, Quantized, write_model
-
-IDS = torch.tensor([[5, 6, 7, 8, 900, 33, 1200]])
-
-
-def dense_of(quantized: Quantized, source: Path = TINY) -> Any:
-    """The dense fp32 model with the numbers of plain numpy: the oracle."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    model.load_state_dict(quantized.dense, strict=False)
-    return model
-
-
-def layers(model: torch.nn.Module) -> dict[str, SpqrLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, SpqrLinear)}
+from .conftest import IDS, How, Quantized, dense_of, layers, write_model
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from spqr_format.errors import SpqrError
 from spqr_format.validate import validate
 from spqr_loaders import SpqrFormatConfig
 
-from .test_load import layers
+from .conftest import layers
 
 IDS = torch.tensor([[1, 2, 3, 60]])
 

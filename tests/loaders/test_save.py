@@ -16,9 +16,7 @@ from spqr_format.reader import Checkpoint
 from spqr_format.validate import validate
 from spqr_loaders import SpqrFormatConfig
 
-from .conftest import Quantized
-from .test_broken import split
-from .test_load import IDS, dense_of, layers
+from .conftest import IDS, TINY, Quantized, dense_of, layers, split
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -151,7 +149,6 @@ def test_trainer_accepts_an_adapted_model(tiny: Quantized) -> None:
 
 def test_disagreeing_request_is_an_error(tiny: Quantized) -> None:
     """`dequantize` is a request to a stored model. One that is not quantized yet cannot be dequantized."""
-    from .conftest import TINY
 
     with pytest.raises(SpqrError, match="E505 dequantize"):
         AutoModelForCausalLM.from_pretrained(TINY, quantization_config=SpqrFormatConfig(dequantize=True))
