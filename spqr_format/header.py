@@ -92,9 +92,7 @@ def pread_exactly(descriptor: int, count: int, offset: int, where: str) -> bytes
     while count:
         part = os.pread(descriptor, min(count, 2**30), offset)
         if not part:
-            raise SpqrError(
-                "E001", where, f"the file ends at {offset}, {count} bytes early: it was cut while it was read"
-            )
+            raise SpqrError("E001", where, f"the file ends at {offset}, {count} bytes early: it was cut while it was read")
         parts.append(part)
         offset, count = offset + len(part), count - len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)

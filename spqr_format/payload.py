@@ -230,9 +230,7 @@ def _row_pointers(tensor: Tensor, layout: Layout, where: str) -> Iterator[SpqrEr
             return
         before = int(values[-1])
     if before != layout.outliers:
-        yield SpqrError(
-            "E303", f"{where}[{layout.out_features}]", f"{before}, the module has {layout.outliers} outliers"
-        )
+        yield SpqrError("E303", f"{where}[{layout.out_features}]", f"{before}, the module has {layout.outliers} outliers")
 
 
 def _column_range(tensor: Tensor, layout: Layout, where: str) -> Iterator[SpqrError]:

@@ -307,17 +307,18 @@ def _nothing(folder: Path) -> SpqrError:
 
 def _check_inside(folder: Path, name: str) -> None:
     """Rule E405. A link may lead into the blobs of the Hub cache that holds the folder, and nowhere else outside."""
+    where = SINGLE if name == SINGLE else INDEX
     if name in (".", "..") or any(sign in name for sign in "/\\\0:"):
-        raise SpqrError("E405", INDEX, f"{short(name)} is not the name of a file in this folder")
+        raise SpqrError("E405", where, f"{short(name)} is not the name of a file in this folder")
     if not name.endswith(".safetensors"):
-        raise SpqrError("E401", INDEX, f"{short(name)} does not end in .safetensors")
+        raise SpqrError("E401", where, f"{short(name)} does not end in .safetensors")
     home = Path(os.path.realpath(folder))
     target = Path(os.path.realpath(folder / name))  # Path.resolve raises RuntimeError on a loop
     roots = [home]
     if home.parent.name == "snapshots":
         roots.append(home.parent.parent / "blobs")
     if target.parent not in roots:
-        raise SpqrError("E405", INDEX, f"{short(name)} is a link that leaves the folder")
+        raise SpqrError("E405", where, f"{short(name)} is a link that leaves the folder")
 
 
 def _read_json(path: Path, code: str) -> dict[str, Any]:

@@ -126,17 +126,10 @@ class CheckpointWriter:
         self._prepare()
 
     def _prepare(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise SpqrError("E506", str(self.folder), "the destination is not a folder")
+        leftovers = require_empty(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        names = sorted(os.listdir(self.folder))
-        taken = [name for name in names if not name.endswith(PARTIAL)]
-        if taken:
-            raise SpqrError(
-                "E506", str(self.folder), f"the destination is not empty: {short(taken[0])} and {len(taken) - 1} more"
-            )
-        for name in names:  # left by a run that was killed
-            (self.folder / name).unlink()
+        for path in leftovers:
+            path.unlink()
 
     def add_matrix(self, module: str, matrix: SpqrMatrix, bias: Any = None) -> None:
         """Adds one module's packed tensors, and its bias (F16, BF16 or F32 [out]). Its payload is checked first."""
@@ -305,6 +298,19 @@ class CheckpointWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
             self.abort()
+
+
+def require_empty(folder: Path) -> list[Path]:
+    """What a killed run of ours left in `folder`, which is otherwise empty or missing. Raises E506 where it is not."""
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise SpqrError("E506", str(folder), "the destination is not a folder")
+    names = sorted(os.listdir(folder))
+    taken = [name for name in names if not name.endswith(PARTIAL)]
+    if taken:
+        raise SpqrError("E506", str(folder), f"the destination is not empty: {short(taken[0])} and {len(taken) - 1} more")
+    return [folder / name for name in names]
 
 
 def make_quantization_config(layouts: Iterable[Layout], base: Mapping[str, Any]) -> dict[str, Any]:

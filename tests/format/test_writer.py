@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -317,3 +321,48 @@ def test_extra_files_are_copied(tmp_path, random_matrix):
     config = json.loads((tmp_path / "x" / "config.json").read_text())
     assert config["quantization_config"]["provenance"] == {"by": "me"}
     assert config["quantization_config"]["quant_method"] == "spqr_format"
+
+
+KILLED = """
+import sys
+sys.path[:0] = [sys.argv[2]]
+from conftest import make_matrix
+from spqr_format.writer import CheckpointWriter
+matrix = make_matrix(512, 1024, outliers=0.01)
+writer = CheckpointWriter(sys.argv[1], max_shard_bytes=1, config={})
+print("start", flush=True)
+for k in range(12):
+    writer.add_matrix(f"layers.{k}", matrix)
+writer.finish({"tokenizer.json": b"{}"})
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(tmp_path):
+    """No folder that a reader accepts is incomplete, no final name holds partial bytes, and the next run finishes."""
+    command = [sys.executable, "-c", KILLED]
+    tests = str(Path(__file__).parents[1])
+    with subprocess.Popen([*command, str(tmp_path / "whole"), tests], stdout=subprocess.PIPE) as undisturbed:
+        assert undisturbed.stdout is not None
+        undisturbed.stdout.readline()
+        start = time.perf_counter()
+        undisturbed.wait()
+    length = time.perf_counter() - start
+    whole, source, mid_run = contents(tmp_path / "whole"), random.Random(1), 0
+    for k in range(40):
+        folder = tmp_path / f"run{k}"
+        process = subprocess.Popen([*command, str(folder), tests], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(source.random() * length)
+        process.kill()
+        process.wait()
+        found = contents(folder) if folder.exists() else {}
+        mid_run += 0 < len(found) < len(whole)
+        final = {name: raw for name, raw in found.items() if not name.endswith(".spqr-partial")}
+        assert final.items() <= whole.items()
+        assert folder.exists() is False or validate(folder).ok == (final == whole)
+        if not final and k % 4 == 0:
+            subprocess.run([*command, str(folder), tests], check=True, stdout=subprocess.DEVNULL)
+            assert contents(folder) == whole
+    assert mid_run >= 20
