@@ -31,7 +31,7 @@ class SolverOptions:
     damping: float = 0.01
     rounds: int = 3
     sweeps: int = 2
-    drift: float = 0.0
+    drift: float = 1.0
 
     def __post_init__(self) -> None:
         def need(fine: bool, name: str, expected: str) -> None:

@@ -1,0 +1,115 @@
+"""What a conversion will cost and give, from the source's headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+from .blocks import build, linears, plan
+from .calibration import Calibration
+from .job import context_length, resolve_device
+from .options import SolverOptions
+from .source import Source
+
+_RUNTIME = 400 << 20  # Python, torch and transformers, as seen
+_FLOPS = {"cpu": 1.0e11, "cuda": 3.0e13}  # float32 products a second, as seen on 2 cores and on an H200
+_WEIGHTS = {"cpu": 4.0e5, "cuda": 1.0e6}  # weights a second and per pass that the search of statistics takes, as seen
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """bits: stored bits per quantised weight (exact without `outlier_threshold`, up to padding of row pointers).
+    Bytes of tensors on disk; peak memory in bytes on the host and on the device (the same memory when the device is the
+    CPU, then device_memory is 0); seconds are rough."""
+
+    modules: int
+    bits: float
+    quantised_parameters: int
+    quantised_bytes: int
+    dense_parameters: int
+    dense_bytes: int
+    total_bytes: int
+    peak_memory: int
+    device_memory: int
+    seconds: float
+    device: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def predict(
+    source: str | Path,
+    *,
+    weight_bits: int = 3,
+    group_size: int = 16,
+    statistics: str = "bilevel",
+    outlier_share: float | None = None,
+    outlier_threshold: float | None = None,
+    calibration: Calibration | None = None,
+    device: str = "auto",
+    max_shard_bytes: int = 5_000_000_000,
+    solver: SolverOptions | None = None,
+) -> Prediction:
+    """Predict `convert` with the same arguments; reads only config.json and the shards' headers. With a threshold the
+    outliers are not known before and 0.5 % of the weights is assumed. Errors: E501, E504, E505 as `convert`."""
+    from dataclasses import replace
+
+    options = replace(
+        solver or SolverOptions(), weight_bits=weight_bits, group_size=group_size, statistics=statistics,
+        outlier_share=outlier_share, outlier_threshold=outlier_threshold,
+    )  # fmt: skip
+    where = resolve_device(device)
+    origin = Source(source)
+    model = build(origin.config, str(origin.folder))
+    todo = plan(model, origin)
+    share = 0.005 if options.outlier_threshold is not None else options.outlier_share or 0.0
+    quantised_bytes = quantised = largest = widest = 0
+    for tensor in todo.matrices:
+        rows, columns = origin.entries[tensor].shape
+        quantised_bytes += options.layout(rows, columns).stored_bytes(outliers=round(share * rows * columns))
+        quantised += rows * columns
+        largest, widest = max(largest, rows * columns), max(widest, columns)
+    dense = [origin.entries[tensor] for tensor in todo.dense]
+    dense_bytes = sum(entry.end - entry.begin for entry in dense)
+    shard = min(max_shard_bytes, quantised_bytes + dense_bytes)
+    read = max((entry.end - entry.begin for entry in origin.entries.values()), default=0)
+    # One matrix on its way: target, decoded, gains, codes and copies of them, and a search of 32 M floats held thrice.
+    work = 24 * largest + 3 * 4 * min(1 << 25, 64 * largest)
+    passes = 1 + (1 if options.keeps_outliers else 0)
+    flops = 0.0
+    if calibration is not None:
+        tokens = calibration.tokens
+        length = calibration.window_length(context_length(origin.config))
+        block = max(sum(p.numel() for p in b.parameters()) for b in todo.blocks)
+        width = max((layer.in_features for _, layer in linears(todo.blocks[0])), default=1)
+        hidden = getattr(model.config.get_text_config(), "hidden_size", width)
+        streams = 2 if options.drift > 0 else 1
+        batch = calibration.batch * length
+        # The block (twice with a reference), hidden states, Hessian and its factors in float32 and float64, one batch.
+        work += streams * 4 * (block + tokens * hidden) + (3 * 4 + 5 * 8) * widest * widest + 4 * batch * (4 * hidden + 3 * width)
+        outside = max((e.numel for e in dense), default=0) * 4
+        work = max(work, outside + streams * 4 * tokens * hidden)
+        passes += options.sweeps
+        squares = sum(layer.in_features**2 for layer in {x.in_features: x for _, x in linears(todo.blocks)}.values())
+        flops = streams * 3.5 * 2 * tokens * quantised + streams * 2 * tokens * squares * len(todo.blocks)
+    seconds = flops / _FLOPS[where.type if where.type in _FLOPS else "cuda"]
+    seconds += quantised * passes * options.rounds / 3 / _WEIGHTS[where.type if where.type in _WEIGHTS else "cuda"]
+    on_host = where.type == "cpu"
+    return Prediction(
+        modules=len(todo.matrices),
+        bits=8 * quantised_bytes / max(quantised, 1),
+        quantised_parameters=quantised,
+        quantised_bytes=quantised_bytes,
+        dense_parameters=sum(entry.numel for entry in dense),
+        dense_bytes=dense_bytes,
+        total_bytes=quantised_bytes + dense_bytes,
+        peak_memory=_RUNTIME + 2 * read + shard + (work if on_host else 0),
+        device_memory=0 if on_host else work,
+        seconds=seconds + 5,
+        device=str(where),
+    )
+
+
