@@ -328,10 +328,10 @@ import sys
 sys.path[:0] = [sys.argv[2]]
 from conftest import make_matrix
 from spqr_format.writer import CheckpointWriter
-matrix = make_matrix(512, 1024, outliers=0.01)
+matrix = make_matrix(256, 512, outliers=0.01)
 writer = CheckpointWriter(sys.argv[1], max_shard_bytes=1, config={})
 print("start", flush=True)
-for k in range(12):
+for k in range(60):
     writer.add_matrix(f"layers.{k}", matrix)
 writer.finish({"tokenizer.json": b"{}"})
 """
@@ -365,4 +365,4 @@ def test_kill_9_at_random_moments(tmp_path):
         if not final and k % 4 == 0:
             subprocess.run([*command, str(folder), tests], check=True, stdout=subprocess.DEVNULL)
             assert contents(folder) == whole
-    assert mid_run >= 20
+    assert mid_run >= 16  # of 40
