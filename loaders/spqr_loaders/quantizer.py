@@ -99,7 +99,7 @@ class SpqrFormatQuantizer(HfQuantizer):
         if not self.param_needs_quantization(model, param_name):
             return float(param.element_size())
         config = self.quantization_config
-        statistics = 0.625 if config.statistics == "bilevel" else 24 / config.group_size
+        statistics = (10 if config.statistics == "bilevel" else 24) / config.group_size
         return (config.weight_bits + statistics + 32 * config.outlier_share) / 8
 
     def get_quantize_ops(self) -> QuantizeWeight:
