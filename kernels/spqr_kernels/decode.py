@@ -17,21 +17,10 @@ from triton.experimental.gluon import language as gl
 from spqr_format.layout import TILE, Layout
 
 from . import ptx
+from .lanes import index, load1, load2, load4, load4_or_zero, row_of_words
 
-_STREAM = ".L1::no_allocate"  # weights are read once
-_LOAD4 = gl.constexpr(ptx.load(4, _STREAM))
-_LOAD4_CACHED = gl.constexpr(ptx.load(4))
-_LOAD4_REGISTERS = gl.constexpr(ptx.load_constraints(4))
-_LOAD2 = gl.constexpr(ptx.load(2, _STREAM))
-_LOAD2_REGISTERS = gl.constexpr(ptx.load_constraints(2))
-_LOAD1 = gl.constexpr(ptx.load(1, _STREAM))
-_LOAD1_REGISTERS = gl.constexpr(ptx.load_constraints(1))
-_LANE2 = gl.constexpr(ptx.dequantize_lane(2))
-_LANE3 = gl.constexpr(ptx.dequantize_lane(3))
-_LANE4 = gl.constexpr(ptx.dequantize_lane(4))
-_LANE2_REGISTERS = gl.constexpr(ptx.dequantize_lane_constraints(2))
-_LANE3_REGISTERS = gl.constexpr(ptx.dequantize_lane_constraints(3))
-_LANE4_REGISTERS = gl.constexpr(ptx.dequantize_lane_constraints(4))
+_LANE = gl.constexpr({bits: ptx.dequantize_lane(bits) for bits in (2, 3, 4)})
+_LANE_REGISTERS = gl.constexpr({bits: ptx.dequantize_lane_constraints(bits) for bits in (2, 3, 4)})
 _BILEVEL = gl.constexpr(ptx.BILEVEL_STATISTICS)
 _BILEVEL_REGISTERS = gl.constexpr(ptx.BILEVEL_STATISTICS_CONSTRAINTS)
 _MMA = gl.constexpr(ptx.MMA)
@@ -46,69 +35,13 @@ _DIRECT = gl.constexpr(
 
 
 @gluon.jit
-def _load4(pointer, mask):
-    return gl.inline_asm_elementwise(
-        _LOAD4, _LOAD4_REGISTERS, [pointer, mask], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _load4_cached(pointer, mask):
-    return gl.inline_asm_elementwise(
-        _LOAD4_CACHED,
-        _LOAD4_REGISTERS,
-        [pointer, mask],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _load1(pointer, mask):
-    return gl.inline_asm_elementwise(_LOAD1, _LOAD1_REGISTERS, [pointer, mask], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _load2(pointer, mask):
-    return gl.inline_asm_elementwise(
-        _LOAD2, _LOAD2_REGISTERS, [pointer, mask], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _row_of_words(pointer, block, blocks, VECTOR: gl.constexpr):
-    """Four consecutive words of a row of `blocks`, from column block `block` (a multiple of four) on."""
-    if VECTOR:
-        return _load4(pointer, (block < blocks).to(gl.int32))
-    else:
-        w0 = _load1(pointer, (block < blocks).to(gl.int32))
-        w1 = _load1(pointer + 1, (block + 1 < blocks).to(gl.int32))
-        w2 = _load1(pointer + 2, (block + 2 < blocks).to(gl.int32))
-        w3 = _load1(pointer + 3, (block + 3 < blocks).to(gl.int32))
-        return w0, w1, w2, w3
-
-
-@gluon.jit
 def _dequantize_lane(words, s0, o0, s1, o1, BITS: gl.constexpr):
-    if BITS == 2:
-        return gl.inline_asm_elementwise(
-            _LANE2, _LANE2_REGISTERS, [words[0], words[1], s0, o0, s1, o1],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
-            is_pure=True, pack=1,
-        )  # fmt: skip
-    elif BITS == 3:
-        return gl.inline_asm_elementwise(
-            _LANE3, _LANE3_REGISTERS, [words[0], words[1], words[2], s0, o0, s1, o1],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
-            is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return gl.inline_asm_elementwise(
-            _LANE4, _LANE4_REGISTERS, [words[0], words[1], words[2], words[3], s0, o0, s1, o1],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
-            is_pure=True, pack=1,
-        )  # fmt: skip
+    return gl.inline_asm_elementwise(
+        _LANE[BITS], _LANE_REGISTERS[BITS], list(words) + [s0, o0, s1, o1],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32,
+               gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -121,12 +54,82 @@ def _mma(a, b, i: gl.constexpr, x, c):
 
 
 @gluon.jit
-def _index(pointer, mask, WIDE: gl.constexpr):
-    value = gl.load(pointer, mask=mask, other=0)
-    if WIDE:
-        return value
-    else:
-        return value.to(gl.int32) & 0xFFFF
+def _load_chunk(
+    weights, stat_codes, tile_stats, block, low, high, blocks, groups,
+    BITS: gl.constexpr, VECTOR: gl.constexpr, TILE_STATS: gl.constexpr,
+):  # fmt: skip
+    """Words of column blocks `block`..+3, and their statistics where a group is one block."""
+    words = ()
+    for k in gl.static_range(BITS):
+        words = words + row_of_words(weights + k * 8 * blocks, block, blocks, VECTOR)
+    if TILE_STATS:
+        words = words + row_of_words(stat_codes + low * groups, block, blocks, VECTOR)
+        words = words + row_of_words(stat_codes + high * groups, block, blocks, VECTOR)
+        if VECTOR:
+            at = tile_stats + 2 * gl.minimum(block, blocks - 4)
+            words = words + load4(at) + load4(at + 4)
+        else:
+            for j in gl.static_range(4):
+                words = words + load2(tile_stats + 2 * gl.minimum(block + j, blocks - 1))
+    return words
+
+
+@gluon.jit
+def _multiply_chunk(
+    chunk, XDense, GroupSc, GroupZp, stat_codes, tile_stats, block, gid, low, high, shift, row0, row1, batch, blocks, groups,
+    acc, middle,
+    BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, TILES_N: gl.constexpr,
+):  # fmt: skip
+    """The accumulators plus what the chunk's 256 columns give."""
+    for pair in gl.static_range(2):
+        fragments = ()
+        for e in gl.static_range(2):
+            if BILEVEL:
+                if BLOCKS_A_GROUP == 1:
+                    code0 = chunk[4 * BITS + 2 * pair + e]
+                    code1 = chunk[4 * BITS + 4 + 2 * pair + e]
+                    second0 = chunk[4 * BITS + 8 + 4 * pair + 2 * e]
+                    second1 = chunk[4 * BITS + 9 + 4 * pair + 2 * e]
+                else:
+                    group = gl.minimum(block + 2 * pair + e, blocks - 1) // BLOCKS_A_GROUP
+                    code0 = load1(stat_codes + low * groups + group)
+                    code1 = load1(stat_codes + high * groups + group)
+                    second0, second1 = load2(tile_stats + 2 * group)
+                s0, o0, s1, o1 = gl.inline_asm_elementwise(
+                    _BILEVEL, _BILEVEL_REGISTERS, [code0, code1, shift, second0, second1, middle],
+                    dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+                )  # fmt: skip
+            else:
+                group = gl.minimum(block + 2 * pair + e, blocks - 1) // BLOCKS_A_GROUP
+                raw0 = gl.load(GroupSc + row0 * groups + group).to(gl.int32)
+                raw1 = gl.load(GroupSc + row1 * groups + group).to(gl.int32)
+                zero0 = gl.load(GroupZp + row0 * groups + group).to(gl.int32)
+                zero1 = gl.load(GroupZp + row1 * groups + group).to(gl.int32)
+                s0, o0 = gl.inline_asm_elementwise(
+                    _DIRECT, "=&r,=&r,r,r,r", [raw0, zero0, middle], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+                )
+                s1, o1 = gl.inline_asm_elementwise(
+                    _DIRECT, "=&r,=&r,r,r,r", [raw1, zero1, middle], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+                )
+            lane_words = ()
+            for k in gl.static_range(BITS):
+                lane_words = lane_words + (chunk[4 * k + 2 * pair + e],)
+            fragments = fragments + (_dequantize_lane(lane_words, s0, o0, s1, o1, BITS),)
+        updated = ()
+        for t in gl.static_range(TILES_N):
+            n = gid + 8 * t
+            c = acc[t]
+            xs = ()
+            for e in gl.static_range(2):
+                column = block + 2 * pair + e
+                there = ((n < batch) & (column < blocks)).to(gl.int32)
+                at = XDense.to(gl.pointer_type(gl.int32)) + (n * blocks + column) * 8
+                xs = xs + (load4_or_zero(at, there) + load4_or_zero(at + 4, there),)
+            for i in gl.static_range(8):
+                c = _mma(fragments[0], fragments[1], i, (xs[0][i], xs[1][i]), c)
+            updated = updated + (c,)
+        acc = updated
+    return acc
 
 
 @gluon.jit
@@ -139,7 +142,8 @@ def decode_kernel(
 ):  # fmt: skip
     """Y[n, o] = sum_i X[n, i] W[o, i] (+ Bias[o]), n < batch <= BATCH.
 
-    X fp16 [batch, in] is read by the outliers, XDense fp16 [batch, blocks * 16] (permuted and padded where need be) by the codes.
+    X fp16 [batch, in] is read by the outliers, XDense fp16 [batch, blocks * 16], permuted and padded
+    where need be, by the codes.
     Y [batch, out], contiguous.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -152,108 +156,45 @@ def decode_kernel(
     tid = lane % 4
     tile = gl.program_id(0)
     TILES_N: gl.constexpr = (BATCH + 7) // 8
+    TILE_STATS: gl.constexpr = BILEVEL and BLOCKS_A_GROUP == 1
     zero = gl.zeros([32 * WARPS], gl.float32, layout)
     middle = gl.full([32 * WARPS], _MIDDLE[BITS], gl.int32, layout)
     first_bit = gid * 12
     low = first_bit // 32
     high = gl.minimum(low + 1, 2)
     shift = first_bit % 32
-    width = blocks * 16
     tile64 = tile.to(gl.int64)
     weights = Weight + tile64 * (8 * BITS) * blocks + gid * blocks
     stat_codes = StatCodes + tile64 * 3 * groups
     tile_stats = TileStats.to(gl.pointer_type(gl.int32)) + tile64 * 2 * groups
-    row0 = gl.minimum(tile * 16 + gid, out_features - 1)
-    row1 = gl.minimum(tile * 16 + 8 + gid, out_features - 1)
+    row0 = gl.minimum(tile * 16 + gid, out_features - 1).to(gl.int64)
+    row1 = gl.minimum(tile * 16 + 8 + gid, out_features - 1).to(gl.int64)
 
     acc = ((zero, zero, zero, zero),)
     for t in gl.static_range(1, TILES_N):
         acc = acc + ((zero, zero, zero, zero),)
 
-    for first in range(0, blocks, 16 * WARPS):
-        block = first + warp * 16 + tid * 4
-        words = ()
-        for k in gl.static_range(BITS):
-            words = words + (_row_of_words(weights + k * 8 * blocks + block, block, blocks, VECTOR),)
-        if BILEVEL and BLOCKS_A_GROUP == 1:
-            code_low = _row_of_words(stat_codes + low * groups + block, block, blocks, VECTOR)
-            code_high = _row_of_words(stat_codes + high * groups + block, block, blocks, VECTOR)
-        for pair in gl.static_range(2):
-            fragments = ()
-            for e in gl.static_range(2):
-                inside = (block + 2 * pair + e < blocks).to(gl.int32)
-                if BILEVEL:
-                    if BLOCKS_A_GROUP == 1:
-                        group = block + 2 * pair + e
-                        code0 = code_low[2 * pair + e]
-                        code1 = code_high[2 * pair + e]
-                    else:
-                        group = (block + 2 * pair + e) // BLOCKS_A_GROUP
-                        code0 = _load1(stat_codes + low * groups + group, inside)
-                        code1 = _load1(stat_codes + high * groups + group, inside)
-                    second = _load2(tile_stats + 2 * group, inside)
-                    stats = gl.inline_asm_elementwise(
-                        _BILEVEL, _BILEVEL_REGISTERS, [code0, code1, shift, second[0], second[1], middle],
-                        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-                    )  # fmt: skip
-                    s0 = stats[0]
-                    o0 = stats[1]
-                    s1 = stats[2]
-                    o1 = stats[3]
-                else:
-                    group = (block + 2 * pair + e) // BLOCKS_A_GROUP
-                    there = block + 2 * pair + e < blocks
-                    at0 = row0.to(gl.int64) * groups + group
-                    at1 = row1.to(gl.int64) * groups + group
-                    raw0 = gl.load(GroupSc + at0, mask=there, other=0).to(gl.int32)
-                    raw1 = gl.load(GroupSc + at1, mask=there, other=0).to(gl.int32)
-                    zero0 = gl.load(GroupZp + at0, mask=there, other=0).to(gl.int32)
-                    zero1 = gl.load(GroupZp + at1, mask=there, other=0).to(gl.int32)
-                    direct0 = gl.inline_asm_elementwise(
-                        _DIRECT,
-                        "=&r,=&r,r,r,r",
-                        [raw0, zero0, middle],
-                        dtype=(gl.int32, gl.int32),
-                        is_pure=True,
-                        pack=1,
-                    )
-                    direct1 = gl.inline_asm_elementwise(
-                        _DIRECT,
-                        "=&r,=&r,r,r,r",
-                        [raw1, zero1, middle],
-                        dtype=(gl.int32, gl.int32),
-                        is_pure=True,
-                        pack=1,
-                    )
-                    s0 = direct0[0]
-                    o0 = direct0[1]
-                    s1 = direct1[0]
-                    o1 = direct1[1]
-                lane_words = ()
-                for k in gl.static_range(BITS):
-                    lane_words = lane_words + (words[k][2 * pair + e],)
-                fragments = fragments + (_dequantize_lane(lane_words, s0, o0, s1, o1, BITS),)
-            updated = ()
-            for t in gl.static_range(TILES_N):
-                n = gid + 8 * t
-                c = acc[t]
-                xs = ()
-                for e in gl.static_range(2):
-                    column = block + 2 * pair + e
-                    there = ((n < batch) & (column < blocks)).to(gl.int32)
-                    at = XDense.to(gl.pointer_type(gl.int32)) + (n * width + column * 16) // 2
-                    xs = xs + (_load4_cached(at, there) + _load4_cached(at + 4, there),)
-                for i in gl.static_range(8):
-                    c = _mma(fragments[0], fragments[1], i, (xs[0][i], xs[1][i]), c)
-                updated = updated + (c,)
-            acc = updated
+    block = warp * 16 + tid * 4
+    chunk = _load_chunk(weights, stat_codes, tile_stats, block, low, high, blocks, groups, BITS, VECTOR, TILE_STATS)
+    # Two chunks a turn, so that the registers of one are free for the next without a copy.
+    for _first in range(0, blocks, 32 * WARPS):
+        for turn in gl.static_range(2):
+            following = _load_chunk(
+                weights, stat_codes, tile_stats, block + 16 * WARPS, low, high, blocks, groups, BITS, VECTOR, TILE_STATS
+            )
+            acc = _multiply_chunk(
+                chunk, XDense, GroupSc, GroupZp, stat_codes, tile_stats, block, gid, low, high, shift, row0, row1, batch,
+                blocks, groups, acc, middle, BITS, BILEVEL, BLOCKS_A_GROUP, TILES_N,
+            )  # fmt: skip
+            chunk = following
+            block += 16 * WARPS
 
     if OUTLIERS:
         rows = Crow + tile * 16 + gid
-        begin0 = _index(rows, tile * 16 + gid < out_features, WIDE_ROWS)
-        end0 = _index(rows + 1, tile * 16 + gid < out_features, WIDE_ROWS)
-        begin1 = _index(rows + 8, tile * 16 + 8 + gid < out_features, WIDE_ROWS)
-        end1 = _index(rows + 9, tile * 16 + 8 + gid < out_features, WIDE_ROWS)
+        begin0 = index(rows, tile * 16 + gid < out_features, WIDE_ROWS)
+        end0 = index(rows + 1, tile * 16 + gid < out_features, WIDE_ROWS)
+        begin1 = index(rows + 8, tile * 16 + 8 + gid < out_features, WIDE_ROWS)
+        end1 = index(rows + 9, tile * 16 + 8 + gid < out_features, WIDE_ROWS)
         begins = (begin0, begin1)
         ends = (end0, end1)
         longest = gl.max(gl.maximum(end0 - begin0, end1 - begin1), axis=0)
@@ -264,7 +205,7 @@ def decode_kernel(
             for k in range(0, longest, 4 * WARPS):
                 at = begins[h] + k + warp * 4 + tid
                 there = at < ends[h]
-                column = _index(Col + at, there, WIDE_COLUMNS)
+                column = index(Col + at, there, WIDE_COLUMNS)
                 value = gl.load(Val + at, mask=there, other=0).to(gl.float16, bitcast=True).to(gl.float32)
                 more = ()
                 for n in gl.static_range(BATCH):
@@ -310,7 +251,7 @@ def decode_kernel(
         )
 
 
-def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, warps: int | None = None) -> Tensor:
     """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, batch 1..16, checked operands. Returns [batch, out]."""
     out_dtype = x.dtype
     batch = x.shape[0]
@@ -325,7 +266,7 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     if width != layout.in_features:
         dense = torch.nn.functional.pad(dense, (0, width - layout.in_features))
     y = torch.empty(batch, layout.out_features, dtype=torch.float32 if exponent is not None else out_dtype, device=x.device)
-    warps = 8 if layout.blocks >= 128 else 4 if layout.blocks >= 64 else 2
+    warps = warps or (8 if layout.blocks >= 128 else 4 if layout.blocks >= 64 else 2)
     unused = tensors["weight"]
     decode_kernel[(layout.tile_rows,)](
         x, dense, tensors["weight"], tensors.get("stat_codes", unused), tensors.get("tile_stats", unused),

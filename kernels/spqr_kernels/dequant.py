@@ -1,4 +1,9 @@
-"""Portable Triton kernel: quantized matrix to a dense one. One program a tile row and a run of column blocks."""
+"""Quantized matrix to a dense one, exact in fp32 before the one rounding to the wanted dtype.
+
+Two portable Triton kernels: the first writes s (q - z) for all weights, the second goes over the outliers alone and
+writes their places again, with the outlier added before the rounding. On NVIDIA GPUs `unpack_kernel` of unpack.py does
+the first part faster.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +16,6 @@ from torch import Tensor
 
 from spqr_format.layout import TILE, Layout, ceil_div
 from spqr_format.packing import FIELDS, PAIRS, SPREAD
-
-from .reference import add_outliers
 
 
 def _nibbles(values: list[int]) -> int:
@@ -34,16 +37,14 @@ def _half(pointer, mask):
 
 
 @triton.jit
-def _dequantize_kernel(
-    Weight, StatCodes, TileStats, GroupSc, GroupZp, Perm, Out, out_features, in_features, blocks, groups,
+def _decode(
+    Weight, StatCodes, TileStats, GroupSc, GroupZp, row, c, inside, blocks, groups,
     WORDS: tl.constexpr, BITS_AT: tl.constexpr, BITS: tl.constexpr, SPREAD_BIT: tl.constexpr, GROUP: tl.constexpr,
-    BILEVEL: tl.constexpr, PERMUTED: tl.constexpr, COLUMNS: tl.constexpr,
+    BILEVEL: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0).to(tl.int64)
-    r = tl.arange(0, 16)[:, None]
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    row = tile * 16 + r
-    inside = (row < out_features) & (c < in_features)
+    """s (q - z) float32 at rows int64 `row` and stored columns `c`, both of one shape or broadcast to it."""
+    tile = row // 16
+    r = (row % 16).to(tl.int32)
     lane = r % 8
     # codes
     field = (r // 8) * 8 + (c % 16) // 2
@@ -74,7 +75,23 @@ def _dequantize_kernel(
     else:
         scale = _half(GroupSc + row * groups + group, inside)
         zero = tl.load(GroupZp + row * groups + group, mask=inside, other=0).to(tl.float32)
-    value = scale * (q.to(tl.float32) - zero)
+    return scale * (q.to(tl.float32) - zero)
+
+
+@triton.jit
+def dense_kernel(
+    Weight, StatCodes, TileStats, GroupSc, GroupZp, Perm, Out, out_features, in_features, blocks, groups,
+    WORDS: tl.constexpr, BITS_AT: tl.constexpr, BITS: tl.constexpr, SPREAD_BIT: tl.constexpr, GROUP: tl.constexpr,
+    BILEVEL: tl.constexpr, PERMUTED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Out[row, perm[c]] = s (q - z). One program a tile row and COLUMNS columns."""
+    row = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)[:, None]
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < out_features) & (c < in_features)
+    value = _decode(
+        Weight, StatCodes, TileStats, GroupSc, GroupZp, row, c, inside, blocks, groups,
+        WORDS, BITS_AT, BITS, SPREAD_BIT, GROUP, BILEVEL,
+    )  # fmt: skip
     if PERMUTED:
         column = tl.load(Perm + c, mask=c < in_features, other=0)
     else:
@@ -82,25 +99,71 @@ def _dequantize_kernel(
     tl.store(Out + row * in_features + column, value.to(Out.dtype.element_ty), mask=inside)
 
 
-def dequantize(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
-    """W of the given dtype [out, in] on the tensors' device. Outliers are added in float32 before the rounding to dtype.
+@triton.jit
+def _index(pointer, mask, WIDE: tl.constexpr):
+    """A CSR index; narrow ones are unsigned 16-bit integers."""
+    value = tl.load(pointer, mask=mask, other=0).to(tl.int32)
+    if WIDE:
+        return value
+    else:
+        return value & 0xFFFF
 
-    The device must be one that Triton drives. Shapes and dtypes must have been checked (dispatch.check_tensors).
-    """
-    # Outliers add to D before it is rounded, so with outliers the dense part is kept in float32 until they are in.
-    exact = torch.float32 if layout.outliers else dtype
-    weight = torch.empty(layout.out_features, layout.in_features, dtype=exact, device=tensors["weight"].device)
+
+@triton.jit
+def outliers_kernel(
+    Weight, StatCodes, TileStats, GroupSc, GroupZp, Place, Crow, Col, Val, Out, out_features, in_features, blocks, groups,
+    WORDS: tl.constexpr, BITS_AT: tl.constexpr, BITS: tl.constexpr, SPREAD_BIT: tl.constexpr, GROUP: tl.constexpr,
+    BILEVEL: tl.constexpr, PERMUTED: tl.constexpr, WIDE_ROWS: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Out[row, column] = s (q - z) + value at every outlier. One program 4 rows. Place: stored column of a column."""
+    row = tl.program_id(0) * 4 + tl.arange(0, 4)
+    begin = _index(Crow + row, row < out_features, WIDE_ROWS)
+    end = _index(Crow + row + 1, row < out_features, WIDE_ROWS)
+    longest = tl.max(end - begin, axis=0)
+    at_row = row.to(tl.int64)[:, None]
+    for first in range(0, longest, ENTRIES):
+        at = begin[:, None] + first + tl.arange(0, ENTRIES)[None, :]
+        inside = at < end[:, None]
+        column = _index(Col + at, inside, WIDE_COLUMNS)
+        if PERMUTED:
+            c = tl.load(Place + column, mask=inside, other=0).to(tl.int32)
+        else:
+            c = column
+        value = _decode(
+            Weight, StatCodes, TileStats, GroupSc, GroupZp, at_row + 0 * c, c, inside, blocks, groups,
+            WORDS, BITS_AT, BITS, SPREAD_BIT, GROUP, BILEVEL,
+        )  # fmt: skip
+        value += _half(Val + at, inside)
+        tl.store(Out + at_row * in_features + column, value.to(Out.dtype.element_ty), mask=inside)
+
+
+def dequantize(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+    """W of the given dtype [out, in] on the tensors' device, which Triton must drive. Operands must have been checked."""
+    device = tensors["weight"].device
+    weight = torch.empty(layout.out_features, layout.in_features, dtype=dtype, device=device)
     words, bits_at = field_constants(layout.weight_bits)
     unused = tensors["weight"]
-    columns = min(256, triton.next_power_of_2(layout.blocks * TILE))
-    grid = (layout.tile_rows, ceil_div(layout.in_features, columns))
-    _dequantize_kernel[grid](
-        tensors["weight"], tensors.get("stat_codes", unused), tensors.get("tile_stats", unused),
-        tensors.get("group_sc", unused), tensors.get("group_zp", unused), tensors.get("perm", unused), weight,
-        layout.out_features, layout.in_features, layout.blocks, layout.groups,
-        WORDS=words, BITS_AT=bits_at, BITS=layout.weight_bits, SPREAD_BIT=SPREAD, GROUP=layout.group_size,
-        BILEVEL=layout.statistics == "bilevel", PERMUTED=layout.permuted, COLUMNS=columns, num_warps=4,
-    )  # fmt: skip
+    stored = [tensors.get(leaf, unused) for leaf in ("weight", "stat_codes", "tile_stats", "group_sc", "group_zp")]
+    sizes = (layout.out_features, layout.in_features, layout.blocks, layout.groups)
+    constants = {
+        "WORDS": words, "BITS_AT": bits_at, "BITS": layout.weight_bits, "SPREAD_BIT": SPREAD, "GROUP": layout.group_size,
+        "BILEVEL": layout.statistics == "bilevel", "PERMUTED": layout.permuted,
+    }  # fmt: skip
+    if device.type == "cuda" and not layout.permuted and layout.in_features % (4 * TILE) == 0 and dtype.itemsize == 2:
+        from . import unpack
+
+        unpack.dense(weight, tensors, layout)
+    else:
+        columns = min(256, triton.next_power_of_2(layout.blocks * TILE))
+        grid = (layout.tile_rows, ceil_div(layout.in_features, columns))
+        dense_kernel[grid](*stored, tensors.get("perm", unused), weight, *sizes, **constants, COLUMNS=columns, num_warps=4)
     if layout.outliers:
-        add_outliers(weight, tensors)
-    return weight.to(dtype)
+        place = unused
+        if layout.permuted:
+            perm = tensors["perm"].to(torch.int64)
+            place = torch.empty_like(perm).scatter_(0, perm, torch.arange(perm.numel(), device=device))
+        outliers_kernel[(ceil_div(layout.out_features, 4),)](
+            *stored, place, tensors["crow_indices"], tensors["col_indices"], tensors["values"], weight, *sizes, **constants,
+            WIDE_ROWS=layout.row_pointer_dtype == "I32", WIDE_COLUMNS=layout.column_dtype == "I32", ENTRIES=64, num_warps=4,
+        )  # fmt: skip
+    return weight

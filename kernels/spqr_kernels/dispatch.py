@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812, its name everywhere
 from torch import Tensor
 
-from spqr_format.layout import TILE, Layout
+from spqr_format.layout import Layout
 
 from . import reference
 
@@ -47,15 +47,10 @@ def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> 
         return x.new_empty(*x.shape[:-1], layout.out_features)
     device = x.device
     if batch <= DECODE_BATCH and x.dtype in (torch.float16, torch.bfloat16) and has_tensor_cores(device):
-        from . import decode
+        from . import decode, matvec
 
-        y = decode.linear(rows.contiguous(), tensors, layout, bias)
+        y = (matvec if batch == 1 else decode).linear(rows.contiguous(), tensors, layout, bias)
     else:
         weight = dequantize(tensors, layout, x.dtype)
         y = F.linear(rows, weight, None if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:-1], layout.out_features)
-
-
-def padded_columns(layout: Layout) -> int:
-    """in_features rounded up to whole column blocks."""
-    return layout.blocks * TILE

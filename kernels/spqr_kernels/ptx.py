@@ -1,10 +1,13 @@
 """PTX of the decode kernel: what a thread does with its registers, one string an idea.
 
-Triton's own operations leave the thread layout of a tensor-core fragment to the compiler. Here it must be exactly that of
-`mma.m16n8k16`, because the stored words are already in that order (spec 4.1): lane group l of a warp holds rows l and l + 8.
+Triton's own operations leave the thread layout of a tensor-core fragment to the compiler. Here it must be exactly that
+of `mma.m16n8k16`, because the stored words are already in that order (spec 4.1): lane group l of a warp holds rows l and
+l + 8.
 """
 
 from __future__ import annotations
+
+import struct
 
 from spqr_format.packing import FIELDS, PAIRS, SPREAD
 
@@ -17,8 +20,6 @@ def _magic(bits: int, shift: int) -> tuple[int, int]:
 
 
 def _half2(value: float) -> int:
-    import struct
-
     (raw,) = struct.unpack("<H", struct.pack("<e", value))
     return raw << 16 | raw
 
@@ -67,6 +68,7 @@ def dequantize_lane_constraints(bits: int) -> str:
 # Inputs: $4 low word, $5 high word, $6 shift, $7 (ss, sz), $8 (zs, zz), $9 the half2 of middle.
 BILEVEL_STATISTICS = """{
 .reg .b32 t, u, sq, zq, ss, sz, zs, zz, s, o, c1, c2, c3;
+.reg .b16 lo, hi;
 shf.r.wrap.b32 t, $4, $5, $6;
 shl.b32 u, t, 10;
 and.b32 u, u, 0x003f0000;
@@ -78,10 +80,12 @@ add.rn.f16x2 sq, sq, c1;
 mov.b32 c2, 0x30003000;
 mov.b32 c3, 0xD800D800;
 fma.rn.f16x2 zq, zq, c2, c3;
-prmt.b32 ss, $7, $7, 0x1010;
-prmt.b32 sz, $7, $7, 0x3232;
-prmt.b32 zs, $8, $8, 0x1010;
-prmt.b32 zz, $8, $8, 0x3232;
+mov.b32 {lo, hi}, $7;
+mov.b32 ss, {lo, lo};
+mov.b32 sz, {hi, hi};
+mov.b32 {lo, hi}, $8;
+mov.b32 zs, {lo, lo};
+mov.b32 zz, {hi, hi};
 sub.rn.f16x2 sq, sq, sz;
 mul.rn.f16x2 s, sq, ss;
 sub.rn.f16x2 zq, zq, zz;
@@ -97,30 +101,31 @@ BILEVEL_STATISTICS_CONSTRAINTS = "=&r,=&r,=&r,=&r,r,r,r,r,r,r"
 
 # D = A * B + C, fp32 accumulators. $0..$3 D; $4..$7 A; $8, $9 B; $10..$13 C.
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+MMA_BF16 = MMA.replace(".f16.f16", ".bf16.bf16")
 MMA_CONSTRAINTS = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
-
-_LOAD = """{{
-.reg .pred p;
-setp.ne.b32 p, ${mask}, 0;
-{zeros}
-@p ld.global.nc{cache}.{vector} {outputs}, [${pointer}];
-}}"""
 
 
 def load(words: int, cache: str = "") -> str:
-    """PTX: `words` (1, 2 or 4) 32-bit words at an aligned address, zeros where the mask is 0. Inputs: pointer, mask."""
+    """PTX: `words` (1, 2 or 4) 32-bit words at an aligned address. Input: the pointer."""
+    if words == 1:
+        return f"ld.global.nc{cache}.b32 $0, [$1];"
     outputs = ",".join(f"${k}" for k in range(words))
-    return _LOAD.format(
-        mask=words + 1, pointer=words, cache=cache, vector="b32" if words == 1 else f"v{words}.b32",
-        outputs=outputs if words == 1 else "{" + outputs + "}",
-        zeros=" ".join(f"mov.b32 ${k}, 0;" for k in range(words)),
-    )  # fmt: skip
+    return f"ld.global.nc{cache}.v{words}.b32 {{{outputs}}}, [${words}];"
 
 
 def load_constraints(words: int) -> str:
     """Registers of `load`."""
-    return ",".join(["=&r"] * words + ["l", "r"])
+    return ",".join(["=r"] * words + ["l"])
 
+
+# Four words at a 16-byte boundary, zeros where the mask is 0. $0..$3; $4 pointer, $5 mask.
+LOAD4_OR_ZERO = """{
+.reg .pred p;
+setp.ne.b32 p, $5, 0;
+mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+@p ld.global.nc.v4.b32 {$0,$1,$2,$3}, [$4];
+}"""
+LOAD4_OR_ZERO_CONSTRAINTS = "=&r,=&r,=&r,=&r,l,r"
 
 # Sum of $1 over the four lanes of a quad.
 QUAD_SUM = """{
@@ -130,3 +135,146 @@ add.f32 u, $1, t;
 shfl.sync.bfly.b32 t, u, 2, 31, -1;
 add.f32 $0, u, t;
 }"""
+
+
+def mask_lane(bits: int, bfloat: bool) -> tuple[str, tuple[int, ...]]:
+    """PTX: a lane's words of one column block to exact codes in a floating format, and the bit position of each pair.
+
+    fp16: a code at bit p < 8 of a half word is the subnormal q * 2**(p - 24) as it stands: one mask is the whole conversion.
+    bf16: subnormals would leave the range of fp32 in the product, so the code goes under an exponent: 128 + q * 2**p.
+    Outputs $0..$15: pair i of row l ($i) and of row l + 8 ($8 + i). Inputs: $16.. the words.
+    """
+    words = [f"${16 + k}" for k in range(bits)]
+    mask = (2**bits - 1) * 0x00010001
+    top = 7 if bfloat else 8 if bits == 2 else 10  # bits of a mantissa; both rows' fields must land at the same place
+    positions: list[int] = []
+    shifted: dict[tuple[int, int], str] = {}
+    body = []
+    for half in range(2):
+        for pair in range(PAIRS):
+            word, bit = FIELDS[bits][half][pair]
+            if bit == SPREAD:
+                body += ["shr.u32 e, $16, 15;", "and.b32 e, e, 0x00010001;"]
+                body += ["shr.u32 u, $17, 14;", "lop3.b32 e, u, 0x00020002, e, 0xEA;"]
+                body += ["shr.u32 u, $18, 13;", "lop3.b32 e, u, 0x00040004, e, 0xEA;"]
+                source, at = "e", 0
+            else:
+                drop = 0 if bit + bits <= top else next(d for d in _drops(bits, bfloat) if bit >= d and bit - d + bits <= top)
+                at = bit - drop
+                source = words[word] if drop == 0 else shifted.setdefault((word, drop), f"v{word}_{drop}")
+            positions.append(at)
+            if bfloat:
+                body.append(f"lop3.b32 ${8 * half + pair}, {source}, {mask << at:#010x}, 0x43004300, 0xEA;")
+            else:
+                body.append(f"and.b32 ${8 * half + pair}, {source}, {mask << at:#010x};")
+    head = [f".reg .b32 {name}; shr.u32 {name}, {words[word]}, {drop};" for (word, drop), name in shifted.items()]
+    assert positions[:PAIRS] == positions[PAIRS:]
+    return "{\n.reg .b32 e, u;\n" + "\n".join(head + body) + "\n}", tuple(positions[:PAIRS])
+
+
+def _drops(bits: int, bfloat: bool) -> tuple[int, ...]:
+    """Right shifts that bring upper fields into the mantissa, in order of preference."""
+    if bfloat:
+        return {2: (8, 12, 4), 3: (6, 12), 4: (4, 8, 12)}[bits]
+    return {2: (8,), 3: (6,), 4: (8,)}[bits]
+
+
+# Scale and zero of rows l and l + 8 in float32, from the same inputs as BILEVEL_STATISTICS ($4..$8).
+# Outputs $0..$3: scale l, zero l, scale l + 8, zero l + 8.
+BILEVEL_STATISTICS_FLOAT = """{
+.reg .b32 t, u, sq, zq, ss, sz, zs, zz, c1, c2, c3;
+.reg .b16 lo, hi;
+shf.r.wrap.b32 t, $4, $5, $6;
+shl.b32 u, t, 10;
+and.b32 u, u, 0x003f0000;
+lop3.b32 u, t, 0x0000003f, u, 0xEA;
+lop3.b32 sq, u, 0x00070007, 0x64006400, 0xEA;
+lop3.b32 zq, u, 0x00380038, 0x64006400, 0xEA;
+mov.b32 c1, 0xE400E400;
+add.rn.f16x2 sq, sq, c1;
+mov.b32 c2, 0x30003000;
+mov.b32 c3, 0xD800D800;
+fma.rn.f16x2 zq, zq, c2, c3;
+mov.b32 {lo, hi}, $7;
+mov.b32 ss, {lo, lo};
+mov.b32 sz, {hi, hi};
+mov.b32 {lo, hi}, $8;
+mov.b32 zs, {lo, lo};
+mov.b32 zz, {hi, hi};
+sub.rn.f16x2 sq, sq, sz;
+mul.rn.f16x2 sq, sq, ss;
+sub.rn.f16x2 zq, zq, zz;
+mul.rn.f16x2 zq, zq, zs;
+mov.b32 {lo, hi}, sq;
+cvt.f32.f16 $0, lo;
+cvt.f32.f16 $2, hi;
+mov.b32 {lo, hi}, zq;
+cvt.f32.f16 $1, lo;
+cvt.f32.f16 $3, hi;
+}"""
+BILEVEL_STATISTICS_FLOAT_CONSTRAINTS = "=&f,=&f,=&f,=&f,r,r,r,r,r"
+
+
+def decode_lane(bits: int, bfloat: bool) -> str:
+    """PTX: a lane's words of one column block to weights, exact in fp32 (spec 3), each rounded once to fp16 or bf16.
+
+    Outputs $0..$15: pair i of row l ($i) and of row l + 8 ($8 + i). Inputs: $16.. the words; then as fp32 scale and zero of row
+    l, scale and zero of row l + 8.
+    """
+    words = [f"${16 + k}" for k in range(bits)]
+    scale = [f"${16 + bits}", f"${18 + bits}"]
+    zero = [f"${17 + bits}", f"${19 + bits}"]
+    mask = 2**bits - 1
+    lines = [".reg .b32 t, e, f, u, " + ", ".join(f"v{k}" for k in range(bits)) + ";", ".reg .f32 a, b;"]
+    lines += [f"shr.u32 v{k}, {words[k]}, 16;" for k in range(bits)]
+    for half in range(2):
+        for pair in range(PAIRS):
+            word, bit = FIELDS[bits][half][pair]
+            if bit == SPREAD:
+                lines += ["shr.u32 e, $16, 15;", "and.b32 e, e, 0x00010001;"]
+                lines += ["shr.u32 u, $17, 14;", "lop3.b32 e, u, 0x00020002, e, 0xEA;"]
+                lines += ["shr.u32 u, $18, 13;", "lop3.b32 e, u, 0x00040004, e, 0xEA;", "shr.u32 f, e, 16;"]
+                sources, bit = ("e", "f"), 0
+            else:
+                sources = (words[word], f"v{word}")
+            for source, value in zip(sources, "ab", strict=True):
+                # the code under the exponent of 2**23: 2**23 + q * 2**bit, then q, exactly
+                lines.append(f"lop3.b32 t, {source}, {mask << bit:#010x}, 0x4B000000, 0xEA;")
+                lines.append(f"mov.b32 {value}, t;")
+                lines.append(f"fma.rn.f32 {value}, {value}, {_float(2.0**-bit)}, {_float(-(2.0 ** (23 - bit)))};")
+                lines.append(f"sub.rn.f32 {value}, {value}, {zero[half]};")
+                lines.append(f"mul.rn.f32 {value}, {value}, {scale[half]};")
+            lines.append(f"cvt.rn.{'bf16x2' if bfloat else 'f16x2'}.f32 ${8 * half + pair}, b, a;")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def decode_lane_constraints(bits: int) -> str:
+    """Registers of `decode_lane`."""
+    return ",".join(["=&r"] * 16 + ["r"] * bits + ["f"] * 4)
+
+
+def _float(value: float) -> str:
+    (raw,) = struct.unpack("<I", struct.pack("<f", value))
+    return f"0f{raw:08X}"
+
+
+# Scale and zero of rows l and l + 8, exact in fp32 (spec 3.1), from the same inputs as BILEVEL_STATISTICS ($4..$8).
+EXACT_STATISTICS = (
+    """{
+.reg .b32 t, c;
+.reg .b16 lo, hi;
+.reg .f32 ss, sz, zs, zz, q;
+shf.r.wrap.b32 t, $4, $5, $6;
+mov.b32 {lo, hi}, $7;
+cvt.f32.f16 ss, lo; cvt.f32.f16 sz, hi;
+mov.b32 {lo, hi}, $8;
+cvt.f32.f16 zs, lo; cvt.f32.f16 zz, hi;
+"""
+    + "\n".join(
+        f"lop3.b32 c, t, {7 << bit:#x}, 0x4B000000, 0xEA; mov.b32 q, c; "
+        f"fma.rn.f32 q, q, {_float(2.0**-bit)}, {_float(-(2.0 ** (23 - bit)))}; "
+        f"sub.rn.f32 q, q, {second}; mul.rn.f32 ${out}, {first}, q;"
+        for bit, first, second, out in ((0, "ss", "sz", 0), (3, "zs", "zz", 1), (6, "ss", "sz", 2), (9, "zs", "zz", 3))
+    )
+    + "\n}"
+)

@@ -1,0 +1,81 @@
+"""What a lane of the tensor-core kernels loads: aligned words, straight into registers."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from . import ptx
+
+_STREAM4 = gl.constexpr(ptx.load(4, ".L1::no_allocate"))  # weights are read once
+_LOAD4 = gl.constexpr(ptx.load(4))
+_LOAD4_REGISTERS = gl.constexpr(ptx.load_constraints(4))
+_LOAD4_OR_ZERO = gl.constexpr(ptx.LOAD4_OR_ZERO)
+_LOAD4_OR_ZERO_REGISTERS = gl.constexpr(ptx.LOAD4_OR_ZERO_CONSTRAINTS)
+_LOAD2 = gl.constexpr(ptx.load(2))
+_LOAD2_REGISTERS = gl.constexpr(ptx.load_constraints(2))
+_LOAD1 = gl.constexpr(ptx.load(1))
+_LOAD1_REGISTERS = gl.constexpr(ptx.load_constraints(1))
+
+
+@gluon.jit
+def stream4(pointer):
+    """Four words at a 16-byte boundary, not kept in L1."""
+    return gl.inline_asm_elementwise(
+        _STREAM4, _LOAD4_REGISTERS, [pointer], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def load4(pointer):
+    """Four words at a 16-byte boundary."""
+    return gl.inline_asm_elementwise(
+        _LOAD4, _LOAD4_REGISTERS, [pointer], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def load4_or_zero(pointer, mask):
+    """Four words at a 16-byte boundary, zeros where the mask is 0."""
+    return gl.inline_asm_elementwise(
+        _LOAD4_OR_ZERO, _LOAD4_OR_ZERO_REGISTERS, [pointer, mask],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load2(pointer):
+    """Two words at an 8-byte boundary."""
+    return gl.inline_asm_elementwise(_LOAD2, _LOAD2_REGISTERS, [pointer], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
+
+
+@gluon.jit
+def load1(pointer):
+    """One word."""
+    return gl.inline_asm_elementwise(_LOAD1, _LOAD1_REGISTERS, [pointer], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def row_of_words(row, block, blocks, VECTOR: gl.constexpr):
+    """The words of column blocks `block`..`block` + 3 of a row; past its end, words of blocks inside.
+
+    With VECTOR a row has a multiple of four blocks and so has `block`. What lies past the end meets zeros of x.
+    """
+    if VECTOR:
+        return stream4(row + gl.minimum(block, blocks - 4))
+    else:
+        w0 = load1(row + gl.minimum(block, blocks - 1))
+        w1 = load1(row + gl.minimum(block + 1, blocks - 1))
+        w2 = load1(row + gl.minimum(block + 2, blocks - 1))
+        w3 = load1(row + gl.minimum(block + 3, blocks - 1))
+        return w0, w1, w2, w3
+
+
+@gluon.jit
+def index(pointer, mask, WIDE: gl.constexpr):
+    """A CSR index; narrow ones are unsigned 16-bit integers."""
+    value = gl.load(pointer, mask=mask, other=0)
+    if WIDE:
+        return value
+    else:
+        return value.to(gl.int32) & 0xFFFF

@@ -1,0 +1,128 @@
+"""Dequantize kernel for NVIDIA GPUs (sm_80 and newer): the dense part of W in fp16 or bf16, at the speed of the writes.
+
+A lane decodes the words of four column blocks in registers; the result is turned through shared memory so that a warp
+writes 512 contiguous bytes of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from spqr_format.layout import TILE, Layout, ceil_div
+
+from . import ptx
+from .lanes import load1, load2, row_of_words
+
+BF16 = 8  # flavor: weight_bits for fp16, weight_bits + 8 for bf16
+WARPS = 4
+_DECODE = gl.constexpr({bits + BF16 * bf: ptx.decode_lane(bits, bool(bf)) for bits in (2, 3, 4) for bf in (0, 1)})
+_REGISTERS = gl.constexpr({bits: ptx.decode_lane_constraints(bits) for bits in (2, 3, 4)})
+_STATISTICS = gl.constexpr(ptx.EXACT_STATISTICS)
+_STATISTICS_REGISTERS = gl.constexpr(ptx.BILEVEL_STATISTICS_FLOAT_CONSTRAINTS)
+
+
+@gluon.jit
+def _join_halves(values, HALF: gl.constexpr):
+    joined = ()
+    for n in gl.static_range(HALF):
+        joined = joined + (gl.join(values[n], values[n + HALF]),)
+    return joined
+
+
+@gluon.jit
+def _interleave(values):
+    """32 tensors [threads] as one [threads, 2, 2, 2, 2, 2]: the bits of their number, the highest first."""
+    values = _join_halves(values, 16)
+    values = _join_halves(values, 8)
+    values = _join_halves(values, 4)
+    values = _join_halves(values, 2)
+    return gl.join(values[0], values[1])
+
+
+@gluon.jit
+def unpack_kernel(
+    Weight, StatCodes, TileStats, GroupSc, GroupZp, Out, out_features, in_features, blocks, groups,
+    BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Out[row, column] = s (q - z) for one tile row and WARPS x 256 columns; in_features is a multiple of 64."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    # warp, row of the half tile, 32-bit word of the row
+    rows: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [WARPS, 1, 1], [2, 1, 0])
+    inner: gl.constexpr = gl.SliceLayout(2, rows)
+    thread = gl.arange(0, 32 * WARPS, layout=layout)
+    lane = thread % 32
+    warp = thread // 32
+    gid = lane // 4
+    tid = lane % 4
+    tile = gl.program_id(0)
+    first = gl.program_id(1) * (16 * WARPS)
+    block = first + warp * 16 + tid * 4
+    low = gid * 12 // 32
+    high = gl.minimum(low + 1, 2)
+    shift = gid * 12 % 32
+    tile64 = tile.to(gl.int64)
+    weights = Weight + tile64 * (8 * BITS) * blocks + gid * blocks
+    stat_codes = StatCodes + tile64 * 3 * groups
+    tile_stats = TileStats.to(gl.pointer_type(gl.int32)) + tile64 * 2 * groups
+    row0 = gl.minimum(tile * 16 + gid, out_features - 1).to(gl.int64) * groups
+    row1 = gl.minimum(tile * 16 + 8 + gid, out_features - 1).to(gl.int64) * groups
+    words = ()
+    for k in gl.static_range(BITS):
+        words = words + (row_of_words(weights + k * 8 * blocks, block, blocks, True),)
+    upper = ()
+    lower = ()
+    for j in gl.static_range(4):
+        group = gl.minimum(block + j, blocks - 1) // BLOCKS_A_GROUP
+        if BILEVEL:
+            second0, second1 = load2(tile_stats + 2 * group)
+            scale0, zero0, scale1, zero1 = gl.inline_asm_elementwise(
+                _STATISTICS, _STATISTICS_REGISTERS,
+                [load1(stat_codes + low * groups + group), load1(stat_codes + high * groups + group), shift, second0, second1],
+                dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            scale0 = gl.load(GroupSc + row0 + group).to(gl.float16, bitcast=True).to(gl.float32)
+            scale1 = gl.load(GroupSc + row1 + group).to(gl.float16, bitcast=True).to(gl.float32)
+            zero0 = gl.load(GroupZp + row0 + group).to(gl.float32)
+            zero1 = gl.load(GroupZp + row1 + group).to(gl.float32)
+        lane_words = []
+        for k in gl.static_range(BITS):
+            lane_words = lane_words + [words[k][j]]
+        pairs = gl.inline_asm_elementwise(
+            _DECODE[BITS + BF], _REGISTERS[BITS], lane_words + [scale0, zero0, scale1, zero1],
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32,
+                   gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        for i in gl.static_range(8):
+            upper = upper + (pairs[i],)
+            lower = lower + (pairs[8 + i],)
+    out = Out.to(gl.pointer_type(gl.int32))
+    warp2 = gl.arange(0, WARPS, layout=gl.SliceLayout(1, inner))[:, None]
+    row2 = gl.arange(0, 8, layout=gl.SliceLayout(0, inner))[None, :]
+    word = gl.arange(0, 128, layout=gl.SliceLayout(0, gl.SliceLayout(1, rows)))
+    word2 = gl.expand_dims(gl.expand_dims(word, 0), 1)
+    for half in gl.static_range(2):
+        values = gl.reshape(_interleave(upper if half == 0 else lower), [WARPS, 8, 128])
+        row = tile * 16 + 8 * half + row2
+        start = gl.expand_dims(row.to(gl.int64) * (in_features // 2) + (first * 8 + warp2 * 128), 2)
+        column = gl.expand_dims(first * 8 + warp2 * 128 + 0 * row2, 2) + word2
+        inside = gl.expand_dims(row + 0 * warp2 < out_features, 2) & (column < in_features // 2)
+        gl.store(out + start + word2, gl.convert_layout(values, rows), mask=inside)
+
+
+def dense(weight: Tensor, tensors: Mapping[str, Tensor], layout: Layout) -> None:
+    """Write s (q - z) into weight fp16 or bf16 [out, in], contiguous; in_features a multiple of 64, no permutation."""
+    unused = tensors["weight"]
+    unpack_kernel[(layout.tile_rows, ceil_div(layout.blocks, 16 * WARPS))](
+        tensors["weight"], tensors.get("stat_codes", unused), tensors.get("tile_stats", unused),
+        tensors.get("group_sc", unused), tensors.get("group_zp", unused), weight,
+        layout.out_features, layout.in_features, layout.blocks, layout.groups,
+        BITS=layout.weight_bits, BF=BF16 if weight.dtype == torch.bfloat16 else 0,
+        BILEVEL=layout.statistics == "bilevel", BLOCKS_A_GROUP=layout.group_size // TILE, WARPS=WARPS, num_warps=WARPS,
+    )  # fmt: skip
