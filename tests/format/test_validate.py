@@ -8,7 +8,6 @@ import random
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,7 +185,8 @@ def test_the_validator_starts_fast():
     program = "import spqr_format.validate, spqr_format.metadata, jsonschema; spqr_format.metadata._validator('config')"
     best = 9.0
     for _ in range(3):
-        start = time.perf_counter()
+        start = os.times()
         subprocess.run([sys.executable, "-c", program], check=True)
-        best = min(best, time.perf_counter() - start)
+        end = os.times()  # CPU time: the machine may be busy with other tests
+        best = min(best, end.children_user + end.children_system - start.children_user - start.children_system)
     assert best < 0.5
