@@ -92,7 +92,7 @@ def solve(
 class _Solver:
     """One matrix on its way. All matrices are columns first and in processing order."""
 
-    def __init__(self, weight: torch.Tensor, factor: Factor, options: SolverOptions, layout) -> None:  # noqa: ANN001
+    def __init__(self, weight: torch.Tensor, factor: Factor, options: SolverOptions, layout) -> None:
         self.options = options
         self.order = factor.order
         self.U = factor.inverse_root

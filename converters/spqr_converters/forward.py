@@ -79,7 +79,7 @@ class Stream:
     of block i for a batch of that shape.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, source: Source, windows: torch.Tensor, batch: int, device) -> None:  # noqa: ANN001
+    def __init__(self, model: nn.Module, plan: Plan, source: Source, windows: torch.Tensor, batch: int, device) -> None:
         self.device = torch.device(device)
         self.hidden: list[torch.Tensor] = []
         self.calls: dict[tuple[int, ...], list[tuple[tuple, dict]]] = {}
@@ -93,7 +93,6 @@ class Stream:
         outside = [(name, m) for name, m in model.named_modules() if id(m) not in skip]
         for name, module in outside:
             _load_own(module, name, plan, source, self.device)
-        originals = [block.forward for block in plan.blocks]
         try:
             for i, block in enumerate(plan.blocks):
                 block.forward = self._recorder(i, i + 1 == len(plan.blocks))
@@ -105,8 +104,10 @@ class Stream:
                 except _StopForward:
                     pass
         finally:
-            for block, forward in zip(plan.blocks, originals, strict=True):
-                block.forward = forward
+            for block in plan.blocks:
+                # Not set back but deleted: a bound method on its own instance is a cycle, and a copy of the block
+                # would live until the garbage collector comes by.
+                del block.forward
         for _, module in outside:
             for name in list(module._parameters):
                 if module._parameters[name] is not None:

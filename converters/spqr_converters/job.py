@@ -25,6 +25,7 @@ from .report import ModuleReport, Report
 from .source import Source
 
 Progress = Callable[[str, int, int], None]
+_DRIFT_PRIOR = 8  # tokens for each input column that count for no drift
 REPORT = "spqr_report.json"
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm"}
 
@@ -93,7 +94,7 @@ def convert(
 
 
 def resolve_device(device: str) -> torch.device:
-    """"auto" is the first GPU, else the CPU. E505 for a device that is not there."""
+    """ "auto" is the first GPU, else the CPU. E505 for a device that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -165,7 +166,7 @@ class _Job:
 
     # What both ways share
 
-    def _add(self, tensor: str, matrix, method: str, figures: dict[str, float]) -> None:  # noqa: ANN001
+    def _add(self, tensor: str, matrix, method: str, figures: dict[str, float]) -> None:
         name = self.plan.matrices[tensor]
         self.writer.add_matrix(name, matrix)
         self.report.modules.append(ModuleReport.of(name, matrix, method, figures))
@@ -240,6 +241,9 @@ class _Job:
             if accumulator.tokens == 0:
                 continue
             H, drift = accumulator.mean(), accumulator.drift()
+            if drift is not None:
+                # With few tokens for each input column the correction is mostly noise.
+                drift *= accumulator.tokens / (accumulator.tokens + _DRIFT_PRIOR * layers[0].in_features)
             del accumulator
             factor = calibrated.prepare(H, self.options, f"{prefix}.{names[0]}")
             for name, layer in zip(names, layers, strict=True):

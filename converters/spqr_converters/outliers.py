@@ -5,27 +5,25 @@ from __future__ import annotations
 import torch
 
 from .options import SolverOptions
-from .statistics import search_rows
+from .statistics import loss_of, search_rows
 
 
 def leave_one_out(w: torch.Tensor, U: torch.Tensor | None, top: int) -> torch.Tensor:
     """How much a row's loss falls when column j is stored apart and the others are fitted without it: float32 [n, R]."""
     n, _ = w.shape
     free = torch.zeros_like(w, dtype=torch.bool)
-    _, _, _, whole = _search(w, U, top, free)
+    whole = _loss(w, U, top, free)
     gains = torch.empty_like(w)
     for j in range(n):
         free[j] = True
-        gains[j] = whole - _search(w, U, top, free)[3]
+        gains[j] = whole - _loss(w, U, top, free)
         free[j] = False
     return gains
 
 
-def _search(w, U, top, free):  # noqa: ANN001, ANN202
-    from .statistics import assign
-
+def _loss(w: torch.Tensor, U: torch.Tensor | None, top: int, free: torch.Tensor) -> torch.Tensor:
     scale, zero, codes = search_rows(w, U, top, free, shrinks=4, refits=1)
-    return scale, zero, codes, assign(w, U, scale, zero, top, free)[1]
+    return loss_of(w, U, scale * (codes - zero), free)
 
 
 def choose(gains: torch.Tensor, options: SolverOptions, out_features: int, unit: float) -> torch.Tensor:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
 from .blocks import build, linears, plan
 from .calibration import Calibration
 from .job import context_length, resolve_device
@@ -89,7 +88,9 @@ def predict(
         streams = 2 if options.drift > 0 else 1
         batch = calibration.batch * length
         # The block (twice with a reference), hidden states, Hessian and its factors in float32 and float64, one batch.
-        work += streams * 4 * (block + tokens * hidden) + (3 * 4 + 5 * 8) * widest * widest + 4 * batch * (4 * hidden + 3 * width)
+        work += (
+            streams * 4 * (block + tokens * hidden) + (3 * 4 + 5 * 8) * widest * widest + 4 * batch * (4 * hidden + 3 * width)
+        )
         outside = max((e.numel for e in dense), default=0) * 4
         work = max(work, outside + streams * 4 * tokens * hidden)
         passes += options.sweeps
@@ -111,5 +112,3 @@ def predict(
         seconds=seconds + 5,
         device=str(where),
     )
-
-

@@ -88,6 +88,21 @@ def assign(
     return codes, errors.square().sum(0)
 
 
+def loss_of(w: torch.Tensor, U: torch.Tensor | None, decoded: torch.Tensor, free: torch.Tensor | None) -> torch.Tensor:
+    """Loss [R] of decoded values [n, R]; an outlier takes up what the columns before it leave over."""
+    if free is None:
+        errors = w - decoded
+        if U is not None:
+            errors = torch.linalg.solve_triangular(U.T, errors, upper=False)
+        return errors.square().sum(0)
+    errors = torch.empty_like(w)
+    for j in range(len(w)):
+        target = w[j] if U is None or j == 0 else w[j] - U[:j, j] @ errors[:j]
+        error = target - decoded[j] if U is None else (target - decoded[j]) / U[j, j]
+        errors[j] = error.masked_fill(free[j], 0)
+    return errors.square().sum(0)
+
+
 def metric(U: torch.Tensor | None) -> torch.Tensor | None:
     """A = (U^T U)^-1, float32 [n, n]; None stands for the identity."""
     if U is None:
@@ -233,8 +248,7 @@ def fit_bilevel(
     else:
         stats = start.tile_stats.float()
         best = [stats.clone(), start.scale_codes.float(), start.zero_codes.float(), start.codes.float()]
-        e = _masked(w - start.decode(), free)
-        best_loss = _dot(e, A, e).view(T, -1).sum(1)
+        best_loss = loss_of(w, U, start.decode(), free).view(T, -1).sum(1)
     step = max(TILE_ROWS, _SEARCH_ELEMENTS // (n * CODES * CODES) // TILE_ROWS * TILE_ROWS)
     for round_ in range(rounds):
         pairs = torch.empty(R, dtype=torch.int64, device=w.device)
@@ -263,14 +277,13 @@ def fit_bilevel(
             stats = _refit(target, ones, A, stats, sq, zq, codes, free)
     stats, sq, zq, codes = best
     scale, zero = _tile_values(stats, sq, 0), _tile_values(stats, zq, 2)
-    e = _masked(w - scale * (codes - zero), free)
     return GroupFit(
-        codes.to(torch.uint8), scale, zero, _dot(e, A, e),
+        codes.to(torch.uint8), scale, zero, loss_of(w, U, scale * (codes - zero), free),
         tile_stats=stats.half(), scale_codes=sq.to(torch.uint8), zero_codes=zq.to(torch.uint8),
     )  # fmt: skip
 
 
-def _refit(target, ones, A, stats, sq, zq, codes, free) -> torch.Tensor:  # noqa: ANN001
+def _refit(target, ones, A, stats, sq, zq, codes, free) -> torch.Tensor:
     """New tile statistics, rounded to fp16 (float32 [T, 4]), by least squares with all codes held."""
     T = len(stats)
     scale_codes, zero_codes = sq.view(T, -1), zq.view(T, -1)
@@ -304,8 +317,7 @@ def fit_direct(
     best_loss = torch.full((R,), torch.inf, device=w.device)
     if start is not None:
         best = [start.scale.clone(), start.zero.clone(), start.codes.float()]
-        e = _masked(w - start.decode(), free)
-        best_loss = _dot(e, A, e)
+        best_loss = loss_of(w, U, start.decode(), free)
     for shift in (0, 1, -1):
         z = (zero.round() + shift).clamp(0, 255)
         s = to_half(scale)
@@ -323,9 +335,8 @@ def fit_direct(
                 s = torch.where(xx > 0, to_half(_dot(x, A, target) / xx), s)
     assert best is not None
     s, z, codes = best
-    e = _masked(w - s * (codes - z), free)
     return GroupFit(
-        codes.to(torch.uint8), s, z, _dot(e, A, e), group_scales=s.half(), group_zeros=z.to(torch.uint8)
+        codes.to(torch.uint8), s, z, loss_of(w, U, s * (codes - z), free), group_scales=s.half(), group_zeros=z.to(torch.uint8)
     )  # fmt: skip
 
 
