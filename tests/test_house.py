@@ -20,7 +20,9 @@ def run(program: str, **options) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("root", ["converters", "kernels", "loaders", "spec", "tests"])
 def test_source_roots_are_not_packages(root):
-    """A regular package `kernels` in the working directory would hide Hugging Face's, which transformers imports."""
+    """A regular package `kernels` on sys.path would hide Hugging Face's, which transformers imports."""
+    found = [path for path in (ROOT / root).glob("**/__init__.py") if path.parent.name in ("converters", "kernels", "loaders")]
+    assert found == []
     assert not (ROOT / root / "__init__.py").exists()
 
 

@@ -37,7 +37,7 @@ _DIRECT = gl.constexpr(
 @gluon.jit
 def _dequantize_lane(words, s0, o0, s1, o1, BITS: gl.constexpr):
     return gl.inline_asm_elementwise(
-        _LANE[BITS], _LANE_REGISTERS[BITS], list(words) + [s0, o0, s1, o1],
+        _LANE[BITS], _LANE_REGISTERS[BITS], words + (s0, o0, s1, o1),
         dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32,
                gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
         is_pure=True, pack=1,
