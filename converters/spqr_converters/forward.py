@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,13 +23,14 @@ def set_tensor(module: nn.Module, name: str, tensor: torch.Tensor | None) -> Non
     """Replace a parameter or buffer by its dotted name; None puts it back on the meta device."""
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
+    old = owner._parameters.get(leaf, owner._buffers.get(leaf))
+    if tensor is None:
+        assert old is not None
+        tensor = torch.empty_like(old, device="meta")
     if leaf in owner._parameters:
-        old = owner._parameters[leaf]
-        new = torch.empty_like(old, device="meta") if tensor is None else tensor
-        owner._parameters[leaf] = nn.Parameter(new, requires_grad=False)
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
-        old = owner._buffers[leaf]
-        owner._buffers[leaf] = torch.empty_like(old, device="meta") if tensor is None else tensor
+        owner._buffers[leaf] = tensor
 
 
 def load(module: nn.Module, prefix: str, plan: Plan, source: Source, device: torch.device) -> None:
@@ -79,7 +81,7 @@ class Stream:
     of block i for a batch of that shape.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, source: Source, windows: torch.Tensor, batch: int, device) -> None:
+    def __init__(self, model: Any, plan: Plan, source: Source, windows: torch.Tensor, batch: int, device) -> None:
         self.device = torch.device(device)
         self.hidden: list[torch.Tensor] = []
         self.calls: dict[tuple[int, ...], list[tuple[tuple, dict]]] = {}
@@ -191,10 +193,8 @@ class Stream:
         try:
             for number in range(len(self.hidden)):
                 caught.clear()
-                try:
+                with contextlib.suppress(_StopForward):
                     self.run(block, index, number)
-                except _StopForward:
-                    pass
                 yield list(caught)
         finally:
             handle.remove()

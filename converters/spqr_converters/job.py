@@ -89,7 +89,8 @@ def convert(
         else:
             job.run_calibrated(windows, calibration.batch)
         job.report.seconds = time.monotonic() - started
-        writer.finish(extra_files={**companions(origin.folder), REPORT: job.report.as_json()})
+        extra: dict[str, Any] = {**companions(origin.folder), REPORT: job.report.as_json()}
+        writer.finish(extra_files=extra)
     return job.report
 
 
@@ -228,7 +229,7 @@ class _Job:
         original = _copy(block) if reference is not None else None
         solved = {}
         for names in order:
-            layers = [block.get_submodule(name) for name in names]
+            layers: list[Any] = [block.get_submodule(name) for name in names]
             accumulator = Accumulator(layers[0].in_features, f"{prefix}.{names[0]}", self.device, reference is not None)
             seen = stream.inputs(block, index, names[0], once)
             if reference is not None and original is not None:

@@ -62,7 +62,7 @@ def predict(
     )  # fmt: skip
     where = resolve_device(device)
     origin = Source(source)
-    model = build(origin.config, str(origin.folder))
+    model: Any = build(origin.config, str(origin.folder))
     todo = plan(model, origin)
     share = 0.005 if options.outlier_threshold is not None else options.outlier_share or 0.0
     quantised_bytes = quantised = largest = widest = 0

@@ -72,7 +72,7 @@ def assign(
     w: torch.Tensor, U: torch.Tensor | None, scale: torch.Tensor, zero: torch.Tensor, top: int, free: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (float32 whole numbers [n, R]) and loss [R] for one (scale, zero) a row, by error feedback."""
-    n, R = w.shape
+    n = len(w)
     codes = torch.empty_like(w)
     errors = torch.empty_like(w)
     inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
@@ -235,7 +235,7 @@ def fit_bilevel(
     target = _masked(w, free)
     grid = torch.arange(CODES, device=w.device, dtype=w.dtype)
     pair_s, pair_z = grid.repeat_interleave(CODES), grid.repeat(CODES)
-    if start is None:
+    if start is None or start.tile_stats is None or start.scale_codes is None or start.zero_codes is None:
         scale, zero, codes = search_rows(w, U, top, free)
         x = _masked(codes - zero, free)
         weight_s = _dot(x, A, x)
@@ -309,7 +309,7 @@ def fit_direct(
 ) -> GroupFit:
     """One fp16 scale and one whole zero 0..255 a row: whole zeros near the best unrounded one are tried with refitted
     scales. With `start` the result is never worse than `start` in this metric."""
-    n, R = w.shape
+    R = w.shape[1]
     A = metric(U)
     target = _masked(w, free)
     scale, zero, _ = search_rows(w, U, top, free, shrinks=16)

@@ -202,7 +202,7 @@ def test_dead_columns_keep_their_weights() -> None:
 
 def test_no_input_at_all() -> None:
     W, _ = problem(16, 16)
-    matrix, figures = calibrated.solve(W, torch.zeros(16, 16), SolverOptions())
+    _, figures = calibrated.solve(W, torch.zeros(16, 16), SolverOptions())
     assert figures["weight_error"] < 0.3
 
 
