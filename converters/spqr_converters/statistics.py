@@ -49,12 +49,13 @@ def feedback(
     """
     n, R = w.shape
     K = scale.shape[1]
-    errors = torch.empty(n, R * K, dtype=w.dtype, device=w.device) if U is not None else None
+    # Without U there is nothing to feed back, and no errors are kept.
+    errors = torch.empty(0 if U is None else n, R * K, dtype=w.dtype, device=w.device)
     loss = torch.zeros_like(scale)
     inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
     for j in range(n):
         target = w[j].unsqueeze(1)
-        if errors is not None and j:
+        if U is not None and j:
             target = target - (U[:j, j] @ errors[:j]).view(R, K)
         code = torch.addcmul(zero, target, inverse).round_().clamp_(0, top)
         error = target - code.sub_(zero).mul_(scale)
@@ -63,7 +64,7 @@ def feedback(
         if free is not None:
             error = error.masked_fill_(free[j].unsqueeze(1), 0)
         loss.addcmul_(error, error)
-        if errors is not None:
+        if U is not None:
             errors[j] = error.reshape(-1)
     return loss
 
@@ -173,7 +174,7 @@ def _affine_grid(v: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, t
     low, high = v.amin(1), v.amax(1)
     span = torch.maximum(high - low, 0.05 * torch.maximum(high.abs(), low.abs()))
     weight = weight / weight.amax(1, keepdim=True).clamp_min(1e-30) + 1e-6
-    best_a, best_b, best_loss = None, None, None
+    best_a, best_b, best_loss = torch.zeros_like(span), torch.zeros_like(span), torch.full_like(span, torch.inf)
     for p in (1.0, 0.9, 0.8, 0.7):
         a = span * p / (CODES - 1)
         b = -((low + high) / 2 - span * p / 2) / a
@@ -182,12 +183,9 @@ def _affine_grid(v: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, t
             inverse = torch.where(a_half == 0, torch.zeros_like(a_half), 1 / a_half)
             codes = (v * inverse.unsqueeze(1) + b_half.unsqueeze(1)).round().clamp(0, CODES - 1)
             loss = (weight * (v - a_half.unsqueeze(1) * (codes - b_half.unsqueeze(1))).square()).sum(1)
-            if best_loss is None:
-                best_a, best_b, best_loss = a_half, b_half, loss
-            else:
-                better = loss < best_loss
-                best_a, best_b = torch.where(better, a_half, best_a), torch.where(better, b_half, best_b)
-                best_loss = torch.where(better, loss, best_loss)
+            better = loss < best_loss
+            best_a, best_b = torch.where(better, a_half, best_a), torch.where(better, b_half, best_b)
+            best_loss = torch.where(better, loss, best_loss)
             if round_ < 2:
                 a, b = _solve_affine(codes, weight, weight * v, a, b)
     return best_a, best_b
