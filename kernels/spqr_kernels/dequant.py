@@ -30,6 +30,10 @@ def field_constants(bits: int) -> tuple[int, int]:
     return _nibbles([word for word, _ in flat]), _nibbles([bit for _, bit in flat])
 
 
+# The spec rounds every operation on its own, so a product and a sum are not to become one fma.
+EXACT = {"enable_fp_fusion": False}
+
+
 @triton.jit
 def _half(pointer, mask):
     """fp16 stored as int16, as float32."""
@@ -154,9 +158,11 @@ def dequantize(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype
 
         unpack.dense(weight, tensors, layout)
     else:
-        columns = min(256, triton.next_power_of_2(layout.blocks * TILE))
+        columns = min(128, triton.next_power_of_2(layout.blocks * TILE))
         grid = (layout.tile_rows, ceil_div(layout.in_features, columns))
-        dense_kernel[grid](*stored, tensors.get("perm", unused), weight, *sizes, **constants, COLUMNS=columns, num_warps=4)
+        dense_kernel[grid](
+            *stored, tensors.get("perm", unused), weight, *sizes, **constants, COLUMNS=columns, num_warps=4, **EXACT
+        )
     if layout.outliers:
         place = unused
         if layout.permuted:
@@ -164,6 +170,6 @@ def dequantize(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype
             place = torch.empty_like(perm).scatter_(0, perm, torch.arange(perm.numel(), device=device))
         outliers_kernel[(ceil_div(layout.out_features, 4),)](
             *stored, place, tensors["crow_indices"], tensors["col_indices"], tensors["values"], weight, *sizes, **constants,
-            WIDE_ROWS=layout.row_pointer_dtype == "I32", WIDE_COLUMNS=layout.column_dtype == "I32", ENTRIES=64, num_warps=4,
+            WIDE_ROWS=layout.row_pointer_dtype == "I32", WIDE_COLUMNS=layout.column_dtype == "I32", ENTRIES=64, num_warps=4, **EXACT,
         )  # fmt: skip
     return weight

@@ -90,7 +90,7 @@ def unpack_kernel(
             scale1 = gl.load(GroupSc + row1 + group).to(gl.float16, bitcast=True).to(gl.float32)
             zero0 = gl.load(GroupZp + row0 + group).to(gl.float32)
             zero1 = gl.load(GroupZp + row1 + group).to(gl.float32)
-        lane_words = []
+        lane_words: list = []
         for k in gl.static_range(BITS):
             lane_words = lane_words + [words[k][j]]
         pairs = gl.inline_asm_elementwise(

@@ -1,0 +1,126 @@
+"""Compile every kernel for a GPU that is not there, and count what became of it: `python -m spqr_kernels.compile_ahead`.
+
+Triton's wheel carries the assembler and disassembler of NVIDIA GPUs and the compiler of AMD's. A kernel that spills
+registers or keeps an array in local memory on sm_90 is a defect; the tests fail on it.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from spqr_format.packing import SPREAD
+
+from . import decode, dequant, matvec, unpack
+
+NVIDIA = (80, 89, 90)
+AMD = ("gfx942",)
+
+_STORED = {"Weight": "*i32", "StatCodes": "*i32", "TileStats": "*i16", "GroupSc": "*i16", "GroupZp": "*u8"}
+_CSR = {"Crow": "*i32", "Col": "*i16", "Val": "*i16"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel: argument types and compile-time constants."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+
+    @property
+    def portable(self) -> bool:
+        """True for a plain Triton kernel, False for one in NVIDIA's own layouts."""
+        return self.kernel.__name__ in ("dense_kernel", "outliers_kernel")
+
+    def compile(self, target: GPUTarget) -> Any:
+        """The compiled kernel; its `.asm` holds every stage."""
+        signature = self.arguments | dict.fromkeys(self.constants, "constexpr")
+        aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
+                   if kind != "constexpr" and name not in ("batch", "out_features")}  # fmt: skip
+        source = (ASTSource if self.portable else GluonASTSource)(self.kernel, signature, self.constants, aligned)
+        return triton.compile(source, target=target, options={"num_warps": self.warps})
+
+
+def variants() -> list[Variant]:
+    """What is compiled: every kernel, with the kinds of weights that differ in code."""
+    kinds = {
+        "3-bit bilevel": {"BITS": 3, "BILEVEL": True, "BLOCKS_A_GROUP": 1},
+        "2-bit bilevel g32": {"BITS": 2, "BILEVEL": True, "BLOCKS_A_GROUP": 2},
+        "4-bit direct g128": {"BITS": 4, "BILEVEL": False, "BLOCKS_A_GROUP": 8},
+    }
+    found = []
+    sparse = {"OUTLIERS": True, "WIDE_ROWS": True, "WIDE_COLUMNS": False, "HAS_BIAS": False, "VECTOR": True}
+    sizes = {"out_features": "i32", "blocks": "i32", "groups": "i32"}
+    for title, kind in kinds.items():
+        for flavor, dtype in ((0, "*fp16"), (matvec.BF16, "*bf16")):
+            operands = {"X": dtype, "XDense": dtype} | _STORED | _CSR | {"Bias": dtype, "Y": dtype} | sizes
+            constants = kind | sparse | {"BF": flavor, "WARPS": 4}
+            found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands, constants, 4))
+        batch = {"batch": "i32", "out_features": "i32", "in_features": "i32", "blocks": "i32", "groups": "i32"}
+        operands = {"X": "*fp16", "XDense": "*fp16"} | _STORED | _CSR | {"Bias": "*fp16", "Y": "*fp16"} | batch
+        for rows in (2, 16):
+            constants = kind | sparse | {"BATCH": rows, "WARPS": 4}
+            found.append(Variant(f"decode {title} batch {rows}", decode.decode_kernel, operands, constants, 4))
+        shape = {"out_features": "i32", "in_features": "i32", "blocks": "i32", "groups": "i32"}
+        operands = _STORED | {"Out": "*fp16"} | shape
+        found.append(Variant(f"unpack {title}", unpack.unpack_kernel, operands, kind | {"BF": 0, "WARPS": 4}, 4))
+        words, bits_at = dequant.field_constants(kind["BITS"])
+        constants = {
+            "WORDS": words, "BITS_AT": bits_at, "BITS": kind["BITS"], "SPREAD_BIT": SPREAD,
+            "GROUP": 16 * kind["BLOCKS_A_GROUP"], "BILEVEL": kind["BILEVEL"], "PERMUTED": True,
+        }  # fmt: skip
+        operands = _STORED | {"Perm": "*i32", "Out": "*fp16"} | shape
+        found.append(Variant(f"dense {title}", dequant.dense_kernel, operands, constants | {"COLUMNS": 128}, 4))
+        operands = _STORED | {"Place": "*i64"} | _CSR | {"Out": "*fp16"} | shape
+        constants = constants | {"WIDE_ROWS": True, "WIDE_COLUMNS": False, "ENTRIES": 64}
+        found.append(Variant(f"outliers {title}", dequant.outliers_kernel, operands, constants, 4))
+    return found
+
+
+@dataclass(frozen=True)
+class Usage:
+    """registers a thread; spills: loads and stores of local memory; instructions by name."""
+
+    registers: int
+    spills: int
+    instructions: collections.Counter[str]
+
+
+def usage(compiled: Any) -> Usage:
+    """What an NVIDIA kernel uses, read from its machine code."""
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        resources = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)", sass, re.MULTILINE)
+    instructions = collections.Counter(names)
+    registers = int(re.findall(r"REG:(\d+)", resources)[0])
+    return Usage(registers, instructions["LDL"] + instructions["STL"], instructions)
+
+
+def main() -> None:
+    """Print a line for each kernel on sm_90."""
+    for variant in variants():
+        used = usage(variant.compile(GPUTarget("cuda", 90, 32)))
+        most = ", ".join(f"{name} {count}" for name, count in used.instructions.most_common(8))
+        print(f"{variant.name}: {used.registers} registers, {used.spills} spills, {used.instructions.total()}: {most}")
+
+
+if __name__ == "__main__":
+    main()
