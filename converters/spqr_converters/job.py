@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from spqr_format.errors import SpqrError
+from spqr_format.writer import CheckpointWriter, require_empty
 
 from . import calibrated, datafree
 from .blocks import Plan, build, plan
@@ -63,8 +64,7 @@ def convert(
     if max_shard_bytes < 1:
         raise SpqrError("E505", "max_shard_bytes", f"{max_shard_bytes}: expected at least 1")
     target = Path(destination)
-    if target.exists() and (not target.is_dir() or any(p.suffix != ".partial" for p in target.iterdir())):
-        raise SpqrError("E506", str(target), "the destination exists and is not empty")
+    require_empty(target)
     where = resolve_device(device)
     origin = Source(source)
     model = build(origin.config, str(origin.folder))
@@ -74,8 +74,6 @@ def convert(
     if calibration is not None:
         windows, data = calibration.windows(_tokenizer(origin.folder), context_length(origin.config), seed)
     job.report.provenance = provenance(origin, options, data, seed)
-
-    from spqr_format.writer import CheckpointWriter
 
     base = {"weight_bits": weight_bits, "group_size": group_size, "statistics": statistics}
     writer = CheckpointWriter(

@@ -170,6 +170,7 @@ def dequantize(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype
             place = torch.empty_like(perm).scatter_(0, perm, torch.arange(perm.numel(), device=device))
         outliers_kernel[(ceil_div(layout.out_features, 4),)](
             *stored, place, tensors["crow_indices"], tensors["col_indices"], tensors["values"], weight, *sizes, **constants,
-            WIDE_ROWS=layout.row_pointer_dtype == "I32", WIDE_COLUMNS=layout.column_dtype == "I32", ENTRIES=64, num_warps=4, **EXACT,
+            WIDE_ROWS=layout.row_pointer_dtype == "I32", WIDE_COLUMNS=layout.column_dtype == "I32", ENTRIES=64, num_warps=4,
+            **EXACT,
         )  # fmt: skip
     return weight
