@@ -18,18 +18,46 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from spqr_format.layout import TILE, Layout
+from spqr_format.packing import FIELDS, PAIRS, SPREAD
 
 from . import ptx
 from .lanes import index, load1, load2, load4, row_of_words
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
-_LANE = {bits + BF16 * bf: ptx.mask_lane(bits, bool(bf)) for bits in (2, 3, 4) for bf in (0, 1)}
-_MASK = gl.constexpr({flavor: asm for flavor, (asm, _) in _LANE.items()})
-_REGISTERS = gl.constexpr({bits: ",".join(["=&r"] * 16 + ["r"] * bits) for bits in (2, 3, 4)})
-# Pairs at one bit position share an accumulator: class of each pair, and how many classes
-_CLASS = gl.constexpr({flavor: tuple(sorted(set(p)).index(b) for b in p) for flavor, (_, p) in _LANE.items()})
-_CLASSES = gl.constexpr({flavor: len(set(p)) for flavor, (_, p) in _LANE.items()})
-_WEIGHT_OF_CLASS = gl.constexpr({flavor: tuple(2.0**-b for b in sorted(set(p))) for flavor, (_, p) in _LANE.items()})
+
+def positions(bits: int, bfloat: bool) -> tuple[int, ...]:
+    """Where in a half word the code of each pair is brought, by a shift that several fields of a word share.
+
+    fp16: a code at bit p < 8 is the subnormal q * 2**(p - 24) as it stands, so one mask is the whole conversion. bf16:
+    subnormals would leave the range of fp32 in the product, so the code goes under an exponent, 128 + q * 2**p, p < 5.
+    """
+    if bfloat:
+        top, drops = 7, {2: (0, 8, 12, 4), 3: (0, 6, 12), 4: (0, 4, 8, 12)}[bits]
+    else:
+        top, drops = (8 if bits == 2 else 10), {2: (0, 8), 3: (0, 6), 4: (0, 8)}[bits]
+    found = []
+    for half in range(2):
+        for _, bit in FIELDS[bits][half]:
+            found.append(0 if bit == SPREAD else next(bit - d for d in drops if bit >= d and bit - d + bits <= top))
+    assert found[:PAIRS] == found[PAIRS:]  # rows l and l + 8 lie in the registers of one accumulator
+    return tuple(found[:PAIRS])
+
+
+_PLACES = {bits + BF16 * bf: positions(bits, bool(bf)) for bits in (2, 3, 4) for bf in (0, 1)}
+# Word, right shift (-1: spread over three words) and mask of a field, by ((flavor * 2) + half) * 8 + pair.
+_FIELD = {
+    (flavor * 2 + half) * 8 + pair: (word, -1 if bit == SPREAD else bit - place, (2 ** (flavor % BF16) - 1) * 0x00010001 << place)
+    for flavor, places in _PLACES.items()
+    for half in range(2)
+    for pair, ((word, bit), place) in enumerate(zip(FIELDS[flavor % BF16][half], places, strict=True))
+}
+_WORD = gl.constexpr({field: word for field, (word, _, _) in _FIELD.items()})
+_SHIFT = gl.constexpr({field: shift for field, (_, shift, _) in _FIELD.items()})
+_MASK = gl.constexpr({field: mask for field, (_, _, mask) in _FIELD.items()})
+# Pairs at one bit position share an accumulator: class of each pair, how many classes, and what a class counts.
+_CLASS = gl.constexpr({flavor: tuple(sorted(set(p)).index(b) for b in p) for flavor, p in _PLACES.items()})
+_CLASSES = gl.constexpr({flavor: len(set(p)) for flavor, p in _PLACES.items()})
+_WEIGHT_OF_CLASS = gl.constexpr({flavor: tuple(2.0**-b for b in sorted(set(p))) for flavor, p in _PLACES.items()})
 _ONES = gl.constexpr({0: 0x00010001, BF16: 0x3F803F80})  # fp16: 2**-24, the unit of the subnormal codes; bf16: 1
 _UNDO_OR = gl.constexpr(0xC300C300 - 2**32)  # bf16 pair of -128
 _UNIT = gl.constexpr({0: 2.0**24, BF16: 1.0})
@@ -41,13 +69,16 @@ _QUAD_SUM = gl.constexpr(ptx.QUAD_SUM)
 
 
 @gluon.jit
-def _codes(words, BITS: gl.constexpr, FLAVOR: gl.constexpr):
-    return gl.inline_asm_elementwise(
-        _MASK[FLAVOR], _REGISTERS[BITS], list(words),
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32,
-               gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
-        is_pure=True, pack=1,
-    )  # fmt: skip
+def _pair(words, half: gl.constexpr, i: gl.constexpr, BITS: gl.constexpr, BF: gl.constexpr):
+    """Codes of column pair i of row l (half 0) or l + 8 in the floating format of the product (see `positions`)."""
+    field: gl.constexpr = ((BITS + BF) * 2 + half) * 8 + i
+    if _SHIFT[field] < 0:
+        code = (words[0] >> 15) & 0x00010001 | (words[1] >> 14) & 0x00020002 | (words[2] >> 13) & 0x00040004
+    else:
+        code = (words[_WORD[field]] >> _SHIFT[field]) & _MASK[field]
+    if BF:
+        code = code | 0x43004300
+    return code
 
 
 @gluon.jit
@@ -96,8 +127,22 @@ def _load_chunk(
 
 
 @gluon.jit
+def _load_x(x_dense, block, gid, blocks, VECTOR: gl.constexpr):
+    """x of the two column blocks that this lane brings to B: 4 t + s or 4 t + 2 + s, s = 0, 1, as 16 words."""
+    second = gl.where(gid >= 4, 2, 0)
+    words = ()
+    for s in gl.static_range(2):
+        if VECTOR:
+            at = x_dense + (gl.minimum(block, blocks - 4) + second + s) * 8
+        else:
+            at = x_dense + gl.minimum(block + second + s, blocks - 1) * 8
+        words = words + load4(at) + load4(at + 4)
+    return words
+
+
+@gluon.jit
 def _multiply_chunk(
-    chunk, x_dense, GroupSc, GroupZp, stat_codes, tile_stats, block, mine, gid, tid, low, high, shift, row0, row1, blocks,
+    chunk, x, GroupSc, GroupZp, stat_codes, tile_stats, block, mine, gid, tid, low, high, shift, row0, row1, blocks,
     groups, y0, y1,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, VECTOR: gl.constexpr,
 ):  # fmt: skip
@@ -120,28 +165,26 @@ def _multiply_chunk(
         for k in gl.static_range(BITS):
             words_a = words_a + (chunk[4 * k + s],)
             words_b = words_b + (chunk[4 * k + 2 + s],)
-        a = _codes(words_a, BITS, FLAVOR)
-        b = _codes(words_b, BITS, FLAVOR)
-        if VECTOR:
-            at = x_dense + (gl.minimum(block, blocks - 4) + second + s) * 8
-        else:
-            at = x_dense + gl.minimum(block + second + s, blocks - 1) * 8
+        if not VECTOR:
             there = block + second + s < blocks
             m0 = _opaque(gl.where((gid == tid) & there, 1, 0))
             m1 = _opaque(gl.where((gid == tid + 4) & there, 1, 0))
-        x = load4(at) + load4(at + 4)
         sums = ((zero, zero, zero, zero),)
         for _ in gl.static_range(1, CLASSES):
             sums = sums + ((zero, zero, zero, zero),)
         xsum = (zero, zero, zero, zero)
         for i in gl.static_range(8):
             # multiplied, not masked: the unit of logic operations is the busy one
-            x0 = x[i] * m0
-            x1 = x[i] * m1
+            x0 = x[8 * s + i] * m0
+            x1 = x[8 * s + i] * m1
+            a0 = _pair(words_a, 0, i, BITS, BF)
+            a1 = _pair(words_a, 1, i, BITS, BF)
+            b0 = _pair(words_b, 0, i, BITS, BF)
+            b1 = _pair(words_b, 1, i, BITS, BF)
             updated = ()
             for c in gl.static_range(CLASSES):
                 if _CLASS[FLAVOR][i] == c:
-                    total = _mma(a[i], a[8 + i], b[i], b[8 + i], x0, x1, sums[c], BF)
+                    total = _mma(a0, a1, b0, b1, x0, x1, sums[c], BF)
                     if BF:
                         total = _mma(undo, undo, undo, undo, x0, x1, total, BF)
                     updated = updated + (total,)
@@ -197,6 +240,7 @@ def matvec_kernel(
     out_features, blocks, groups,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     WIDE_ROWS: gl.constexpr, WIDE_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, VECTOR: gl.constexpr, WARPS: gl.constexpr,
+    AHEAD: gl.constexpr, XAHEAD: gl.constexpr,
 ):  # fmt: skip
     """Y[o] = sum_i W[o, i] X[i] (+ Bias[o]).
 
@@ -251,30 +295,48 @@ def matvec_kernel(
     block = warp * 16 + tid * 4
     mine = warp * 16 + 8 * (tid % 2) + 2 * (tid // 2)
     chunk = _load_chunk(weights, stat_codes, tile_stats, block, mine, low, high, blocks, groups, BITS, VECTOR, TILE_STATS)
-    # Two chunks a turn, so that the registers of one are free for the next without a copy.
-    for _first in range(0, blocks, 2 * STEP):
-        for turn in gl.static_range(2):
+    x = _load_x(x_dense, block, gid, blocks, VECTOR)
+    if AHEAD == 2:
+        second = _load_chunk(
+            weights, stat_codes, tile_stats, block + STEP, mine + STEP, low, high, blocks, groups, BITS, VECTOR, TILE_STATS
+        )
+    # As many chunks a turn as there are buffers, so that the registers of one are free for the next without a copy.
+    for _first in range(0, blocks, (AHEAD + 1) * STEP):
+        for turn in gl.static_range(AHEAD + 1):
             following = _load_chunk(
-                weights, stat_codes, tile_stats, block + STEP, mine + STEP, low, high, blocks, groups,
+                weights, stat_codes, tile_stats, block + AHEAD * STEP, mine + AHEAD * STEP, low, high, blocks, groups,
                 BITS, VECTOR, TILE_STATS,
             )  # fmt: skip
-            if OUTLIERS:
-                x0 = gl.load(X + column0).to(gl.float32) * (1.0 / _UNIT[BF])
-                x1 = gl.load(X + column1).to(gl.float32) * (1.0 / _UNIT[BF])
-                v0 = value0
-                v1 = value1
+            if XAHEAD:
+                x_following = _load_x(x_dense, block + STEP, gid, blocks, VECTOR)
+            else:
+                x = _load_x(x_dense, block, gid, blocks, VECTOR)
+            # the outliers of rows l in one turn, of rows l + 8 in the next
+            if OUTLIERS and turn == 0:
+                gathered = gl.load(X + column0).to(gl.float32) * (1.0 / _UNIT[BF])
+                value = value0
                 begin0 += step
-                begin1 += step
                 column0, value0 = _entry(Col, Val, begin0, end0, WIDE_COLUMNS)
+            if OUTLIERS and turn == 1:
+                gathered = gl.load(X + column1).to(gl.float32) * (1.0 / _UNIT[BF])
+                value = value1
+                begin1 += step
                 column1, value1 = _entry(Col, Val, begin1, end1, WIDE_COLUMNS)
             y0, y1 = _multiply_chunk(
-                chunk, x_dense, GroupSc, GroupZp, stat_codes, tile_stats, block, mine, gid, tid, low, high, shift, last0,
+                chunk, x, GroupSc, GroupZp, stat_codes, tile_stats, block, mine, gid, tid, low, high, shift, last0,
                 last1, blocks, groups, y0, y1, BITS, BF, BILEVEL, BLOCKS_A_GROUP, VECTOR,
             )  # fmt: skip
-            if OUTLIERS:
-                y0 += v0 * x0
-                y1 += v1 * x1
-            chunk = following
+            if OUTLIERS and turn == 0:
+                y0 += value * gathered
+            if OUTLIERS and turn == 1:
+                y1 += value * gathered
+            if AHEAD == 2:
+                chunk = second
+                second = following
+            else:
+                chunk = following
+            if XAHEAD:
+                x = x_following
             block += STEP
             mine += STEP
 
@@ -282,10 +344,8 @@ def matvec_kernel(
         # rows with more outliers than the loop above had turns
         left = gl.max(gl.maximum(end0 - begin0, end1 - begin1), axis=0)
         for _k in range(0, left, step):
-            x0 = gl.load(X + column0).to(gl.float32) * (1.0 / _UNIT[BF])
-            x1 = gl.load(X + column1).to(gl.float32) * (1.0 / _UNIT[BF])
-            y0 += value0 * x0
-            y1 += value1 * x1
+            y0 += value0 * (gl.load(X + column0).to(gl.float32) * (1.0 / _UNIT[BF]))
+            y1 += value1 * (gl.load(X + column1).to(gl.float32) * (1.0 / _UNIT[BF]))
             begin0 += step
             begin1 += step
             column0, value0 = _entry(Col, Val, begin0, end0, WIDE_COLUMNS)
@@ -303,7 +363,7 @@ def matvec_kernel(
     gl.store(Y + row, total.to(Y.dtype.element_ty), mask=(row < out_features) & (lane2 % 4 == 0))
 
 
-def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, warps: int | None = None) -> Tensor:
+def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, warps: int | None = None, ahead: int = 1, x_ahead: bool = True, maxnreg: int | None = None) -> Tensor:
     """W x + bias for x fp16 or bf16 [1, in], contiguous, checked operands. Returns [1, out] in x's dtype."""
     dense = x if not layout.permuted else x.index_select(1, tensors["perm"])
     width = layout.blocks * TILE
@@ -320,7 +380,7 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
         BITS=layout.weight_bits, BF=BF16 if x.dtype == torch.bfloat16 else 0, BILEVEL=layout.statistics == "bilevel",
         BLOCKS_A_GROUP=layout.group_size // TILE, OUTLIERS=layout.outliers > 0,
         WIDE_ROWS=layout.row_pointer_dtype == "I32", WIDE_COLUMNS=layout.column_dtype == "I32",
-        HAS_BIAS=bias is not None, VECTOR=layout.blocks % 4 == 0, WARPS=warps, num_warps=warps,
+        HAS_BIAS=bias is not None, VECTOR=layout.blocks % 4 == 0, WARPS=warps, num_warps=warps, AHEAD=ahead, XAHEAD=x_ahead, maxnreg=maxnreg,
     )  # fmt: skip
     return y
 

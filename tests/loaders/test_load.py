@@ -235,3 +235,10 @@ def test_renamed_modules_of_a_vision_model(tmp_path):
 
 def runtime() -> spqr_loaders.SpqrFormatConfig:
     return spqr_loaders.SpqrFormatConfig(dequantize=True)
+
+
+def test_our_from_pretrained_loads_a_dense_model_and_quantizes_one(tiny_llama):
+    dense = spqr_loaders.from_pretrained(tiny_llama)
+    assert not any(isinstance(module, spqr_loaders.SpqrLinear) for module in dense.modules())
+    quantized = spqr_loaders.from_pretrained(tiny_llama, quantization_config=spqr_loaders.SpqrFormatConfig(group_size=32))
+    assert any(isinstance(module, spqr_loaders.SpqrLinear) for module in quantized.modules())
