@@ -53,6 +53,7 @@ CODES: dict[str, str] = {
     "E507": "the calibration text is too short",
     "E508": "a model does not fit the checkpoint",
     "E509": "an operand's shape, dtype, device or range does not fit the kernel",
+    "E510": "the format cannot hold what the source stores without loss",
 }
 
 

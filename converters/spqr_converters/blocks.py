@@ -11,7 +11,7 @@ from torch import nn
 
 from spqr_format.errors import SpqrError
 
-from .source import Source
+from .sources import Source
 
 
 def build(config: dict[str, Any], folder: str) -> nn.Module:

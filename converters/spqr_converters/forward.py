@@ -12,7 +12,7 @@ from torch import nn
 from spqr_format.errors import SpqrError
 
 from .blocks import Plan, linears
-from .source import Source
+from .sources import Source
 
 
 class _StopForward(Exception):  # noqa: N818 - not an error: it ends a forward pass early

@@ -23,7 +23,7 @@ from .forward import Stream, load, unload
 from .hessian import Accumulator
 from .options import SolverOptions
 from .report import ModuleReport, Report
-from .source import Source
+from .sources import Source, open_source
 
 Progress = Callable[[str, int, int], None]
 _DRIFT_PRIOR = 8  # tokens for each input column that count for no drift
@@ -66,7 +66,7 @@ def convert(
     target = Path(destination)
     require_empty(target)
     where = resolve_device(device)
-    origin = Source(source)
+    origin = open_source(source)
     model = build(origin.config, str(origin.folder))
     todo = plan(model, origin)
     job = _Job(origin, model, todo, options, where, progress)

@@ -10,7 +10,7 @@ from .blocks import build, linears, plan
 from .calibration import Calibration
 from .job import context_length, resolve_device
 from .options import SolverOptions
-from .source import Source
+from .sources import open_source
 
 _RUNTIME = 400 << 20  # Python, torch and transformers, as seen
 _FLOPS = {"cpu": 1.0e11, "cuda": 3.0e13}  # float32 products a second, as seen on 2 cores and on an H200
@@ -61,7 +61,7 @@ def predict(
         outlier_share=outlier_share, outlier_threshold=outlier_threshold,
     )  # fmt: skip
     where = resolve_device(device)
-    origin = Source(source)
+    origin = open_source(source)
     model: Any = build(origin.config, str(origin.folder))
     todo = plan(model, origin)
     share = 0.005 if options.outlier_threshold is not None else options.outlier_share or 0.0

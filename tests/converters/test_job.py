@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from spqr_converters import Calibration, SolverOptions, convert, datafree, predict
 from spqr_converters.blocks import build, plan
-from spqr_converters.source import Source
+from spqr_converters.sources import open_source
 from spqr_format.errors import SpqrError
 from spqr_format.reader import Checkpoint
 from spqr_format.validate import validate
@@ -52,7 +52,7 @@ def test_data_free(random_llama, tmp_path: Path, shards: int) -> None:
     assert len(report.modules) == 14
     assert [s[1] for s in steps] == sorted(s[1] for s in steps)
     assert steps[-1][1] == steps[-1][2] == report.quantised_parameters
-    origin = Source(source)
+    origin = open_source(source)
     assert report.quantised_parameters + report.dense_parameters == sum(e.numel for e in origin.entries.values())
     assert set(report.totals()["dense_parameters_by_reason"]) == {"embedding", "vector"}
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "x"
@@ -74,7 +74,7 @@ def test_stored_numbers_are_the_solvers(random_llama, tmp_path: Path) -> None:
     source = random_llama()
     convert(source, tmp_path / "out", solver=QUICK)
     name = "model.layers.1.mlp.down_proj"
-    expected = datafree.quantize(Source(source).load(name + ".weight"), QUICK).dequantize()
+    expected = datafree.quantize(open_source(source).load(name + ".weight"), QUICK).dequantize()
     stored = Checkpoint.open(tmp_path / "out")
     np.testing.assert_array_equal(stored.matrix(name).dequantize(), expected)
 
@@ -139,7 +139,7 @@ def test_bias_and_untied_head(random_llama, tmp_path: Path) -> None:
 def test_experts(shared: Path, tmp_path: Path) -> None:
     """Every expert is a matrix of its own under the hub's names; routers stay dense; nothing is skipped silently."""
     model = shared / "models" / "tiny-moe"
-    origin = Source(model)
+    origin = open_source(model)
     todo = plan(build(origin.config, str(model)), origin)
     assert len(todo.fused) == 4 * 8 * 3
     assert len(todo.matrices) == 4 * (4 + 24)

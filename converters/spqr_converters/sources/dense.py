@@ -1,18 +1,18 @@
-"""Reading a checkpoint folder tensor by tensor with plain reads (no mmap), so that only the tensors in use take memory."""
+"""Dense safetensors (FP32, FP16, BF16), one file or sharded, read tensor by tensor with plain reads (no mmap)."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spqr_format.errors import SpqrError
+
+from .base import Entry, Source, read_config
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -21,41 +21,17 @@ DTYPES = {
 _MAX_HEADER = 100_000_000
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies: file name, dtype, shape, and its bytes [begin, end) counted from the start of the file."""
+class DenseSource(Source):
+    """A Hugging Face folder with one safetensors file, or several and an index. `entries` is in file order. Errors: E501
+    where something is missing, malformed, or of a kind that is not read."""
 
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-class Source:
-    """A Hugging Face folder with one safetensors file, or several and an index. `entries` maps tensor name to Entry in
-    file order. Errors: E501 where something is missing, malformed, or of a kind that is not read."""
+    name = "dense safetensors"
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise SpqrError("E501", str(folder), "no such folder")
-        config = self.folder / "config.json"
-        if not config.is_file():
-            raise SpqrError("E501", str(folder), "no config.json")
-        try:
-            self.config: dict[str, Any] = json.loads(config.read_text("utf-8"))
-        except (ValueError, UnicodeDecodeError) as error:
-            raise SpqrError("E501", str(config), f"not JSON: {error}") from None
-        if not isinstance(self.config, dict):
-            raise SpqrError("E501", str(config), "not a JSON object")
-        if "quantization_config" in self.config:
-            method = (self.config["quantization_config"] or {}).get("quant_method", "unknown")
-            raise SpqrError("E501", str(config), f"already quantised ({method}); a dense checkpoint is expected")
+        self.config = read_config(self.folder)
         self.files = self._files()
         self.entries: dict[str, Entry] = {}
         for file in self.files:
@@ -96,17 +72,11 @@ class Source:
             return torch.empty(entry.shape, dtype=entry.dtype)
         return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
 
-    def fingerprint(self) -> dict[str, str]:
-        """sha256 of every weight file, read in small pieces."""
-        return {file: file_sha256(self.folder / file) for file in self.files}
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    @classmethod
+    def recognises(cls, folder: Path, config: dict[str, Any]) -> bool:
+        return not config.get("quantization_config") and (
+            (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file()
+        )
 
 
 def _read_header(folder: Path, file: str) -> dict[str, Entry]:

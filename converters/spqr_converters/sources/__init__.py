@@ -1,0 +1,28 @@
+"""Kinds of checkpoints that can be converted. `open_source` finds the kind from what lies in the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spqr_format.errors import SpqrError
+
+from .base import Entry, Source, read_config
+from .dense import DenseSource
+
+KINDS: tuple[type[Source], ...] = (DenseSource,)
+
+__all__ = ["KINDS", "DenseSource", "Entry", "Source", "open_source"]
+
+
+def open_source(path: str | Path) -> Source:
+    """The source at a path. Raises SpqrError E501 where no kind recognises it."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise SpqrError("E501", str(path), "no such folder")
+    config = read_config(folder)
+    for kind in KINDS:
+        if kind.recognises(folder, config):
+            return kind(folder)
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    found = f"quantized by {method!r}, which is not read" if method else "no weights of a kind that is read"
+    raise SpqrError("E501", str(folder), found)
