@@ -8,8 +8,12 @@ from spqr_format.errors import SpqrError
 
 from .base import Entry, Source, read_config
 from .dense import DenseSource
+from .spqr_hf import SpqrHfSource
 
-KINDS: tuple[type[Source], ...] = (DenseSource,)
+KINDS: tuple[type[Source], ...] = (
+    SpqrHfSource,
+    DenseSource,
+)
 
 __all__ = ["KINDS", "DenseSource", "Entry", "Source", "open_source"]
 
