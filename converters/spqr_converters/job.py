@@ -21,6 +21,7 @@ from .blocks import Plan, build, plan
 from .calibration import Calibration
 from .forward import Stream, load, unload
 from .hessian import Accumulator
+from .memory import release
 from .options import SolverOptions
 from .report import ModuleReport, Report
 from .sources import Source, open_source
@@ -168,6 +169,7 @@ class _Job:
     def _add(self, tensor: str, matrix, method: str, figures: dict[str, float]) -> None:
         name = self.plan.matrices[tensor]
         self.writer.add_matrix(name, matrix)
+        release()
         self.report.modules.append(ModuleReport.of(name, matrix, method, figures))
         self.done += self.source.entries[tensor].numel
         if self.progress is not None:
