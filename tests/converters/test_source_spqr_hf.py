@@ -38,7 +38,7 @@ def random_parts(out: int, inn: int, seed: int = 0, share: float = 0.02) -> dict
 
 def pack(parts: dict[str, np.ndarray], tiled: bool, permuted: bool) -> dict[str, np.ndarray]:
     """One Python int a word, straight from the description."""
-    out, inn = parts["codes"].shape
+    out = parts["codes"].shape[0]
     groups = parts["sq"].shape[1]
     words = []
     for tile in range(out // 16):
@@ -225,7 +225,7 @@ def test_cut_files(tmp_path: Path, keep: int) -> None:
     folder = folder_of(tmp_path / "x", pack(random_parts(48, 48), False, True))
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(SpqrError, match="model.safetensors") as caught:
+    with pytest.raises(SpqrError, match=r"model\.safetensors") as caught:
         open_source(folder)
     assert caught.value.code == "E501"
 

@@ -6,13 +6,21 @@ from pathlib import Path
 
 from spqr_format.errors import SpqrError
 
+from .awq import AwqSource
 from .base import Entry, Source, read_config
 from .dense import DenseSource
+from .gguf import GgufSource
+from .gptq import GptqSource
 from .spqr_hf import SpqrHfSource
+from .spqr_legacy import SpqrLegacySource
 
 KINDS: tuple[type[Source], ...] = (
+    GptqSource,
+    AwqSource,
     SpqrHfSource,
+    SpqrLegacySource,
     DenseSource,
+    GgufSource,
 )
 
 __all__ = ["KINDS", "DenseSource", "Entry", "Source", "open_source"]

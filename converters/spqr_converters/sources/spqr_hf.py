@@ -124,8 +124,8 @@ class SpqrHfSource(StoredSource):
         codes = np.empty((shape.out // TILE, TILE, blocks, TILE), np.uint8)
         for tile in range(words.shape[0]):  # a tile row at a time: the int64 intermediate is 8 times the result
             codes[tile] = ((words[tile][..., None] >> shift) & 7).astype(np.uint8).transpose(1, 0, 2)
-        codes = codes.reshape(shape.out, blocks * TILE)
-        if codes[:, shape.inn :].any():
+        flat = codes.reshape(shape.out, blocks * TILE)
+        if flat[:, shape.inn :].any():
             raise SpqrError("E501", f"{module}.dense_weights", "codes in padded columns are not 0")
         second = np.ascontiguousarray((words >> 54).astype(np.uint8))
         if (second[..., 0::2] != second[..., 1::2]).any():
@@ -140,7 +140,7 @@ class SpqrHfSource(StoredSource):
             perm = None
         return SpqrMatrix(
             Layout(shape.out, shape.inn, _BITS, TILE, "bilevel", where=module),
-            codes=np.ascontiguousarray(codes[:, : shape.inn]),
+            codes=np.ascontiguousarray(flat[:, : shape.inn]),
             scale_codes=(rows_of & 7).astype(np.uint8),
             zero_codes=((rows_of >> 3) & 7).astype(np.uint8),
             tile_stats=np.ascontiguousarray(stats[..., [0, 2, 1, 3]]),

@@ -234,3 +234,8 @@ def unpack_fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         part = (words[first : first + step].to(torch.int64)[..., None] >> shift) & ((1 << bits) - 1)
         result[first : first + step] = part.reshape(part.shape[0], width * per_word)[:, :count].to(torch.uint8)
     return result
+
+
+def cannot_hold(where: str, what: str) -> SpqrError:
+    """E510, naming the mode that works."""
+    return SpqrError("E510", where, f"{what}; convert without --lossless, which requantizes it")

@@ -1,0 +1,157 @@
+"""torch.save files, read without executing anything: a look at their pickle first, then torch with weights_only."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickletools
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from spqr_format.errors import SpqrError
+from spqr_format.header import short
+
+_MAX_PICKLE = 8 << 20  # bytes of structure in one file, without the tensors' data
+_MAX_OPERATIONS = 500_000  # 12 000 tensors; torch's own reader needs a microsecond for each
+_ALLOWED = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter|sparse_tensor)|torch (Size|device|\w+Storage)"
+    r"|torch (float|bfloat|int|uint)\d+|torch (bool|Tensor)|torch\.nn\.parameter Parameter|torch\.storage \w+Storage"
+    r"|torch\.serialization _get_layout|_codecs encode"
+)
+_LEGACY_PICKLES = 5  # magic number, protocol, system, the object, storage keys
+
+
+def load_pickled(path: Path, name: str) -> tuple[Any, bool]:
+    """What a torch.save file holds, and whether its tensors are only mapped into memory (zip files). E501 naming `name`.
+
+    Sizes that the file states are bounded by its own size before torch sees it. Tensors outside their data are refused.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            mapped = file.read(4) == b"PK\x03\x04"
+            file.seek(0)
+            if mapped:
+                _scan_zip(file, size, name)
+            else:
+                _scan_legacy(file, size, name)
+    except OSError as error:
+        raise SpqrError("E501", name, f"cannot be read: {error.strerror}") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a damaged file raises whatever torch's readers raise
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SpqrError("E501", name, f"torch cannot read it: {short(what, 200)}") from None
+    return value, mapped
+
+
+def tensors_of(value: Any, size: int, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict (parameters as plain tensors). E501 where it is none. Other values are left out."""
+    if isinstance(value, dict) and set(value) <= {"state_dict", "model", "epoch"} and len(value) > 0:
+        value = value.get("state_dict", value.get("model"))
+    if not isinstance(value, dict):
+        raise SpqrError("E501", name, f"holds a {type(value).__name__}, expected a state dict")
+    found = {}
+    for key, tensor in value.items():
+        if not isinstance(key, str):
+            raise SpqrError("E501", name, f"the key {short(key)} is no name")
+        if isinstance(tensor, torch.Tensor):
+            found[key] = plain(tensor, size, f"{name} {key}")
+    return found
+
+
+def plain(value: Any, size: int, where: str) -> torch.Tensor:
+    """A dense tensor that its file of `size` bytes can hold. E501."""
+    if not isinstance(value, torch.Tensor):
+        raise SpqrError("E501", where, f"a {type(value).__name__}, expected a tensor")
+    tensor = value.detach()
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise SpqrError("E501", where, f"a {tensor.layout} tensor on {tensor.device}, expected a dense one")
+    if tensor.numel() * tensor.element_size() > size:
+        raise SpqrError("E501", where, f"shape {tuple(tensor.shape)} of {tensor.dtype} in a file of {size} bytes")
+    return tensor
+
+
+def _scan_zip(file: IO[bytes], size: int, name: str) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            total, found = 0, None
+            for info in archive.infolist():
+                if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                    raise SpqrError("E501", name, f"{short(info.filename)} is compressed, which torch.save never does")
+                total += info.file_size
+                if info.filename.endswith("/data.pkl"):
+                    found = info
+            if total > size:
+                raise SpqrError("E501", name, f"{total} bytes of contents in a file of {size}")
+            if found is None:
+                raise SpqrError("E501", name, "a zip archive that torch.save did not write: no data.pkl")
+            if found.file_size > _MAX_PICKLE:
+                raise SpqrError("E501", name, f"{found.file_size} bytes of structure, the limit is {_MAX_PICKLE}")
+            _scan(io.BytesIO(archive.read(found)), size, name)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError) as error:
+        if isinstance(error, SpqrError):
+            raise
+        raise SpqrError("E501", name, f"not a zip archive: {short(str(error))}") from None
+
+
+def _scan_legacy(file: IO[bytes], size: int, name: str) -> None:
+    if file.read(1) != b"\x80":
+        raise SpqrError("E501", name, "not a file of torch.save")
+    file.seek(0)
+    for number in range(_LEGACY_PICKLES):
+        _scan(file, size, name, magic=number == 0)
+    if file.tell() > _MAX_PICKLE:
+        raise SpqrError("E501", name, f"{file.tell()} bytes of structure, the limit is {_MAX_PICKLE}")
+
+
+def _scan(file: IO[bytes], size: int, name: str, magic: bool = False) -> None:
+    """Look over one pickle without running it: only known globals, and no integer above the file's size."""
+    start = file.tell()
+    try:
+        for count, (operation, argument, _) in enumerate(pickletools.genops(_Bounded(file))):  # type: ignore[arg-type]
+            if count >= _MAX_OPERATIONS or file.tell() - start > _MAX_PICKLE:
+                raise SpqrError("E501", name, f"more than {_MAX_OPERATIONS} operations of structure")
+            if operation.name in ("GLOBAL", "INST") and not _ALLOWED.fullmatch(str(argument)):
+                raise SpqrError(
+                    "E501", name, f"asks for {short(argument)}, which no file of weights needs; nothing of it was run"
+                )
+            if (
+                isinstance(argument, int)
+                and not isinstance(argument, bool)
+                and not magic
+                and abs(argument) > max(size, 1 << 20)
+            ):
+                raise SpqrError("E501", name, f"states {short(argument)}, its own size is {size} bytes")
+    except (ValueError, UnicodeDecodeError, OverflowError) as error:
+        if isinstance(error, SpqrError):
+            raise
+        raise SpqrError("E501", name, f"its structure is damaged: {short(str(error))}") from None
+
+
+class _Bounded:
+    """A file that refuses long reads: genops trusts stated lengths."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.tell = file.tell
+
+    def read(self, count: int) -> bytes:
+        if count > _MAX_PICKLE:
+            raise ValueError(f"a string of {count} bytes")
+        return self._file.read(count)
+
+    def readline(self) -> bytes:
+        return self._file.readline(1 << 16)
+
+
+def relative(path: Path, folder: Path) -> str:
+    """The path as it is named in errors and fingerprints."""
+    return os.path.relpath(path, folder)
