@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from spqr_format.errors import SpqrError
+from spqr_format.layout import Layout
 from spqr_format.matrix import SpqrMatrix
 
 
@@ -65,6 +66,11 @@ class Source(ABC):
         Raises SpqrError E510 where the format cannot hold what the source stores; the message says what can be done.
         """
         return None
+
+    def layout(self, name: str) -> Layout | None:
+        """Geometry of `matrix(name)`, or None where the source stores it dense; cheaper where a source can. E510."""
+        matrix = self.matrix(name)
+        return None if matrix is None else matrix.layout
 
     def notes(self) -> list[str]:
         """What a user must know: rules that decided an ambiguity, rounding that the source's own tool does."""
