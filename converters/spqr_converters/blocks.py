@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,15 +19,19 @@ def build(config: dict[str, Any], folder: str) -> nn.Module:
     """The causal LM of a config with its parameters on the meta device and its buffers real. E501 when transformers
     does not know it. No code from the checkpoint is ever run."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+    kind = config.get("model_type")
     try:
-        parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if isinstance(kind, str) and kind in CONFIG_MAPPING:  # the folder may have no config.json of its own (GGUF)
+            parsed = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(config))
+        else:
+            parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        kind = config.get("architectures") or config.get("model_type")
-        raise SpqrError("E501", folder, f"transformers builds no causal LM of {kind}: {error}") from None
+        shown = config.get("architectures") or kind
+        raise SpqrError("E501", folder, f"transformers builds no causal LM of {shown}: {error}") from None
     return model.eval()
 
 

@@ -42,7 +42,7 @@ class Size(click.ParamType):
 
 
 @click.command("convert")
-@click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option(
     "--calibration",

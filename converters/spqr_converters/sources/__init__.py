@@ -27,8 +27,10 @@ __all__ = ["KINDS", "DenseSource", "Entry", "Source", "open_source"]
 
 
 def open_source(path: str | Path) -> Source:
-    """The source at a path. Raises SpqrError E501 where no kind recognises it."""
+    """The source at a path: a folder, or a .gguf file. Raises SpqrError E501 where no kind recognises it."""
     folder = Path(path)
+    if folder.is_file() or (GgufSource.recognises(folder, {}) and not (folder / "config.json").exists()):
+        return GgufSource(folder)  # has no config.json of its own
     if not folder.is_dir():
         raise SpqrError("E501", str(path), "no such folder")
     config = read_config(folder)
