@@ -13,13 +13,17 @@ from .gguf import GgufSource
 from .gptq import GptqSource
 from .spqr_hf import SpqrHfSource
 from .spqr_legacy import SpqrLegacySource
+from .squeezellm import SqueezeLlmSource
+from .torch_bin import TorchBinSource
 
 KINDS: tuple[type[Source], ...] = (
     GptqSource,
     AwqSource,
     SpqrHfSource,
     SpqrLegacySource,
+    SqueezeLlmSource,
     DenseSource,
+    TorchBinSource,
     GgufSource,
 )
 

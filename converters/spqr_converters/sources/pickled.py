@@ -16,8 +16,10 @@ import torch
 from spqr_format.errors import SpqrError
 from spqr_format.header import short
 
+from .base import Entry
+
 _MAX_PICKLE = 8 << 20  # bytes of structure in one file, without the tensors' data
-_MAX_OPERATIONS = 500_000  # 12 000 tensors; torch's own reader needs a microsecond for each
+_MAX_OPERATIONS = 300_000  # 7 000 tensors; torch's own reader needs a microsecond for each
 _ALLOWED = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter|sparse_tensor)|torch (Size|device|\w+Storage)"
     r"|torch (float|bfloat|int|uint)\d+|torch (bool|Tensor)|torch\.nn\.parameter Parameter|torch\.storage \w+Storage"
@@ -26,8 +28,8 @@ _ALLOWED = re.compile(
 _LEGACY_PICKLES = 5  # magic number, protocol, system, the object, storage keys
 
 
-def load_pickled(path: Path, name: str) -> tuple[Any, bool]:
-    """What a torch.save file holds, and whether its tensors are only mapped into memory (zip files). E501 naming `name`.
+def load_pickled(path: Path, name: str) -> Any:
+    """What a torch.save file holds; the tensors of zip files are only mapped into memory. E501 naming `name`.
 
     Sizes that the file states are bounded by its own size before torch sees it. Tensors outside their data are refused.
     """
@@ -45,11 +47,66 @@ def load_pickled(path: Path, name: str) -> tuple[Any, bool]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file raises whatever torch's readers raise
         what = (str(error).splitlines() or [type(error).__name__])[0]
         raise SpqrError("E501", name, f"torch cannot read it: {short(what, 200)}") from None
-    return value, mapped
+
+
+def names_leaf(path: Path, leaf: str) -> bool:
+    """True where the pickle of a torch.save file has a string with this ending. False, not an error, for any other file."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                with zipfile.ZipFile(file) as archive:
+                    found = next(i for i in archive.infolist() if i.filename.endswith("/data.pkl"))
+                    if found.compress_type != zipfile.ZIP_STORED or found.file_size > _MAX_PICKLE:
+                        return False
+                    pickles: list[IO[bytes]] = [io.BytesIO(archive.read(found))]
+            else:
+                file.seek(0)
+                pickles = [file] * _LEGACY_PICKLES
+            for stream in pickles:
+                for count, (_, argument, _) in enumerate(pickletools.genops(_Bounded(stream))):  # type: ignore[arg-type]
+                    if count >= _MAX_OPERATIONS:
+                        return False
+                    if isinstance(argument, str) and argument.endswith(leaf):
+                        return True
+    except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, StopIteration, zipfile.BadZipFile):
+        pass
+    return False
+
+
+class PickledFiles:
+    """State dicts of one or more files of a folder. Zip files stay mapped; of the others, one is in memory at a time."""
+
+    def __init__(self, folder: Path, files: list[str]) -> None:
+        self.folder, self.files = folder, files
+        self.tensors: dict[str, Entry] = {}
+        self._cached: tuple[str, dict[str, torch.Tensor]] = ("", {})
+        for file in files:
+            for name, tensor in self._open(file).items():
+                if name in self.tensors:
+                    raise SpqrError("E501", file, f"{name} stands in {self.tensors[name].file} too")
+                size = tensor.numel() * tensor.element_size()
+                self.tensors[name] = Entry(file, tensor.dtype, tuple(tensor.shape), 0, size)
+
+    def _open(self, file: str) -> dict[str, torch.Tensor]:
+        if self._cached[0] != file:
+            self._cached = ("", {})  # freed before the next one is read
+            path = self.folder / file
+            self._cached = (file, tensors_of(load_pickled(path, file), path.stat().st_size, file))
+        return self._cached[1]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored, in memory of its own. E501."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise SpqrError("E501", str(self.folder), f"tensor {name} is missing")
+        tensor = self._open(info.file).get(name)
+        if tensor is None or (tensor.dtype, tuple(tensor.shape)) != (info.dtype, info.shape):
+            raise SpqrError("E501", info.file, f"{name} changed while it was read")
+        return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def tensors_of(value: Any, size: int, name: str) -> dict[str, torch.Tensor]:

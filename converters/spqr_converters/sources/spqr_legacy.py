@@ -58,7 +58,7 @@ class SpqrLegacySource(Source):
         dump = _dump(self.folder)
         if dump is None:
             raise SpqrError("E501", str(folder), "no folder with args.pt")
-        arguments, _ = load_pickled(dump / "args.pt", "args.pt")
+        arguments = load_pickled(dump / "args.pt", "args.pt")
         if not isinstance(arguments, dict) or "wbits" not in arguments:
             raise SpqrError("E501", "args.pt", "not the arguments of SpQR's main.py")
         self.bits = whole(arguments["wbits"], "args.pt", "wbits", 1, 8)
@@ -181,10 +181,10 @@ class SpqrLegacySource(Source):
 
     def _read_dense(self) -> dict[str, torch.Tensor]:
         name = relative(self._dense, self.folder)
-        return tensors_of(load_pickled(self._dense, name)[0], self._dense.stat().st_size, name)
+        return tensors_of(load_pickled(self._dense, name), self._dense.stat().st_size, name)
 
     def _raw(self, file: Path) -> dict[str, Any]:
-        value, _ = load_pickled(file, relative(file, self.folder))
+        value = load_pickled(file, relative(file, self.folder))
         if not isinstance(value, dict) or "quant_weights" not in value:
             raise SpqrError("E501", relative(file, self.folder), "not a layer of SpQR's dump: no quant_weights")
         return value
