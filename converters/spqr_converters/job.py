@@ -21,21 +21,25 @@ from .blocks import Plan, build, plan
 from .calibration import Calibration
 from .forward import Stream, load, unload
 from .hessian import Accumulator
+from .lossless import compare, lossless_plan, most_common
 from .memory import release
 from .options import SolverOptions
 from .report import ModuleReport, Report
 from .sources import Source, open_source
+from .sources.packed import OPTION_FILES
 
 Progress = Callable[[str, int, int], None]
 _DRIFT_PRIOR = 8  # tokens for each input column that count for no drift
 REPORT = "spqr_report.json"
+_NOT_COPIED = {"config.json", REPORT, *OPTION_FILES}  # what would tell a loader of another format
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm"}
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Source,
     destination: str | Path,
     *,
+    lossless: bool = False,
     weight_bits: int = 3,
     group_size: int = 16,
     statistics: str = "bilevel",
@@ -48,14 +52,17 @@ def convert(
     progress: Progress | None = None,
     solver: SolverOptions | None = None,
 ) -> Report:
-    """Quantise a dense Hugging Face checkpoint folder into a new SpQR folder; returns what was done.
+    """Convert a checkpoint folder into a new SpQR folder; returns what was done.
 
+    A dense or already quantized source is quantised (anew), from its dequantized weights. With `lossless`, the codes of a
+    quantized source are carried over bit for bit instead, in its own bits and groups (the options of the quantizer do not
+    count), what it stores dense stays dense, and every module is compared with the source's own dequantized weights.
     Without `calibration` the weights alone are used. `solver` carries further options; its format fields (weight_bits,
     group_size, statistics, outliers) are replaced by the arguments here. progress(module, done, total) is called after
     every matrix with parameters done and in all.
 
     The same arguments on the same machine give the same tensors. Until the very end the destination has no index, so a
-    killed run leaves nothing that loads. Errors: E501, E502, E503, E504, E505, E506, E507 (see spqr_format.errors).
+    killed run leaves nothing that loads. Errors: E501 .. E507, E510 (see spqr_format.errors).
     """
     started = time.monotonic()
     options = replace(
@@ -64,33 +71,53 @@ def convert(
     )  # fmt: skip
     if max_shard_bytes < 1:
         raise SpqrError("E505", "max_shard_bytes", f"{max_shard_bytes}: expected at least 1")
+    refuse_with_lossless(lossless, calibration, outlier_share, outlier_threshold)
     target = Path(destination)
     require_empty(target)
     where = resolve_device(device)
-    origin = open_source(source)
+    origin = source if isinstance(source, Source) else open_source(source)
     model = build(origin.config, str(origin.folder))
     todo = plan(model, origin)
+    base = {"weight_bits": weight_bits, "group_size": group_size, "statistics": statistics}
+    if lossless:
+        todo, layouts = lossless_plan(todo, origin)
+        usual = most_common(layouts)
+        base = {"weight_bits": usual.weight_bits, "group_size": usual.group_size, "statistics": usual.statistics}
     job = _Job(origin, model, todo, options, where, progress)
     windows, data = None, None
     if calibration is not None:
-        windows, data = calibration.windows(_tokenizer(origin.folder), context_length(origin.config), seed)
-    job.report.provenance = provenance(origin, options, data, seed)
+        windows, data = calibration.windows(_tokenizer(origin.companions()), context_length(origin.config), seed)
+    job.report.source = origin.name
+    job.report.mode = "lossless" if lossless else "requantized" if origin.quantized else "quantized"
+    job.report.provenance = provenance(origin, None if lossless else options, data, seed, job.report.mode)
 
-    base = {"weight_bits": weight_bits, "group_size": group_size, "statistics": statistics}
     writer = CheckpointWriter(
         target, max_shard_bytes=max_shard_bytes, config=origin.config,
         quantization_config={**base, "provenance": job.report.provenance},
     )  # fmt: skip
     with writer:
         job.writer = writer
-        if windows is None or calibration is None:
+        if lossless:
+            job.run_lossless()
+        elif windows is None or calibration is None:
             job.run_data_free()
         else:
             job.run_calibrated(windows, calibration.batch)
+        job.finish_notes()
         job.report.seconds = time.monotonic() - started
-        extra: dict[str, Any] = {**companions(origin.folder), REPORT: job.report.as_json()}
+        extra: dict[str, Any] = {**companions(origin.companions()), REPORT: job.report.as_json()}
         writer.finish(extra_files=extra)
     return job.report
+
+
+def refuse_with_lossless(
+    lossless: bool, calibration: Calibration | None, outlier_share: float | None, outlier_threshold: float | None
+) -> None:
+    """E505 for options that a lossless conversion would have to ignore."""
+    options = {"calibration": calibration, "outlier_share": outlier_share, "outlier_threshold": outlier_threshold}
+    for name, value in options.items():
+        if lossless and value is not None:
+            raise SpqrError("E505", name, "a lossless conversion carries the source's codes over and takes no such option")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -114,8 +141,11 @@ def context_length(config: dict[str, Any]) -> int | None:
     return None
 
 
-def provenance(origin: Source, options: SolverOptions, calibration: dict[str, Any] | None, seed: int) -> dict[str, Any]:
-    """Where the numbers come from: names, hashes, options, versions; no absolute path and no date."""
+def provenance(
+    origin: Source, options: SolverOptions | None, calibration: dict[str, Any] | None, seed: int, mode: str
+) -> dict[str, Any]:
+    """Where the numbers come from: names, hashes, options (None where codes are carried over), versions; no absolute path
+    and no date."""
     versions = {}
     for package in ("spqr-format", "torch", "transformers"):
         try:
@@ -124,11 +154,13 @@ def provenance(origin: Source, options: SolverOptions, calibration: dict[str, An
             versions[package] = "unknown"
     return {
         "source": origin.folder.resolve().name,
+        "source_kind": origin.name,
         "source_sha256": origin.fingerprint(),
-        "method": "data-free" if calibration is None else "calibrated",
+        "mode": mode,
+        "method": "lossless" if options is None else "data-free" if calibration is None else "calibrated",
         "calibration": calibration,
         "seed": seed,
-        "solver": options.as_dict(),
+        "solver": None if options is None else options.as_dict(),
         "versions": versions,
     }
 
@@ -138,7 +170,7 @@ def companions(source: Path) -> dict[str, Path]:
     found = {}
     for path in sorted(source.iterdir()):
         text = path.suffix in _COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
-        if path.is_file() and text and path.name not in ("config.json", REPORT) and not path.name.endswith(".index.json"):
+        if path.is_file() and text and path.name not in _NOT_COPIED and not path.name.endswith(".index.json"):
             found[path.name] = path
     return found
 
@@ -161,7 +193,8 @@ class _Job:
         self.device, self.progress = device, progress
         self.report = Report()
         self.writer: Any = None
-        self.done = 0
+        self.done = self.no_place = 0
+        self.figures = {"rounded": 0.0, "different": 0.0, "rounding_error": 0.0}
         self.total = sum(source.entries[tensor].numel for tensor in todo.matrices)
 
     # What both ways share
@@ -177,14 +210,61 @@ class _Job:
 
     def _add_dense(self, tensor: str) -> None:
         entry = self.source.entries[tensor]
-        self.writer.add_dense(tensor, self.source.load(tensor))
+        value = self.source.load(tensor)
+        if self._has_no_place(tensor):
+            if torch.count_nonzero(value):
+                raise SpqrError("E501", tensor, f"a bias that is not 0, and {type(self.model).__name__} has none there")
+            self.no_place += 1
+            return
+        self.writer.add_dense(tensor, value)
         self.report.dense[tensor] = {
-            "parameters": entry.numel, "bytes": entry.end - entry.begin, "reason": self.plan.dense[tensor],
+            "parameters": entry.numel, "bytes": entry.numel * entry.dtype.itemsize, "reason": self.plan.dense[tensor],
         }  # fmt: skip
+
+    def _has_no_place(self, tensor: str) -> bool:
+        """A bias of a quantised layer that the model does not have: some GPTQ writers store zeros for all layers."""
+        weight = tensor.removesuffix(".bias") + ".weight"
+        return weight in self.plan.matrices and self.plan.dense[tensor] == "not a parameter of the model"
+
+    def finish_notes(self) -> None:
+        """What the report says of the source, complete once all of it was read."""
+        notes = self.source.notes()
+        if self.no_place:
+            notes.append(f"{self.no_place} biases that are all 0, and that the model does not have, were left out")
+        if self.report.mode == "requantized":
+            notes.append("the source was quantized before; the errors here are against its weights, its own error is unknown")
+        rounded, different = self.figures["rounded"], self.figures["different"]
+        weights = self.report.quantised_parameters
+        if rounded:
+            notes.append(
+                f"the source's own tool rounds {rounded:,.0f} of {weights:,} weights to its dtype after multiplying; the "
+                f"carried codes give them unrounded, at most {self.figures['rounding_error']:.2g} off (relative norm of a "
+                "module), and the same after that rounding"
+            )
+        if different:
+            notes.append(f"{different:,.0f} of {weights:,} weights differ from the source's tool in the last place")
+        self.report.notes = notes
+        self.report.provenance["notes"] = notes
 
     def _add_data_free(self, tensor: str, method: str) -> None:
         matrix, figures = datafree.solve(self.source.load(tensor).to(self.device), self.options, tensor)
         self._add(tensor, matrix, method, figures)
+
+    # Carrying over
+
+    def run_lossless(self) -> None:
+        for tensor in self.source.entries:
+            if tensor not in self.plan.matrices:
+                self._add_dense(tensor)
+                continue
+            matrix = self.source.matrix(tensor)
+            if matrix is None:
+                raise SpqrError("E501", tensor, "the source changed while it was read")
+            figures = compare(matrix, self.source.load(tensor), tensor)
+            for name in ("rounded", "different"):
+                self.figures[name] += figures[name]
+            self.figures["rounding_error"] = max(self.figures["rounding_error"], figures["rounding_error"])
+            self._add(tensor, matrix, "lossless", figures)
 
     # Without data
 
@@ -252,6 +332,7 @@ class _Job:
                 matrix, figures = calibrated.solve(layer.weight, H, self.options, tensor, drift, factor)
                 layer.weight = nn.Parameter(torch.from_numpy(matrix.dequantize()).to(self.device), requires_grad=False)
                 solved[tensor] = (matrix, figures)
+                release()
                 if self.progress is not None:
                     done = self.done + sum(self.source.entries[t].numel for t in solved)
                     self.progress(self.plan.matrices[tensor], done, self.total)
