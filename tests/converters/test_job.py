@@ -218,7 +218,10 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 @pytest.mark.parametrize("method", ["data-free", pytest.param("calibrated", marks=pytest.mark.slow)])
 def test_peak_memory_does_not_grow_with_layers(random_llama, tmp_path: Path, calibration_text: Path, method: str) -> None:
-    """8 against 32 layers of 1.4 MB each (fp16): 34 MB more of weights, a peak less than 12 MB higher."""
+    """8 against 32 layers of 1.4 MB each (fp16): 34 MB more of weights, 68 as they are used, and no such rise of the peak.
+
+    The bound is the spread of the peak from run to run; 64 layers peak where 32 do.
+    """
     root = Path(__file__).parents[2]
     peaks = []
     for layers in (8, 32):
@@ -229,4 +232,4 @@ def test_peak_memory_does_not_grow_with_layers(random_llama, tmp_path: Path, cal
             env={"PYTHONPATH": f"{root}:{root / 'converters'}", "PATH": "", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         peaks.append(int(done.stdout.split()[-1]))
-    assert peaks[1] - peaks[0] < 12_000, peaks
+    assert peaks[1] - peaks[0] < 24_000, peaks
