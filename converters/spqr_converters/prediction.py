@@ -6,15 +6,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from spqr_format.layout import Layout
+
 from .blocks import build, linears, plan
 from .calibration import Calibration
-from .job import context_length, resolve_device
+from .job import context_length, refuse_with_lossless, resolve_device
+from .lossless import lossless_plan
 from .options import SolverOptions
-from .sources import open_source
+from .sources import Source, open_source
 
 _RUNTIME = 400 << 20  # Python, torch and transformers, as seen
 _FLOPS = {"cpu": 1.0e11, "cuda": 3.0e13}  # float32 products a second, as seen on 2 cores and on an H200
 _WEIGHTS = {"cpu": 4.0e5, "cuda": 1.0e6}  # weights a second and per pass that the search of statistics takes, as seen
+
+_CARRIED = 4.0e7  # weights a second that a lossless conversion carries over and compares, as seen on one core
+_CARRIED_BYTES = 8  # a weight of the matrix on its way: codes, words, dequantized, and copies
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,9 @@ class Prediction:
 
 
 def predict(
-    source: str | Path,
+    source: str | Path | Source,
     *,
+    lossless: bool = False,
     weight_bits: int = 3,
     group_size: int = 16,
     statistics: str = "bilevel",
@@ -60,19 +69,26 @@ def predict(
         solver or SolverOptions(), weight_bits=weight_bits, group_size=group_size, statistics=statistics,
         outlier_share=outlier_share, outlier_threshold=outlier_threshold,
     )  # fmt: skip
-    where = resolve_device(device)
-    origin = open_source(source)
+    refuse_with_lossless(lossless, calibration, outlier_share, outlier_threshold)
+    where = torch.device("cpu") if lossless else resolve_device(device)
+    origin = source if isinstance(source, Source) else open_source(source)
     model: Any = build(origin.config, str(origin.folder))
     todo = plan(model, origin)
+    layouts: dict[str, Layout] = {}
+    if lossless:
+        todo, layouts = lossless_plan(todo, origin)
     share = 0.005 if options.outlier_threshold is not None else options.outlier_share or 0.0
     quantised_bytes = quantised = largest = widest = 0
     for tensor in todo.matrices:
         rows, columns = origin.entries[tensor].shape
-        quantised_bytes += options.layout(rows, columns).stored_bytes(outliers=round(share * rows * columns))
+        if tensor in layouts:
+            quantised_bytes += layouts[tensor].stored_bytes()
+        else:
+            quantised_bytes += options.layout(rows, columns).stored_bytes(outliers=round(share * rows * columns))
         quantised += rows * columns
         largest, widest = max(largest, rows * columns), max(widest, columns)
     dense = [origin.entries[tensor] for tensor in todo.dense]
-    dense_bytes = sum(entry.end - entry.begin for entry in dense)
+    dense_bytes = sum(entry.numel * entry.dtype.itemsize for entry in dense)
     shard = min(max_shard_bytes, quantised_bytes + dense_bytes)
     read = max((entry.end - entry.begin for entry in origin.entries.values()), default=0)
     # One matrix on its way: target, decoded, gains, codes and copies of them, and a search of 32 M floats held thrice.
@@ -98,6 +114,8 @@ def predict(
         flops = streams * 3.5 * 2 * tokens * quantised + streams * 2 * tokens * squares * len(todo.blocks)
     seconds = flops / _FLOPS[where.type if where.type in _FLOPS else "cuda"]
     seconds += quantised * passes * options.rounds / 3 / _WEIGHTS[where.type if where.type in _WEIGHTS else "cuda"]
+    if lossless:
+        work, seconds = _CARRIED_BYTES * largest, quantised / _CARRIED
     on_host = where.type == "cpu"
     return Prediction(
         modules=len(todo.matrices),

@@ -12,8 +12,10 @@ from spqr_format.matrix import SpqrMatrix
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One quantised matrix. bits: stored bits for each weight; outliers: share of the weights; method: "calibrated" or
-    "data-free" (and why); weight_error: relative norm; output_error: relative, squared, over the calibration inputs."""
+    """One quantised matrix. bits: stored bits for each weight; outliers: share of the weights; method: "calibrated",
+    "data-free" (and why) or "lossless"; weight_error: relative norm; output_error: relative, squared, over the calibration
+    inputs. lossless only: rounded, weights that equal those of the source's tool after its own rounding and not before;
+    different, weights that do not equal them; rounding_error, relative norm before that rounding (see lossless.compare)."""
 
     name: str
     shape: tuple[int, int]
@@ -25,6 +27,9 @@ class ModuleReport:
     weight_error: float
     output_error: float | None = None
     damping: float | None = None
+    rounded: int | None = None
+    different: int | None = None
+    rounding_error: float | None = None
 
     @classmethod
     def of(cls, name: str, matrix: SpqrMatrix, method: str, figures: dict[str, float]) -> ModuleReport:
@@ -35,16 +40,26 @@ class ModuleReport:
         return cls(
             name, (layout.out_features, layout.in_features), layout.weight_bits, stored, 8 * stored / weights,
             count / weights, method, figures["weight_error"], figures.get("output_error"), figures.get("damping"),
+            _count(figures.get("rounded")), _count(figures.get("different")), figures.get("rounding_error"),
         )  # fmt: skip
+
+
+def _count(figure: float | None) -> int | None:
+    return None if figure is None else int(figure)
 
 
 @dataclass
 class Report:
-    """modules: what was quantised. dense: tensor name -> {parameters, bytes, reason} of what was not. seconds: wall time."""
+    """source: its kind. mode: "lossless" (codes carried over), "requantized" (from an already quantized source, whose own
+    error is unknown) or "quantized". notes: what a user must know of the source. modules: what was quantised.
+    dense: tensor name -> {parameters, bytes, reason} of what was not. seconds: wall time."""
 
     modules: list[ModuleReport] = field(default_factory=list)
     dense: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    mode: str = "quantized"
+    notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -91,6 +106,10 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         return {
+            "source": self.source,
+            "mode": self.mode,
+            "source_error": "unknown" if self.mode != "quantized" else None,
+            "notes": self.notes,
             "totals": self.totals(),
             "provenance": self.provenance,
             "modules": [asdict(m) for m in self.modules],

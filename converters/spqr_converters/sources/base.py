@@ -43,6 +43,7 @@ class Source(ABC):
     """
 
     name: ClassVar[str]  # of the kind, as reports show it
+    quantized: ClassVar[bool] = True  # False where the weights are those of a model that was never quantized
     folder: Path
     config: dict[str, Any]
     files: list[str]

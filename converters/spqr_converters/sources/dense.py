@@ -26,6 +26,7 @@ class DenseSource(Source):
     where something is missing, malformed, or of a kind that is not read."""
 
     name = "dense safetensors"
+    quantized = False
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)

@@ -1,0 +1,131 @@
+"""Carrying a quantized source's codes over: what becomes of each tensor, and a measurement that nothing was lost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from spqr_format.errors import SpqrError
+from spqr_format.layout import TILE, Layout
+from spqr_format.matrix import SpqrMatrix
+
+from .blocks import Plan
+from .sources import Source
+
+_CHUNK = 1 << 22  # weights that are compared at once
+_TOLERANCE = 1e-3  # relative norm; rounding to fp16 stays below
+_MAY_BE_QUANTISED = ("lm_head", "outside the decoder blocks")
+
+
+def lossless_plan(todo: Plan, source: Source) -> tuple[Plan, dict[str, Layout]]:
+    """The plan of a conversion that only carries codes over, and the geometry of what it carries.
+
+    What the source stores dense stays dense, and so does an output embedding whose codes the format cannot hold.
+    Raises E510 for any other module of that kind, and where the source stores no codes at all.
+    """
+    layouts: dict[str, Layout] = {}
+    dense = dict(todo.dense)
+    matrices: dict[str, str] = {}
+    tied = bool(source.config.get("tie_word_embeddings"))
+    for tensor in source.entries:
+        reason = todo.dense.get(tensor)
+        linear = tensor.endswith(".weight") and reason in _MAY_BE_QUANTISED
+        if tensor not in todo.matrices and not (linear and not (tied and reason == "lm_head")):
+            continue
+        try:
+            layout = source.layout(tensor)
+        except SpqrError as error:
+            if error.code != "E510" or reason != "lm_head":
+                raise
+            dense[tensor] = f"lm_head, dequantized: {error.what.split(';')[0]}"
+            continue
+        if layout is not None:
+            layouts[tensor] = layout
+            matrices[tensor] = tensor.removesuffix(".weight")
+            dense.pop(tensor, None)
+        elif tensor in todo.matrices:
+            dense[tensor] = "stored dense by the source"
+    if not layouts:
+        what = f"{source.name} stores no codes that could be carried over; convert without --lossless"
+        raise SpqrError("E510", str(source.folder), what)
+    return replace(todo, matrices=matrices, dense=dense, fused=todo.fused & matrices.keys()), layouts
+
+
+def most_common(layouts: dict[str, Layout]) -> Layout:
+    """The layout whose bits, group size and statistics hold most weights."""
+    weights: dict[tuple[int, int, str], int] = {}
+    first: dict[tuple[int, int, str], Layout] = {}
+    for layout in layouts.values():
+        key = (layout.weight_bits, layout.group_size, layout.statistics)
+        weights[key] = weights.get(key, 0) + layout.out_features * layout.in_features
+        first.setdefault(key, layout)
+    return first[max(weights, key=lambda key: weights[key])]
+
+
+def compare(matrix: SpqrMatrix, source: torch.Tensor, name: str) -> dict[str, float]:
+    """Measure a carried matrix against the weights that the source's own tool gives (`source`, in the tool's dtype).
+
+    weight_error: relative norm of the difference after the matrix's weights are rounded to that dtype, 0 where every one is
+    the same. rounded: weights that are the same only after that rounding. different: weights that are not.
+    rounding_error: relative norm of the difference before the rounding. Raises E510 above 1e-3.
+    """
+    rows, columns = matrix.codes.shape
+    if tuple(source.shape) != (rows, columns):
+        raise SpqrError("E501", name, f"codes of shape {(rows, columns)}, weights of shape {tuple(source.shape)}")
+    step = max(TILE, _CHUNK // columns // TILE * TILE)
+    rounded = different = 0
+    after = before = norm = 0.0
+    for begin in range(0, rows, step):
+        theirs = source[begin : begin + step]
+        ours = torch.from_numpy(rows_of(matrix, begin, min(begin + step, rows)).dequantize())
+        wanted = theirs.float()
+        norm += _square(wanted)
+        raw = ours - wanted
+        unequal = int(torch.count_nonzero(raw))
+        if not unequal:
+            continue
+        before += _square(raw)
+        left = ours.to(theirs.dtype).float().sub_(wanted)
+        wrong = int(torch.count_nonzero(left))
+        different += wrong
+        rounded += unequal - wrong
+        after += _square(left)
+    error = (after / norm) ** 0.5 if norm else float(different > 0)
+    if not error <= _TOLERANCE:
+        raise SpqrError("E510", name, f"the carried codes differ from the source's weights by {error:.3g}, relative norm")
+    return {
+        "weight_error": error, "rounded": rounded, "different": different,
+        "rounding_error": (before / norm) ** 0.5 if norm else 0.0,
+    }  # fmt: skip
+
+
+def _square(values: torch.Tensor) -> float:
+    flat = values.reshape(-1)
+    return float(torch.dot(flat, flat))
+
+
+def rows_of(matrix: SpqrMatrix, begin: int, end: int) -> SpqrMatrix:
+    """Rows begin .. end of a matrix; begin is a multiple of 16."""
+    layout, rows = matrix.layout, slice(begin, end)
+    tiles = slice(begin // TILE, -(-end // TILE))
+    crow = columns = values = None
+    if matrix.values is not None and matrix.crow_indices is not None and matrix.col_indices is not None:
+        part = slice(int(matrix.crow_indices[begin]), int(matrix.crow_indices[end]))
+        crow = np.ascontiguousarray(matrix.crow_indices[begin : end + 1] - matrix.crow_indices[begin])
+        columns, values = matrix.col_indices[part], matrix.values[part]
+    fields = {**layout.as_dict(), "out_features": end - begin, "outliers": 0 if values is None else int(values.size)}
+    return SpqrMatrix(
+        Layout(**fields, where=layout.where),
+        matrix.codes[rows],
+        None if matrix.scale_codes is None else matrix.scale_codes[rows],
+        None if matrix.zero_codes is None else matrix.zero_codes[rows],
+        None if matrix.tile_stats is None else matrix.tile_stats[tiles],
+        None if matrix.group_scales is None else matrix.group_scales[rows],
+        None if matrix.group_zeros is None else matrix.group_zeros[rows],
+        crow,
+        columns,
+        values,
+        matrix.perm,
+    )
