@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from .model import device_option, libraries
 from .output import duration, print_json, size, table
@@ -41,9 +42,25 @@ class Size(click.ParamType):
         return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
 
 
+_REQUANTIZE = ("calibration", "weight_bits", "group_size", "statistics", "outlier_share", "outlier_threshold", "seed")
+
+
 @click.command("convert")
+@click.pass_context
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
+@click.option(
+    "--lossless",
+    is_flag=True,
+    help="Carry the codes of a quantized source (GPTQ, AWQ, ...) over bit for bit, in its own bits and groups.",
+)
+@click.option(
+    "--gptq-zeros",
+    type=click.Choice(["auto", "v1", "v2"]),
+    default="auto",
+    show_default=True,
+    help="How a GPTQ source stores its zero points: v1 less one, v2 as they are.",
+)
 @click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -76,11 +93,15 @@ class Size(click.ParamType):
 @click.option("--dry-run", is_flag=True, help="Print the predicted bits, size, memory and time, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def convert_command(
-    source: Path, destination: Path, calibration: Path | None, tokens: int, context: int | None, batch: int,
-    weight_bits: int, group_size: int, statistics: str, outlier_share: float | None, outlier_threshold: float | None,
-    seed: int, max_shard_size: int, device: str, dry_run: bool, as_json: bool,
+    invocation: click.Context, source: Path, destination: Path, lossless: bool, gptq_zeros: str, calibration: Path | None,
+    tokens: int, context: int | None, batch: int, weight_bits: int, group_size: int, statistics: str,
+    outlier_share: float | None, outlier_threshold: float | None, seed: int, max_shard_size: int, device: str,
+    dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Quantize a dense checkpoint: SOURCE, a Hugging Face model folder, into the new folder DESTINATION.
+    """Quantize a checkpoint: SOURCE, a Hugging Face model folder, into the new folder DESTINATION.
+
+    SOURCE may be dense, or quantized by another tool: then its dequantized weights are quantized anew, and the report says
+    what this step added; or, with --lossless, its codes are carried over as they are. What SOURCE is, is found from its files.
 
     Works block by block, so that memory holds one block of the model and not the model. Output embedding and token
     embedding stay as they are. The destination gets the tokenizer, a report (spqr_report.json) and where it all comes from.
@@ -90,9 +111,14 @@ def convert_command(
       spqr convert ./llama ./llama-spqr --calibration text.txt
       spqr convert ./llama ./llama-spqr --calibration text.txt --outlier-share 0.3%
       spqr convert ./llama ./llama-spqr --dry-run
+      spqr convert ./llama-gptq ./llama-spqr --lossless
     """
     with libraries("convert"):
         from spqr_converters import Calibration, convert, predict
+        from spqr_converters.sources import GptqSource, open_source
+    given = [name for name in _REQUANTIZE if invocation.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if lossless and given:
+        raise click.UsageError(f"--lossless takes no --{given[0].replace('_', '-')}: the source's codes stay as they are")
     data = None
     if calibration is not None:
         data = Calibration(text=calibration, tokens=tokens, seqlen=context, batch=batch)
@@ -100,15 +126,16 @@ def convert_command(
         "weight_bits": weight_bits, "group_size": group_size, "statistics": statistics, "outlier_share": outlier_share,
         "outlier_threshold": outlier_threshold, "calibration": data, "device": device,
     }  # fmt: skip
+    origin = open_source(source) if gptq_zeros == "auto" else GptqSource(source, zeros=gptq_zeros)  # type: ignore[arg-type]
     if dry_run:
-        _print_prediction(predict(source, **options), as_json)
+        _print_prediction(predict(origin, lossless=lossless, **options), as_json)
         return
-    if data is None:
+    if data is None and not lossless:
         click.echo("no --calibration text: only the weights decide, which costs quality (see --help)", err=True)
     warnings.filterwarnings("always", module="spqr_converters")
     with progress_bar("converting", shown=not as_json) as bar:
         report = convert(
-            source, destination, **options, seed=seed, max_shard_bytes=max_shard_size, progress=bar
+            origin, destination, lossless=lossless, **options, seed=seed, max_shard_bytes=max_shard_size, progress=bar
         )  # fmt: skip
     if as_json:
         print_json(report.as_dict())
@@ -139,6 +166,9 @@ def _shown(name: str, value: Any) -> str:
 
 def _print_report(report: Any, destination: Path) -> None:
     totals = report.totals()
+    click.echo(f"source: {report.source}, {report.mode}")
+    for note in report.notes:
+        click.echo(f"note: {note}")
     click.echo(
         f"{totals['modules']} modules, {totals['quantised_parameters']:,} weights: "
         f"{totals['bits_per_quantised_weight']:.3f} bits a weight, {100 * totals['outlier_share']:.2f} % outliers, "
@@ -148,5 +178,8 @@ def _print_report(report: Any, destination: Path) -> None:
         click.echo(f"left dense: {count:,} parameters, {reason}")
     worst = max(report.modules, key=lambda module: module.weight_error, default=None)
     if worst is not None:
-        click.echo(f"largest weight error: {worst.weight_error:.3f} relative, {worst.name}")
+        if report.mode == "lossless" and worst.weight_error == 0:
+            click.echo(f"weight error: 0 in all {totals['modules']} modules, against the weights of the source's own tool")
+        else:
+            click.echo(f"largest weight error: {worst.weight_error:.3g} relative, {worst.name}")
     click.echo(f"wrote {destination}")

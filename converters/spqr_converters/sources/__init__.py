@@ -8,7 +8,9 @@ from spqr_format.errors import SpqrError
 
 from .awq import AwqSource
 from .base import Entry, Source, read_config
+from .compressed_tensors import CompressedTensorsSource
 from .dense import DenseSource
+from .fp8 import Fp8Source
 from .gguf import GgufSource
 from .gptq import GptqSource
 from .spqr_hf import SpqrHfSource
@@ -22,12 +24,14 @@ KINDS: tuple[type[Source], ...] = (
     SpqrHfSource,
     SpqrLegacySource,
     SqueezeLlmSource,
+    CompressedTensorsSource,
+    Fp8Source,
     DenseSource,
     TorchBinSource,
     GgufSource,
 )
 
-__all__ = ["KINDS", "DenseSource", "Entry", "Source", "open_source"]
+__all__ = ["KINDS", "DenseSource", "Entry", "GptqSource", "Source", "open_source"]
 
 
 def open_source(path: str | Path) -> Source:

@@ -231,11 +231,11 @@ class GptqSource(PackedSource):
         if self._sym and self._all_zeros_are(0 if other == "v2" else 1):
             self._notes["zeros"] = (
                 f"zero points read as {other} although {why}: in this symmetric checkpoint every stored one is "
-                f"{'2**(bits - 1)' if other == 'v2' else '2**(bits - 1) - 1'}; zeros={version!r} overrides this"
+                f"{'2**(bits - 1)' if other == 'v2' else '2**(bits - 1) - 1'}; --gptq-zeros {version} overrides this"
             )
             return other
         meaning = "stored zero + 1" if version == "v1" else "stored zero"
-        self._notes["zeros"] = f"zero points read as {version} ({meaning}): {why}; zeros={other!r} overrides this"
+        self._notes["zeros"] = f"zero points read as {version} ({meaning}): {why}; --gptq-zeros {other} overrides this"
         return version
 
     def _all_zeros_are(self, below: int) -> bool:

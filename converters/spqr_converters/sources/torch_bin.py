@@ -21,6 +21,7 @@ class TorchBinSource(Source):
     """Dense weights in torch.save files. Zip files are mapped; of the older kind one file at a time is held in memory."""
 
     name = "dense pytorch_model.bin"
+    quantized = False
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
