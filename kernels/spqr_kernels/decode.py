@@ -21,8 +21,8 @@ from .lanes import index, load1, load2, load4, load4_or_zero, row_of_words
 
 _LANE = gl.constexpr({bits: ptx.dequantize_lane(bits) for bits in (2, 3, 4)})
 _LANE_REGISTERS = gl.constexpr({bits: ptx.dequantize_lane_constraints(bits) for bits in (2, 3, 4)})
-_BILEVEL = gl.constexpr(ptx.BILEVEL_STATISTICS)
-_BILEVEL_REGISTERS = gl.constexpr(ptx.BILEVEL_STATISTICS_CONSTRAINTS)
+_BILEVEL = gl.constexpr({bits: ptx.half_statistics(bits) for bits in (2, 3, 4)})
+_BILEVEL_REGISTERS = gl.constexpr(ptx.HALF_STATISTICS_CONSTRAINTS)
 _MMA = gl.constexpr(ptx.MMA)
 _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
 _QUAD_SUM = gl.constexpr(ptx.QUAD_SUM)
@@ -96,7 +96,7 @@ def _multiply_chunk(
                     code1 = load1(stat_codes + high * groups + group)
                     second0, second1 = load2(tile_stats + 2 * group)
                 s0, o0, s1, o1 = gl.inline_asm_elementwise(
-                    _BILEVEL, _BILEVEL_REGISTERS, [code0, code1, shift, second0, second1, middle],
+                    _BILEVEL[BITS], _BILEVEL_REGISTERS, [code0, code1, shift, second0, second1],
                     dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
                 )  # fmt: skip
             else:

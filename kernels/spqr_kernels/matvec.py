@@ -25,6 +25,7 @@ from .lanes import index, load1, load2, load4, row_of_words
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
 
+
 def positions(bits: int, bfloat: bool) -> tuple[int, ...]:
     """Where in a half word the code of each pair is brought, by a shift that several fields of a word share.
 
@@ -46,7 +47,11 @@ def positions(bits: int, bfloat: bool) -> tuple[int, ...]:
 _PLACES = {bits + BF16 * bf: positions(bits, bool(bf)) for bits in (2, 3, 4) for bf in (0, 1)}
 # Word, right shift (-1: spread over three words) and mask of a field, by ((flavor * 2) + half) * 8 + pair.
 _FIELD = {
-    (flavor * 2 + half) * 8 + pair: (word, -1 if bit == SPREAD else bit - place, (2 ** (flavor % BF16) - 1) * 0x00010001 << place)
+    (flavor * 2 + half) * 8 + pair: (
+        word,
+        -1 if bit == SPREAD else bit - place,
+        (2 ** (flavor % BF16) - 1) * 0x00010001 << place,
+    )
     for flavor, places in _PLACES.items()
     for half in range(2)
     for pair, ((word, bit), place) in enumerate(zip(FIELDS[flavor % BF16][half], places, strict=True))
@@ -63,8 +68,8 @@ _UNDO_OR = gl.constexpr(0xC300C300 - 2**32)  # bf16 pair of -128
 _UNIT = gl.constexpr({0: 2.0**24, BF16: 1.0})
 _MMA = gl.constexpr({0: ptx.MMA, BF16: ptx.MMA_BF16})
 _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
-_STATISTICS = gl.constexpr(ptx.BILEVEL_STATISTICS_FLOAT)
-_STATISTICS_REGISTERS = gl.constexpr(ptx.BILEVEL_STATISTICS_FLOAT_CONSTRAINTS)
+_STATISTICS = gl.constexpr(ptx.EXACT_STATISTICS)
+_STATISTICS_REGISTERS = gl.constexpr(ptx.EXACT_STATISTICS_CONSTRAINTS)
 _QUAD_SUM = gl.constexpr(ptx.QUAD_SUM)
 
 
@@ -240,7 +245,6 @@ def matvec_kernel(
     out_features, blocks, groups,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     WIDE_ROWS: gl.constexpr, WIDE_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, VECTOR: gl.constexpr, WARPS: gl.constexpr,
-    AHEAD: gl.constexpr, XAHEAD: gl.constexpr,
 ):  # fmt: skip
     """Y[o] = sum_i W[o, i] X[i] (+ Bias[o]).
 
@@ -296,21 +300,14 @@ def matvec_kernel(
     mine = warp * 16 + 8 * (tid % 2) + 2 * (tid // 2)
     chunk = _load_chunk(weights, stat_codes, tile_stats, block, mine, low, high, blocks, groups, BITS, VECTOR, TILE_STATS)
     x = _load_x(x_dense, block, gid, blocks, VECTOR)
-    if AHEAD == 2:
-        second = _load_chunk(
-            weights, stat_codes, tile_stats, block + STEP, mine + STEP, low, high, blocks, groups, BITS, VECTOR, TILE_STATS
-        )
-    # As many chunks a turn as there are buffers, so that the registers of one are free for the next without a copy.
-    for _first in range(0, blocks, (AHEAD + 1) * STEP):
-        for turn in gl.static_range(AHEAD + 1):
+    # Two chunks a turn, so that the registers of one are free for the next without a copy.
+    for _first in range(0, blocks, 2 * STEP):
+        for turn in gl.static_range(2):
             following = _load_chunk(
-                weights, stat_codes, tile_stats, block + AHEAD * STEP, mine + AHEAD * STEP, low, high, blocks, groups,
+                weights, stat_codes, tile_stats, block + STEP, mine + STEP, low, high, blocks, groups,
                 BITS, VECTOR, TILE_STATS,
             )  # fmt: skip
-            if XAHEAD:
-                x_following = _load_x(x_dense, block + STEP, gid, blocks, VECTOR)
-            else:
-                x = _load_x(x_dense, block, gid, blocks, VECTOR)
+            x_following = _load_x(x_dense, block + STEP, gid, blocks, VECTOR)
             # the outliers of rows l in one turn, of rows l + 8 in the next
             if OUTLIERS and turn == 0:
                 gathered = gl.load(X + column0).to(gl.float32) * (1.0 / _UNIT[BF])
@@ -330,13 +327,8 @@ def matvec_kernel(
                 y0 += value * gathered
             if OUTLIERS and turn == 1:
                 y1 += value * gathered
-            if AHEAD == 2:
-                chunk = second
-                second = following
-            else:
-                chunk = following
-            if XAHEAD:
-                x = x_following
+            chunk = following
+            x = x_following
             block += STEP
             mine += STEP
 
@@ -363,7 +355,13 @@ def matvec_kernel(
     gl.store(Y + row, total.to(Y.dtype.element_ty), mask=(row < out_features) & (lane2 % 4 == 0))
 
 
-def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, warps: int | None = None, ahead: int = 1, x_ahead: bool = True, maxnreg: int | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    tensors: Mapping[str, Tensor],
+    layout: Layout,
+    bias: Tensor | None,
+    warps: int | None = None,
+) -> Tensor:
     """W x + bias for x fp16 or bf16 [1, in], contiguous, checked operands. Returns [1, out] in x's dtype."""
     dense = x if not layout.permuted else x.index_select(1, tensors["perm"])
     width = layout.blocks * TILE
@@ -380,13 +378,13 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
         BITS=layout.weight_bits, BF=BF16 if x.dtype == torch.bfloat16 else 0, BILEVEL=layout.statistics == "bilevel",
         BLOCKS_A_GROUP=layout.group_size // TILE, OUTLIERS=layout.outliers > 0,
         WIDE_ROWS=layout.row_pointer_dtype == "I32", WIDE_COLUMNS=layout.column_dtype == "I32",
-        HAS_BIAS=bias is not None, VECTOR=layout.blocks % 4 == 0, WARPS=warps, num_warps=warps, AHEAD=ahead, XAHEAD=x_ahead, maxnreg=maxnreg,
+        HAS_BIAS=bias is not None, VECTOR=layout.blocks % 4 == 0, WARPS=warps, num_warps=warps,
     )  # fmt: skip
     return y
 
 
 def matvec_warps(layout: Layout) -> int:
-    """Warps that share a tile row: enough warps to fill the GPU, but each with a run of columns to stream."""
+    """Warps that share a tile row: enough to fill an H200, each with a run of columns to stream (best of 1, 2, 4, 8)."""
     wanted = -(-2048 // layout.tile_rows)
     most = max(1, layout.blocks // 16)
     warps = 1

@@ -63,42 +63,6 @@ def dequantize_lane_constraints(bits: int) -> str:
     return ",".join(["=&r"] * 16 + ["r"] * (bits + 4))
 
 
-# Scale and offset of rows l and l + 8 from the packed statistics of spec 4.3 and the tile's (ss, sz), (zs, zz).
-# Outputs $0..$3: scale l, offset l, scale l + 8, offset l + 8 (half2, equal halves).
-# Inputs: $4 low word, $5 high word, $6 shift, $7 (ss, sz), $8 (zs, zz), $9 the half2 of middle.
-BILEVEL_STATISTICS = """{
-.reg .b32 t, u, sq, zq, ss, sz, zs, zz, s, o, c1, c2, c3;
-.reg .b16 lo, hi;
-shf.r.wrap.b32 t, $4, $5, $6;
-shl.b32 u, t, 10;
-and.b32 u, u, 0x003f0000;
-lop3.b32 u, t, 0x0000003f, u, 0xEA;
-lop3.b32 sq, u, 0x00070007, 0x64006400, 0xEA;
-lop3.b32 zq, u, 0x00380038, 0x64006400, 0xEA;
-mov.b32 c1, 0xE400E400;
-add.rn.f16x2 sq, sq, c1;
-mov.b32 c2, 0x30003000;
-mov.b32 c3, 0xD800D800;
-fma.rn.f16x2 zq, zq, c2, c3;
-mov.b32 {lo, hi}, $7;
-mov.b32 ss, {lo, lo};
-mov.b32 sz, {hi, hi};
-mov.b32 {lo, hi}, $8;
-mov.b32 zs, {lo, lo};
-mov.b32 zz, {hi, hi};
-sub.rn.f16x2 sq, sq, sz;
-mul.rn.f16x2 s, sq, ss;
-sub.rn.f16x2 zq, zq, zz;
-neg.f16x2 zs, zs;
-fma.rn.f16x2 o, zq, zs, $9;
-mul.rn.f16x2 o, o, s;
-prmt.b32 $0, s, s, 0x1010;
-prmt.b32 $1, o, o, 0x1010;
-prmt.b32 $2, s, s, 0x3232;
-prmt.b32 $3, o, o, 0x3232;
-}"""
-BILEVEL_STATISTICS_CONSTRAINTS = "=&r,=&r,=&r,=&r,r,r,r,r,r,r"
-
 # D = A * B + C, fp32 accumulators. $0..$3 D; $4..$7 A; $8, $9 B; $10..$13 C.
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
 MMA_BF16 = MMA.replace(".f16.f16", ".bf16.bf16")
@@ -135,84 +99,6 @@ add.f32 u, $1, t;
 shfl.sync.bfly.b32 t, u, 2, 31, -1;
 add.f32 $0, u, t;
 }"""
-
-
-def mask_lane(bits: int, bfloat: bool) -> tuple[str, tuple[int, ...]]:
-    """PTX: a lane's words of one column block to exact codes in a floating format, and the bit position of each pair.
-
-    fp16: a code at bit p < 8 of a half word is the subnormal q * 2**(p - 24) as it stands: one mask is the whole conversion.
-    bf16: subnormals would leave the range of fp32 in the product, so the code goes under an exponent: 128 + q * 2**p.
-    Outputs $0..$15: pair i of row l ($i) and of row l + 8 ($8 + i). Inputs: $16.. the words.
-    """
-    words = [f"${16 + k}" for k in range(bits)]
-    mask = (2**bits - 1) * 0x00010001
-    top = 7 if bfloat else 8 if bits == 2 else 10  # bits of a mantissa; both rows' fields must land at the same place
-    positions: list[int] = []
-    shifted: dict[tuple[int, int], str] = {}
-    body = []
-    for half in range(2):
-        for pair in range(PAIRS):
-            word, bit = FIELDS[bits][half][pair]
-            if bit == SPREAD:
-                body += ["shr.u32 e, $16, 15;", "and.b32 e, e, 0x00010001;"]
-                body += ["shr.u32 u, $17, 14;", "lop3.b32 e, u, 0x00020002, e, 0xEA;"]
-                body += ["shr.u32 u, $18, 13;", "lop3.b32 e, u, 0x00040004, e, 0xEA;"]
-                source, at = "e", 0
-            else:
-                drop = 0 if bit + bits <= top else next(d for d in _drops(bits, bfloat) if bit >= d and bit - d + bits <= top)
-                at = bit - drop
-                source = words[word] if drop == 0 else shifted.setdefault((word, drop), f"v{word}_{drop}")
-            positions.append(at)
-            if bfloat:
-                body.append(f"lop3.b32 ${8 * half + pair}, {source}, {mask << at:#010x}, 0x43004300, 0xEA;")
-            else:
-                body.append(f"and.b32 ${8 * half + pair}, {source}, {mask << at:#010x};")
-    head = [f".reg .b32 {name}; shr.u32 {name}, {words[word]}, {drop};" for (word, drop), name in shifted.items()]
-    assert positions[:PAIRS] == positions[PAIRS:]
-    return "{\n.reg .b32 e, u;\n" + "\n".join(head + body) + "\n}", tuple(positions[:PAIRS])
-
-
-def _drops(bits: int, bfloat: bool) -> tuple[int, ...]:
-    """Right shifts that bring upper fields into the mantissa, in order of preference."""
-    if bfloat:
-        return {2: (8, 12, 4), 3: (6, 12), 4: (4, 8, 12)}[bits]
-    return {2: (8,), 3: (6,), 4: (8,)}[bits]
-
-
-# Scale and zero of rows l and l + 8 in float32, from the same inputs as BILEVEL_STATISTICS ($4..$8).
-# Outputs $0..$3: scale l, zero l, scale l + 8, zero l + 8.
-BILEVEL_STATISTICS_FLOAT = """{
-.reg .b32 t, u, sq, zq, ss, sz, zs, zz, c1, c2, c3;
-.reg .b16 lo, hi;
-shf.r.wrap.b32 t, $4, $5, $6;
-shl.b32 u, t, 10;
-and.b32 u, u, 0x003f0000;
-lop3.b32 u, t, 0x0000003f, u, 0xEA;
-lop3.b32 sq, u, 0x00070007, 0x64006400, 0xEA;
-lop3.b32 zq, u, 0x00380038, 0x64006400, 0xEA;
-mov.b32 c1, 0xE400E400;
-add.rn.f16x2 sq, sq, c1;
-mov.b32 c2, 0x30003000;
-mov.b32 c3, 0xD800D800;
-fma.rn.f16x2 zq, zq, c2, c3;
-mov.b32 {lo, hi}, $7;
-mov.b32 ss, {lo, lo};
-mov.b32 sz, {hi, hi};
-mov.b32 {lo, hi}, $8;
-mov.b32 zs, {lo, lo};
-mov.b32 zz, {hi, hi};
-sub.rn.f16x2 sq, sq, sz;
-mul.rn.f16x2 sq, sq, ss;
-sub.rn.f16x2 zq, zq, zz;
-mul.rn.f16x2 zq, zq, zs;
-mov.b32 {lo, hi}, sq;
-cvt.f32.f16 $0, lo;
-cvt.f32.f16 $2, hi;
-mov.b32 {lo, hi}, zq;
-cvt.f32.f16 $1, lo;
-cvt.f32.f16 $3, hi;
-}"""
-BILEVEL_STATISTICS_FLOAT_CONSTRAINTS = "=&f,=&f,=&f,=&f,r,r,r,r,r"
 
 
 def decode_lane(bits: int, bfloat: bool) -> str:
@@ -258,23 +144,45 @@ def _float(value: float) -> str:
     return f"0f{raw:08X}"
 
 
-# Scale and zero of rows l and l + 8, exact in fp32 (spec 3.1), from the same inputs as BILEVEL_STATISTICS ($4..$8).
-EXACT_STATISTICS = (
-    """{
+_EXACT_STATISTICS = """
 .reg .b32 t, c;
 .reg .b16 lo, hi;
-.reg .f32 ss, sz, zs, zz, q;
+.reg .f32 ss, sz, zs, zz, q, s0, z0, s1, z1;
 shf.r.wrap.b32 t, $4, $5, $6;
 mov.b32 {lo, hi}, $7;
-cvt.f32.f16 ss, lo; cvt.f32.f16 sz, hi;
+cvt.f32.f16 ss, lo;
+cvt.f32.f16 sz, hi;
 mov.b32 {lo, hi}, $8;
-cvt.f32.f16 zs, lo; cvt.f32.f16 zz, hi;
-"""
-    + "\n".join(
-        f"lop3.b32 c, t, {7 << bit:#x}, 0x4B000000, 0xEA; mov.b32 q, c; "
-        f"fma.rn.f32 q, q, {_float(2.0**-bit)}, {_float(-(2.0 ** (23 - bit)))}; "
-        f"sub.rn.f32 q, q, {second}; mul.rn.f32 ${out}, {first}, q;"
-        for bit, first, second, out in ((0, "ss", "sz", 0), (3, "zs", "zz", 1), (6, "ss", "sz", 2), (9, "zs", "zz", 3))
-    )
-    + "\n}"
+cvt.f32.f16 zs, lo;
+cvt.f32.f16 zz, hi;
+""" + "\n".join(
+    f"lop3.b32 c, t, {7 << bit:#x}, 0x4B000000, 0xEA;\nmov.b32 q, c;\n"
+    f"fma.rn.f32 q, q, {_float(2.0**-bit)}, {_float(-(2.0 ** (23 - bit)))};\n"
+    f"sub.rn.f32 q, q, {second};\nmul.rn.f32 {out}, {first}, q;"
+    for bit, first, second, out in ((0, "ss", "sz", "s0"), (3, "zs", "zz", "z0"), (6, "ss", "sz", "s1"), (9, "zs", "zz", "z1"))
 )
+
+# Scale and zero of rows l and l + 8, exact in fp32 (spec 3), from the words of spec 4.3 and the tile's statistics.
+# Outputs $0..$3: scale l, zero l, scale l + 8, zero l + 8.
+# Inputs: $4 low word, $5 high word, $6 shift, $7 (ss, sz), $8 (zs, zz).
+EXACT_STATISTICS = "{" + _EXACT_STATISTICS + "\nmov.f32 $0, s0;\nmov.f32 $1, z0;\nmov.f32 $2, s1;\nmov.f32 $3, z1;\n}"
+EXACT_STATISTICS_CONSTRAINTS = "=&f,=&f,=&f,=&f,r,r,r,r,r"
+
+
+def half_statistics(bits: int) -> str:
+    """PTX: what `dequantize_lane` takes, each rounded once to fp16 from its exact value in fp32.
+
+    Outputs $0..$3: scale l, offset l, scale l + 8, offset l + 8 (half2, equal halves); offset = (middle - z) * scale.
+    Inputs as of EXACT_STATISTICS.
+    """
+    middle = _float(float(2 ** (bits - 1)))
+    lines = []
+    for scale, zero, first in (("s0", "z0", 0), ("s1", "z1", 2)):
+        lines.append(f"sub.rn.f32 {zero}, {middle}, {zero};")
+        lines.append(f"mul.rn.f32 {zero}, {zero}, {scale};")
+        lines.append(f"cvt.rn.f16x2.f32 ${first}, {scale}, {scale};")
+        lines.append(f"cvt.rn.f16x2.f32 ${first + 1}, {zero}, {zero};")
+    return "{" + _EXACT_STATISTICS + "\n" + "\n".join(lines) + "\n}"
+
+
+HALF_STATISTICS_CONSTRAINTS = "=&r,=&r,=&r,=&r,r,r,r,r,r"

@@ -23,7 +23,7 @@ WARPS = 4
 _DECODE = gl.constexpr({bits + BF16 * bf: ptx.decode_lane(bits, bool(bf)) for bits in (2, 3, 4) for bf in (0, 1)})
 _REGISTERS = gl.constexpr({bits: ptx.decode_lane_constraints(bits) for bits in (2, 3, 4)})
 _STATISTICS = gl.constexpr(ptx.EXACT_STATISTICS)
-_STATISTICS_REGISTERS = gl.constexpr(ptx.BILEVEL_STATISTICS_FLOAT_CONSTRAINTS)
+_STATISTICS_REGISTERS = gl.constexpr(ptx.EXACT_STATISTICS_CONSTRAINTS)
 
 
 @gluon.jit
