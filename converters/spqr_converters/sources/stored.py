@@ -239,3 +239,19 @@ def unpack_fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 def cannot_hold(where: str, what: str) -> SpqrError:
     """E510, naming the mode that works."""
     return SpqrError("E510", where, f"{what}; convert without --lossless, which requantizes it")
+
+
+def scaled(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, rows: torch.Tensor, columns: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """scales * (codes - zeros), each operation rounded to dtype. rows [out] and columns [in] name the scale of each code."""
+    result = torch.empty(codes.shape, dtype=dtype)
+    step = max(1, (1 << 22) // codes.shape[1])
+    for first in range(0, codes.shape[0], step):
+        part = slice(first, first + step)
+        value = codes[part].to(dtype)
+        if zeros is not None:
+            value -= zeros[rows[part]][:, columns].to(dtype)
+        result[part] = value * scales[rows[part]][:, columns].to(dtype)
+    return result
