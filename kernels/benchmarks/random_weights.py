@@ -9,32 +9,27 @@ from spqr_format.layout import Layout
 from spqr_kernels.checks import TORCH_DTYPES
 
 
-def random_tensors(layout: Layout, outlier_share: float, seed: int) -> tuple[dict[str, Tensor], Layout]:
+def random_tensors(layout: Layout, outlier_share: float, seed: int, device: str = "cuda") -> tuple[dict[str, Tensor], Layout]:
     """Stored tensors of random codes, statistics that give weights near N(0, 0.02), and uniformly spread outliers."""
-    generator = torch.Generator(device="cuda").manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(seed)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator, device="cuda") * (high - low) + low
+        return torch.rand(shape, generator=generator, device=device) * (high - low) + low
 
     tensors = {}
     if outlier_share:
-        counts = torch.binomial(
-            torch.full((layout.out_features,), float(layout.in_features), device="cuda"),
-            torch.full((layout.out_features,), outlier_share, device="cuda"), generator=generator,
-        ).long()  # fmt: skip
-        crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        layout = layout.with_outliers(int(crow[-1]))
-        # sorted random columns of each row; a doubled column would only be added twice
-        rows = torch.arange(layout.out_features, device="cuda").repeat_interleave(counts)
-        columns = torch.randint(layout.in_features, (layout.outliers,), generator=generator, device="cuda")
-        columns = (rows * layout.in_features + columns).sort().values % layout.in_features
-        tensors["crow_indices"], tensors["col_indices"] = crow, columns
+        weights = layout.out_features * layout.in_features
+        places = torch.randint(weights, (round(weights * outlier_share),), generator=generator, device=device).unique()
+        layout = layout.with_outliers(places.numel())
+        counts = (places // layout.in_features).bincount(minlength=layout.out_features)
+        tensors["crow_indices"] = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        tensors["col_indices"] = places % layout.in_features
         tensors["values"] = uniform(-0.1, 0.1, layout.outliers).half().view(torch.int16)
     for leaf, spec in layout.tensors().items():
         dtype = TORCH_DTYPES[spec.dtype]
         if leaf in ("weight", "stat_codes"):
             tensors[leaf] = torch.randint(
-                -(2**31), 2**31 - 1, spec.shape, generator=generator, device="cuda", dtype=torch.int32
+                -(2**31), 2**31 - 1, spec.shape, generator=generator, device=device, dtype=torch.int32
             )
         elif leaf == "tile_stats":
             shape = (layout.tile_rows, layout.groups)
@@ -46,9 +41,9 @@ def random_tensors(layout: Layout, outlier_share: float, seed: int) -> tuple[dic
             tensors[leaf] = uniform(0.005, 0.02, *spec.shape).half().view(torch.int16)
         elif leaf == "group_zp":
             high = 2**layout.weight_bits + 1
-            tensors[leaf] = torch.randint(high, spec.shape, generator=generator, device="cuda", dtype=torch.uint8)
+            tensors[leaf] = torch.randint(high, spec.shape, generator=generator, device=device, dtype=torch.uint8)
         elif leaf == "perm":
-            tensors[leaf] = torch.randperm(layout.in_features, generator=generator, device="cuda").int()
+            tensors[leaf] = torch.randperm(layout.in_features, generator=generator, device=device).int()
         else:
             tensors[leaf] = tensors[leaf].to(dtype)  # int64 to raw 16 bits wraps as it should
     return tensors, layout
