@@ -11,7 +11,7 @@ import click
 from .. import __version__
 from ..errors import SpqrError
 
-COMMANDS = ("convert", "validate", "inspect", "eval", "generate")
+COMMANDS = ("convert", "export", "validate", "inspect", "eval", "generate")
 
 BREAKS_THE_SPEC, USAGE, INPUT_OUTPUT = 1, 2, 3  # exit codes; 0 is fine
 
@@ -52,6 +52,7 @@ def main() -> None:
     Look inside           spqr inspect DESTINATION
     Measure it            spqr eval DESTINATION text.txt --reference ORIGINAL
     Try it                spqr generate DESTINATION "Once upon a time"
+    Take it elsewhere     spqr export DESTINATION ./dense --to safetensors
 
     Exit codes: 0 fine, 1 a rule is broken or a request cannot be met (the code SPQR-Exxx on stderr says which; see
     spec/spqr-1.0.md), 2 wrong usage, 3 a file cannot be read or written.
