@@ -8,11 +8,13 @@ from spqr_format.errors import SpqrError
 
 from .awq import AwqSource
 from .base import Entry, Source, read_config
+from .bitsandbytes import BitsAndBytesSource
 from .compressed_tensors import CompressedTensorsSource
 from .dense import DenseSource
 from .fp8 import Fp8Source
 from .gguf import GgufSource
 from .gptq import GptqSource
+from .hqq import HqqSource
 from .spqr_hf import SpqrHfSource
 from .spqr_legacy import SpqrLegacySource
 from .squeezellm import SqueezeLlmSource
@@ -26,6 +28,8 @@ KINDS: tuple[type[Source], ...] = (
     SqueezeLlmSource,
     CompressedTensorsSource,
     Fp8Source,
+    BitsAndBytesSource,
+    HqqSource,
     DenseSource,
     TorchBinSource,
     GgufSource,
