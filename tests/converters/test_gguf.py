@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import struct
 import time
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -361,3 +363,174 @@ def test_llama3_rotary_scaling_survives():
     np.testing.assert_allclose(plain.numpy() / factors, theirs.numpy(), rtol=1e-5)
     assert llama3_scaling(factors, 500000.0) == {"rope_type": "llama3", **scaling}
     assert llama3_scaling(factors * 1.1, 500000.0) is None
+
+
+# Whole models. The files are made by gguf-py's name map and writer, with the value edits of llama.cpp's converter.
+
+COMMON = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MOE = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "num_experts": 4}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {"tie_word_embeddings": False}),
+    "llama with biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+    "llama linear": ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": None}),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}),
+    "qwen2moe": ("Qwen2MoeForCausalLM", {**MOE, "shared_expert_intermediate_size": 32}),
+    "qwen3moe": ("Qwen3MoeForCausalLM", {**MOE, "head_dim": 16, "norm_topk_prob": True}),
+    "gemma": ("GemmaForCausalLM", {"head_dim": 16}),
+    "gemma2": ("Gemma2ForCausalLM", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}),
+    "gemma3": ("Gemma3ForCausalLM", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}),
+    "phi3": ("Phi3ForCausalLM", {"sliding_window": None}),
+}  # fmt: skip
+
+
+def write_gguf(path: Path, arch: str, config: Any, state: dict[str, torch.Tensor]) -> None:
+    """A file as llama.cpp's converter writes it."""
+    writer = gguf.GGUFWriter(path, arch)
+    heads, kv, rope = config.num_attention_heads, config.num_key_value_heads, config.rope_parameters
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(head_dim)
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if hasattr(config, "moe_intermediate_size"):
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        if hasattr(config, "shared_expert_intermediate_size"):
+            writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(numbers[arch], config.num_hidden_layers)
+    stacks: dict[str, list[np.ndarray]] = {}
+    for name, tensor in state.items():
+        array, (stem, leaf) = tensor.float().numpy(), name.rsplit(".", 1)
+        if ".experts." in name:
+            before, after = stem.split(".experts.")
+            stacks.setdefault(f"{before}.experts.{after.split('.', 1)[1]}", []).append(array)
+            continue
+        if arch.startswith("gemma") and "norm" in name:
+            array = array + 1
+        if arch == "llama" and ".q_proj." in name:
+            array = array.reshape(heads, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(array.shape)
+        if arch == "llama" and ".k_proj." in name:
+            array = array.reshape(kv, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(array.shape)
+        stored = names.get_name(stem)
+        assert stored, name
+        writer.add_tensor(f"{stored}.{leaf}", array.squeeze(0) if "shared_expert_gate" in name else array)
+    for stem, arrays in stacks.items():
+        writer.add_tensor(f"{names.get_name(stem)}.weight", np.stack(arrays))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_whole_models(case, tmp_path):
+    """Tensors equal the ones that went in; the model of our config.json gives the same logits."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    kind, options = MODELS[case]
+    torch.manual_seed(0)
+    model_class = getattr(transformers, kind)
+    settings = {**COMMON, **options}
+    if kind == "Gemma3ForCausalLM":
+        model_class.config_class = transformers.Gemma3TextConfig
+    model = model_class(model_class.config_class(**settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.randint(-8, 8, parameter.shape) / 16)  # norms that + 1 - 1 does not round
+            elif "experts" in name or "gate" in name:
+                parameter.normal_(0, 0.3)
+    model.eval().save_pretrained(tmp_path / "hf")
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    arch = {"mistral": "llama", "mixtral": "llama"}.get(case.split()[0], case.split()[0])
+    write_gguf(tmp_path / "m.gguf", arch, model.config, state)
+
+    source = open_source(tmp_path / "m.gguf")
+    assert source.entries.keys() == state.keys()
+    for name, tensor in state.items():
+        assert source.entries[name].shape == tuple(tensor.shape), name
+        assert torch.equal(source.load(name), tensor), name
+    again = tmp_path / "again"
+    again.mkdir()
+    save_file({name: source.load(name).contiguous() for name in source.entries}, again / "model.safetensors", {"format": "pt"})
+    (again / "config.json").write_text(json.dumps(source.config))
+    ids = torch.tensor([list(range(1, 40))])
+    found = transformers.AutoModelForCausalLM.from_pretrained(again).eval()
+    assert type(found).__name__ == (kind if case != "mistral" else "LlamaForCausalLM")
+    torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+
+
+def test_split_files_are_joined(tmp_path):
+    names = list(SHAPES)
+    for number, part in enumerate((names[:4], names[4:]), 1):
+        keys = {"split.count": (U32, 2), "split.no": (U32, number - 1)}
+        raw = make(keys, without=tuple(set(names) - set(part)))
+        (tmp_path / f"a-{number:05d}-of-00002.gguf").write_bytes(raw)
+    source = open_source(tmp_path)
+    assert len(source.entries) == len(SHAPES)
+    assert len(source.fingerprint()) == 2
+    assert source.load("model.layers.0.mlp.down_proj.weight").shape == (32, 64)
+    (tmp_path / "a-00002-of-00002.gguf").unlink()
+    with pytest.raises(SpqrError, match="missing"):
+        open_source(tmp_path)
+
+
+def test_several_files_in_a_folder_are_not_guessed_between(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(make())
+    with pytest.raises(SpqrError, match="path of one"):
+        open_source(tmp_path)
+    assert open_source(tmp_path / "b.gguf").files == ["b.gguf"]
+
+
+def test_companions_go_away_with_the_source(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(make())
+    source = open_source(tmp_path)
+    folder = source.companions()
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    assert any("no vocabulary" in note for note in source.notes())
+    del source
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("kind", ["gguf_f16", "gguf_q4_k_m"])
+def test_files_of_llama_cpp_itself(kind, shared):
+    """llama.cpp's converter and quantizer made them; transformers dequantized them."""
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    folder = shared / "checkpoints" / kind
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    source = open_source(folder)
+    expected = load_file(folder / "expected.safetensors")
+    assert expected
+    for name, tensor in expected.items():
+        assert torch.equal(source.load(name).float(), tensor.float()), name
+    figures = json.loads((folder / "expected.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(source.companions())
+    text = tokenizer.decode(figures["hf_tokenizer_ids"], skip_special_tokens=True)
+    assert tokenizer(text).input_ids == figures["hf_tokenizer_ids"]
+    for key in ("hidden_size", "head_dim", "num_key_value_heads", "rope_parameters", "tie_word_embeddings", "eos_token_id"):
+        assert source.config[key] == figures["config"][key], key

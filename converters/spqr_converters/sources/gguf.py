@@ -170,7 +170,8 @@ class GgufSource(Source):
             config["intermediate_size"] = keys.whole("feed_forward_length")
         for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
             config[f"{key}_token_id"] = self._token(name)
-        config |= self._rope(keys, head_dim, rotary) | self._special(keys, config)
+        config |= self._rope(keys, head_dim, rotary)
+        config |= self._special(keys, config)
         return family, config
 
     def _has_experts(self) -> bool:
