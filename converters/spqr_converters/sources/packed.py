@@ -24,7 +24,7 @@ from .dense import DTYPES
 Bytes = npt.NDArray[np.uint8]
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OPTION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
-_CHUNK = 1 << 22  # weights that are dequantized at once
+_CHUNK = 1 << 17  # weights that are dequantized at once: what a core keeps near
 _ADVICE = "convert without --lossless: that quantizes the dequantized weights anew"
 
 
@@ -80,6 +80,7 @@ class PackedSource(Source):
         self._stored = self._read_headers()
         self._modules: dict[str, Module] = {}
         self._notes: dict[str, str] = {}
+        self._last: tuple[Module, Parts] | None = None
         self._check_options()
         self._find_modules()
 
@@ -177,7 +178,10 @@ class PackedSource(Source):
             return None
         module = self._modules[name]
         self._holds(module)
-        return carry_over(self._checked(module), module)
+        parts = self._checked(module)
+        matrix = carry_over(parts, module)
+        self._last = (module, parts)
+        return matrix
 
     def layout(self, name: str) -> Layout | None:
         if name not in self._modules:
@@ -195,6 +199,9 @@ class PackedSource(Source):
             raise SpqrError("E510", module.name, f"codes of {module.bits} bits, the format has 2, 3 and 4; {_ADVICE}")
 
     def _checked(self, module: Module) -> Parts:
+        if self._last is not None and self._last[0] is module:
+            parts, self._last = self._last[1], None  # `matrix` and `load` of one module follow each other; kept once
+            return parts
         parts = self._parts(module)
         if not torch.isfinite(parts.scales).all():
             raise SpqrError("E502", f"{module.name}.scales", "not finite")
@@ -392,16 +399,27 @@ def dequantize(parts: Parts, module: Module, dtype: torch.dtype) -> torch.Tensor
     out = torch.empty((module.rows, module.columns), dtype=dtype)
     step = max(1, _CHUNK // module.columns)
     codes, zeros = torch.from_numpy(parts.codes), torch.from_numpy(parts.zeros)
+    whole = parts.g_idx is None or bool((g_idx[:-1] <= g_idx[1:]).all())
+    if whole and module.columns == module.groups * module.group_size:
+        whole = bool((g_idx.reshape(module.groups, -1) == np.arange(module.groups)[:, None]).all())
+    else:
+        whole = False
+    split = (module.groups, module.group_size) if whole else (module.columns, 1)
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        """One value a column, or a group where columns of a group stand together."""
+        return (values.float() if whole else values.float().index_select(1, group)).unsqueeze(-1)
+
     for begin in range(0, module.rows, step):
         rows = slice(begin, min(begin + step, module.rows))
-        weight = codes[rows].float()
+        weight = codes[rows].float().view(-1, *split)
         if parts.offsets is None:
-            weight -= zeros[rows].float().index_select(1, group)
-            weight *= parts.scales[rows].float().index_select(1, group)
+            weight -= spread(zeros[rows])
+            weight *= spread(parts.scales[rows])
         else:
-            weight *= parts.scales[rows].float().index_select(1, group)
-            weight += parts.offsets[rows].float().index_select(1, group)
-        out[rows] = weight.to(dtype)
+            weight *= spread(parts.scales[rows])
+            weight += spread(parts.offsets[rows])
+        out[rows] = weight.view(-1, module.columns)
     return out
 
 
@@ -457,7 +475,7 @@ def carry_over(parts: Parts, module: Module) -> SpqrMatrix:
     if wrong:
         raise SpqrError("E510", module.name, f"{wrong} groups have a zero that is no integer 0 .. 255; {_ADVICE}")
     layout = Layout(module.rows, module.columns, module.bits, order.size, "direct", where=module.name)
-    codes = parts.codes if order.perm is None else np.ascontiguousarray(parts.codes[:, order.perm])
+    codes = parts.codes if order.perm is None else np.take(parts.codes, order.perm, axis=1)
     return SpqrMatrix(
         layout, codes, group_scales=np.ascontiguousarray(group_scales), group_zeros=zeros.astype(np.uint8), perm=order.perm
     )
