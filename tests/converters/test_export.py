@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spqr_converters.export import export, gptq_tensors, pack_words
+from spqr_converters.export import dequantized, export, gptq_tensors, pack_words
 from spqr_converters.sources import open_source
 from spqr_format import SpqrMatrix
 from spqr_format.cli import main
@@ -92,6 +92,14 @@ def test_dense_float32_is_exact(made, oracle, tmp_path):
     assert report.parameters == sum(tensor.numel() for tensor in found.values())
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT) == AutoTokenizer.from_pretrained(made.folder)(TEXT)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("statistics", ["bilevel", "direct"])
+@pytest.mark.parametrize("outliers", [0, 0.001, 0.2])
+def test_pieces_of_rows_are_the_whole(statistics, outliers, random_matrix, monkeypatch):
+    matrix = random_matrix(75, 70, statistics=statistics, outliers=outliers, permuted=outliers > 0)
+    monkeypatch.setattr(sys.modules["spqr_converters.export"], "_PIECE", 32)
+    np.testing.assert_array_equal(dequantized(matrix), matrix.dequantize())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

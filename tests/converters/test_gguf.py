@@ -312,7 +312,8 @@ def test_every_type_comes_as_gguf_py_dequantizes_it(kind, tmp_path):
         with np.errstate(all="ignore"):
             expected = gguf.dequantize(reader[f"{theirs}.weight"].data, typed)
         np.testing.assert_array_equal(found.float().numpy(), expected.astype(np.float32))
-    if kind in ("F32", "F16", "BF16"):
+    assert source.quantized == (kind not in ("F32", "F16", "BF16"))
+    if not source.quantized:
         assert source.matrix("model.layers.0.self_attn.q_proj.weight") is None
     else:
         with pytest.raises(SpqrError, match="without --lossless") as caught:

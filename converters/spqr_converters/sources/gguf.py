@@ -305,13 +305,27 @@ class GgufSource(Source):
         for kind, _ in self._kinds.values():
             counts[kind] = counts.get(kind, 0) + 1
         stored = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        self.quantized = not set(counts) <= set(_PLAIN)  # type: ignore[misc]  # a file may hold the original weights
         self._notes.append(f"GGUF of architecture {self._arch}: {stored}; dequantized by gguf-py's arithmetic in float32")
         if self.family.permuted:
             self._notes.append("rows of q and k were put back into Hugging Face's order")
         if not set(counts) & {"F16", "BF16"} and set(counts) != {"F32"}:
             self._notes.append("the file does not say in which dtype the model was trained: config.json says bfloat16")
 
+        if not self._beside():
+            self._notes.append(
+                "the tokenizer is rebuilt by transformers from the file's metadata; the original model's is the better one"
+                if "tokenizer.ggml.tokens" in self.metadata
+                else "the file holds no vocabulary: no tokenizer is written"
+            )
+
     # What comes along
+
+    def _beside(self) -> list[Path]:
+        """A tokenizer that lies in the source folder, and what belongs to it."""
+        if self._single or not (self.folder / "tokenizer.json").is_file():
+            return []
+        return [self.folder / name for name in _BESIDE if (self.folder / name).is_file()]
 
     def companions(self) -> Path:
         """A folder that lives as long as this object: config.json, and the tokenizer that transformers builds from the
@@ -320,8 +334,7 @@ class GgufSource(Source):
             folder = Path(tempfile.mkdtemp(prefix="spqr-gguf-"))
             weakref.finalize(self, shutil.rmtree, folder, True)
             (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n", "utf-8")
-            beside = [] if self._single else [self.folder / name for name in _BESIDE if (self.folder / name).is_file()]
-            for path in beside:
+            for path in self._beside():
                 shutil.copyfile(path, folder / path.name)
             if not (folder / "tokenizer.json").is_file():
                 self._write_tokenizer(folder)
@@ -341,7 +354,6 @@ class GgufSource(Source):
             for group in ("tokenizer", "tokenizer_config")
         )
         if "tokens" not in known:
-            self._notes.append("the file holds no vocabulary: no tokenizer was written")
             return
         template = settings.pop("chat_template", None)
         if known.get("tokenizer_type") == "llama":
@@ -361,10 +373,6 @@ class GgufSource(Source):
         if isinstance(template, str):
             tokenizer.chat_template = template
         tokenizer.save_pretrained(str(folder))
-        self._notes.append(
-            "the tokenizer was rebuilt by transformers from the file's metadata; the original model's is the better one where"
-            " you have it"
-        )
 
 
 def _plain(value: Any) -> Any:
