@@ -150,18 +150,22 @@ class CompressedTensorsSource(StoredSource):
             return "plain"
         raise SpqrError("E501", f"{module}.weight_zero_point", f"{info.dtype} {info.shape}, the scales are {grid}")
 
-    def _parts(self, module: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Signed codes (int8 or float8) [out, in]; scales [rows, groups]; zeros int32 alike or None; group of each column."""
+    def _codes(self, module: str) -> torch.Tensor:
+        """Signed codes, int8 or float8 [out, in]."""
         shape: _Shape = self.modules[module]
         bits = shape.weights.bits
         if shape.packed:
             unpack = unpack_stream if shape.stream else unpack_fields
-            raw = unpack(self.stored.read(f"{module}.weight_packed"), bits, shape.inn)
-            codes = (raw.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
-        else:
-            codes = self.stored.read(f"{module}.weight")
-            if codes.dtype == torch.int8 and not -(2 ** (bits - 1)) <= int(codes.min()) <= int(codes.max()) < 2 ** (bits - 1):
-                raise SpqrError("E501", f"{module}.weight", f"{int(codes.min())} .. {int(codes.max())} of {bits} bits")
+            return unpack(self.stored.read(f"{module}.weight_packed"), bits, shape.inn).view(torch.int8).sub_(2 ** (bits - 1))
+        codes = self.stored.read(f"{module}.weight")
+        if codes.dtype == torch.int8 and not -(2 ** (bits - 1)) <= int(codes.min()) <= int(codes.max()) < 2 ** (bits - 1):
+            raise SpqrError("E501", f"{module}.weight", f"{int(codes.min())} .. {int(codes.max())} of {bits} bits")
+        return codes
+
+    def _statistics(self, module: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Scales [rows, groups]; zeros int32 alike or None; group of each column."""
+        shape: _Shape = self.modules[module]
+        bits = shape.weights.bits
         grid = (-(-shape.out // shape.block[0]), -(-shape.inn // shape.block[1]))
         scales = finite(self.stored.read(f"{module}.weight_scale"), f"{module}.weight_scale").reshape(grid)
         zeros = None
@@ -187,14 +191,15 @@ class CompressedTensorsSource(StoredSource):
                     what = f"{int(given[place])}, expected 0 .. {grid[1] - 1}"
                     raise SpqrError("E501", f"{module}.weight_g_idx[{place}]", what)
                 groups = given
-        return codes, scales, zeros, groups
+        return scales, zeros, groups
 
     def _dequantize(self, module: str) -> torch.Tensor:
-        codes, scales, zeros, groups = self._parts(module)
+        codes = self._codes(module)
+        scales, zeros, groups = self._statistics(module)
         rows = torch.arange(codes.shape[0]) // self.modules[module].block[0]
         return finite(scaled(codes, scales, zeros, rows, groups, scales.dtype), f"{module}.weight")
 
-    def matrix(self, name: str) -> SpqrMatrix | None:
+    def layout(self, name: str) -> Layout | None:
         module = name.removesuffix(".weight")
         if module not in self.modules or name not in self.entries:
             return None
@@ -206,27 +211,33 @@ class CompressedTensorsSource(StoredSource):
         width = shape.block[1]
         if width % TILE and width < shape.inn:
             raise cannot_hold(name, f"groups of {width} columns, the format has multiples of {TILE}")
-        codes, scales, zeros, groups = self._parts(module)
-        half = scales.half()
-        if not torch.equal(half.to(scales.dtype), scales):
+        scales, zeros, groups = self._statistics(module)
+        if not torch.equal(scales.half().to(scales.dtype), scales):
             raise cannot_hold(name, f"scales of {scales.dtype} that fp16 does not hold exactly")
-        perm = None
         natural = torch.arange(shape.inn) // width
-        if not torch.equal(groups, natural):
+        permuted = not torch.equal(groups, natural)
+        if permuted and not torch.equal(groups.sort()[0], natural):
+            raise cannot_hold(name, f"weight_g_idx makes groups of other sizes than {width} columns")
+        if zeros is not None and not -(2 ** (bits - 1)) <= int(zeros.min()) <= int(zeros.max()) <= 255 - 2 ** (bits - 1):
+            raise cannot_hold(name, f"zero points {int(zeros.min())} .. {int(zeros.max())} of {bits} bits")
+        return Layout(shape.out, shape.inn, bits, -(-width // TILE) * TILE, "direct", permuted=permuted, where=module)
+
+    def matrix(self, name: str) -> SpqrMatrix | None:
+        layout = self.layout(name)
+        if layout is None:
+            return None
+        module, offset = layout.where, 2 ** (layout.weight_bits - 1)
+        codes = self._codes(module)
+        scales, zeros, groups = self._statistics(module)
+        perm = None
+        if layout.permuted:
             order = torch.argsort(groups, stable=True)
-            if not torch.equal(groups[order], natural):
-                raise cannot_hold(name, f"weight_g_idx makes groups of other sizes than {width} columns")
-            perm = order.numpy().astype(np.int32)
-            codes = codes[:, order]
-        offset = 2 ** (bits - 1)
-        rows = torch.arange(shape.out) // shape.block[0]
+            perm, codes = order.numpy().astype(np.int32), codes[:, order]
+        rows = torch.arange(layout.out_features) // self.modules[module].block[0]
         points = torch.full(scales.shape, offset) if zeros is None else zeros + offset
-        if int(points.min()) < 0 or int(points.max()) > 255:
-            raise cannot_hold(name, f"zero points {int(points.min())} .. {int(points.max())}, the format has 0 .. 255")
         return SpqrMatrix(
-            Layout(shape.out, shape.inn, bits, -(-width // TILE) * TILE, "direct", where=module),
-            codes=(codes.to(torch.int16) + offset).to(torch.uint8).numpy(),
-            group_scales=half[rows].numpy(), group_zeros=points[rows].to(torch.uint8).numpy(), perm=perm,
+            layout, (codes + offset).view(torch.uint8).numpy(), group_scales=scales.half()[rows].numpy(),
+            group_zeros=points[rows].to(torch.uint8).numpy(), perm=perm,
         )  # fmt: skip
 
 

@@ -113,6 +113,15 @@ class SpqrHfSource(StoredSource):
         module = name.removesuffix(".weight")
         return self._read(module) if module in self.modules and name in self.entries else None
 
+    def layout(self, name: str) -> Layout | None:
+        module = name.removesuffix(".weight")
+        if module not in self.modules or name not in self.entries:
+            return None
+        shape: _Shape = self.modules[module]
+        permuted = shape.permuted and not np.array_equal(self._perm(module, shape), np.arange(shape.inn))
+        count = int((self.stored.read(f"{module}.col_vals") != 0).sum()) if shape.tiled else shape.outliers
+        return Layout(shape.out, shape.inn, _BITS, TILE, "bilevel", count, permuted, where=module)
+
     def _read(self, module: str) -> SpqrMatrix:
         shape: _Shape = self.modules[module]
         blocks = -(-shape.inn // TILE)
@@ -120,10 +129,9 @@ class SpqrHfSource(StoredSource):
         if (words < 0).any() or (words >> 62).any():
             place = int(((words >> 62) != 0).argmax())
             raise SpqrError("E501", f"{module}.dense_weights[{place}]", "bits 62 and 63 are set, expected 0")
-        shift = 6 + _BITS * np.arange(TILE)
         codes = np.empty((shape.out // TILE, TILE, blocks, TILE), np.uint8)
-        for tile in range(words.shape[0]):  # a tile row at a time: the int64 intermediate is 8 times the result
-            codes[tile] = ((words[tile][..., None] >> shift) & 7).astype(np.uint8).transpose(1, 0, 2)
+        for column in range(TILE):
+            codes[..., column] = ((words >> (6 + _BITS * column)) & 7).astype(np.uint8).transpose(0, 2, 1)
         flat = codes.reshape(shape.out, blocks * TILE)
         if flat[:, shape.inn :].any():
             raise SpqrError("E501", f"{module}.dense_weights", "codes in padded columns are not 0")

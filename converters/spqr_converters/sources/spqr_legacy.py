@@ -147,7 +147,7 @@ class SpqrLegacySource(Source):
         if rows.size == 0:
             return matrix
         outliers = layer.values[kept].float().numpy()
-        difference = outliers - matrix.dequantize()[rows, layer.perm[columns]]
+        difference = outliers - _dense_at(matrix, rows, columns)
         with np.errstate(over="ignore"):
             values = difference.astype(np.float16)
         if not np.isfinite(values).all():
@@ -300,6 +300,23 @@ def _outliers(matrix: Any, out: int, inn: int, dtype: torch.dtype, size: int, wh
         if flat.unique().numel() != flat.numel():
             raise SpqrError("E501", where, "two outliers in one place")
     return indices.clone(), values.to(dtype)
+
+
+def _dense_at(matrix: SpqrMatrix, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """What `matrix.dequantize()` has in these rows and stored columns, by the same float32 arithmetic."""
+    groups = columns // matrix.layout.group_size
+    codes = matrix.codes[rows, columns].astype(np.float32)
+    if matrix.tile_stats is None:
+        assert matrix.group_scales is not None
+        assert matrix.group_zeros is not None
+        scales, zeros = matrix.group_scales[rows, groups], matrix.group_zeros[rows, groups]
+        return scales.astype(np.float32) * (codes - zeros.astype(np.float32))
+    assert matrix.scale_codes is not None
+    assert matrix.zero_codes is not None
+    ss, sz, zs, zz = matrix.tile_stats[rows // TILE, groups].astype(np.float32).T
+    scale = ss * (matrix.scale_codes[rows, groups].astype(np.float32) - sz)
+    zero = zs * (matrix.zero_codes[rows, groups].astype(np.float32) - zz)
+    return scale * (codes - zero)
 
 
 def _first_order(part: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from spqr_format.errors import SpqrError
@@ -206,34 +208,41 @@ def finite(tensor: torch.Tensor, where: str) -> torch.Tensor:
 
 
 def unpack_stream(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """uint8 [rows, count] from int32 [rows, words]: one plain LSB-first bit stream a row (any bits below 9)."""
+    """uint8 [rows, count] from int32 [rows, words]: one plain stream of bits a row, lowest first; bits 1 .. 8."""
     rows, width = words.shape
     if width * 32 < count * bits:
         raise SpqrError("E501", "packed codes", f"{width} words a row cannot hold {count} codes of {bits} bits")
-    start = torch.arange(count, dtype=torch.int64) * bits
-    word, shift = start // 32, start % 32
-    result = torch.empty(rows, count, dtype=torch.uint8)
-    step = max(1, (1 << 22) // max(count, 1))
+    raw = np.ascontiguousarray(words.numpy()).view(np.uint8)
+    pieces = -(-count // 8)  # 8 codes are `bits` bytes
+    wide = np.uint32 if bits <= 4 else np.uint64
+    result = np.empty((rows, pieces, 8), np.uint8)
+    step = max(1, (1 << 20) // max(pieces, 1))
     for first in range(0, rows, step):
-        part = words[first : first + step].to(torch.int64) & 0xFFFFFFFF
-        part = torch.nn.functional.pad(part, (0, 1))
-        low = part[:, word] >> shift
-        high = part[:, word + 1] << (32 - shift)
-        result[first : first + step] = ((low | high) & ((1 << bits) - 1)).to(torch.uint8)
-    return result
+        part = raw[first : first + step, : pieces * bits]
+        part = np.pad(part, ((0, 0), (0, pieces * bits - part.shape[1]))).reshape(-1, pieces, bits)
+        value = part[..., 0].astype(wide)
+        for k in range(1, bits):
+            value |= part[..., k].astype(wide) << wide(8 * k)
+        _fields(value, bits, result[first : first + step])
+    return torch.from_numpy(np.ascontiguousarray(result.reshape(rows, pieces * 8)[:, :count]))
 
 
 def unpack_fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """uint8 [rows, count] from int32 [rows, words]: 32 // bits codes a word, LSB first, the top bits unused."""
-    per_word = 32 // bits
-    shift = torch.arange(per_word, dtype=torch.int64) * bits
+    """uint8 [rows, count] from int32 [rows, words]: 32 // bits codes a word, lowest first, the top bits unused."""
     rows, width = words.shape
-    result = torch.empty(rows, count, dtype=torch.uint8)
-    step = max(1, (1 << 22) // max(count, 1))
+    value = np.ascontiguousarray(words.numpy()).view(np.uint32)
+    result = np.empty((rows, width, 32 // bits), np.uint8)
+    step = max(1, (1 << 20) // max(width, 1))
     for first in range(0, rows, step):
-        part = (words[first : first + step].to(torch.int64)[..., None] >> shift) & ((1 << bits) - 1)
-        result[first : first + step] = part.reshape(part.shape[0], width * per_word)[:, :count].to(torch.uint8)
-    return result
+        _fields(value[first : first + step], bits, result[first : first + step])
+    return torch.from_numpy(np.ascontiguousarray(result.reshape(rows, -1)[:, :count]))
+
+
+def _fields(value: npt.NDArray[Any], bits: int, out: npt.NDArray[np.uint8]) -> None:
+    """out[..., j] is field j of `bits` bits."""
+    mask = value.dtype.type(2**bits - 1)
+    for j in range(out.shape[-1]):
+        out[..., j] = (value >> value.dtype.type(bits * j)) & mask
 
 
 def cannot_hold(where: str, what: str) -> SpqrError:
