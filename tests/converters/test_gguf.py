@@ -285,7 +285,7 @@ def test_types_are_those_that_gguf_py_dequantizes():
 def test_every_type_comes_as_gguf_py_dequantizes_it(kind, tmp_path):
     number, _block, size = TYPES[kind]
     rng = np.random.default_rng(number)
-    width = 256
+    width = 512  # two pieces of rows
     row = width // TYPES[kind][1] * size
     raw = rng.integers(0, 256, (width, row), dtype=np.uint8)
     if kind in ("F32", "F16", "BF16"):
@@ -294,7 +294,7 @@ def test_every_type_comes_as_gguf_py_dequantizes_it(kind, tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "t.gguf", "qwen3")
     for key, content in {"block_count": 1, "context_length": 64, "embedding_length": width}.items():
         writer.add_uint32(f"qwen3.{key}", content)
-    writer.add_head_count(4)
+    writer.add_head_count(8)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_key_length(64)
     typed = gguf.GGMLQuantizationType[kind]

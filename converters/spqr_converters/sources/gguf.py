@@ -21,6 +21,7 @@ from .base import Entry, Source
 from .gguf_file import TYPES, GgufFile, GgufTensor, Strings
 from .gguf_names import FAMILIES, Family, Keys, hf_name, llama3_scaling, unpermute
 
+_PIECE = 256  # rows
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "generation_config.json")
@@ -271,8 +272,12 @@ class GgufSource(Source):
         gguf = _library()
         _, block, size = TYPES[tensor.type]
         rows = np.frombuffer(data, np.uint8).reshape(-1, shape[-1] // block * size)
+        found = np.empty((rows.shape[0], shape[-1]), np.float32)
         with np.errstate(all="ignore"):  # what is not finite is found and named later (E502)
-            return gguf.dequantize(rows, gguf.GGMLQuantizationType[tensor.type]).reshape(shape)
+            for at in range(0, rows.shape[0], _PIECE):  # gguf-py holds its result twice
+                piece = rows[at : at + _PIECE]
+                found[at : at + _PIECE] = gguf.dequantize(piece, gguf.GGMLQuantizationType[tensor.type])
+        return found.reshape(shape)
 
     def load(self, name: str) -> torch.Tensor:
         if name not in self.entries:
