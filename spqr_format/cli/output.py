@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,8 +44,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
         drawn.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         drawn.add_row(*row)
-    console = Console()
-    console.print(drawn, width=None if console.is_terminal else 200, markup=False)
+    # Where stdout is a pipe there is no width to fit, and nothing may be cut.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(drawn, markup=False)
 
 
 def print_json(value: Any) -> None:
