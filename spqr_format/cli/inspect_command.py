@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def summarize(path: Path) -> dict[str, Any]:
     errors = _reported_errors(path)
     modules: dict[str, Any] = {}
     with Checkpoint.open(path) as checkpoint:
-        for name, layout in checkpoint.modules.items():
+        for name, layout in sorted(checkpoint.modules.items(), key=lambda item: _natural(item[0])):
             weights = layout.out_features * layout.in_features
             stored = checkpoint.stored_bytes(name)
             modules[name] = {
@@ -83,6 +84,11 @@ def _reported_errors(path: Path) -> dict[str, dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         click.echo(f"spqr: {report} is not a conversion report; errors are not shown", err=True)
         return {}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key in which layer 10 comes after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _figure(value: float | None) -> str:
