@@ -6,6 +6,7 @@ import json
 import pickle
 import resource
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +286,24 @@ def test_hostile_pickles(tmp_path: Path, case: str, file: str) -> None:
     assert caught.value.code == "E501"
     assert time.process_time() - before < 1
     assert not Path("/tmp/spqr-evil").exists()
+
+
+def test_the_widest_layer_of_a_large_model_has_ten_thousand_tensors(tmp_path: Path) -> None:
+    layer = make_layer(16, 16 * 1800)
+    source = open_source(dump(tmp_path / "x", layer))
+    assert source.entries[NAME].shape == (16, 28800)
+
+
+def test_a_deep_structure(tmp_path: Path) -> None:
+    folder = dump(tmp_path / "x", make_layer())
+    path = folder / "legacy" / "0" / "self_attn.q_proj"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02" + b"]" * 5_000_000 + b".")
+    before = time.process_time()
+    with pytest.raises(SpqrError, match="operations") as caught:
+        open_source(folder)
+    assert caught.value.code == "E501"
+    assert time.process_time() - before < 1
 
 
 def test_missing_parts(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from spqr_format.header import short
 from .base import Entry
 
 _MAX_PICKLE = 8 << 20  # bytes of structure in one file, without the tensors' data
-_MAX_OPERATIONS = 300_000  # 7 000 tensors; torch's own reader needs a microsecond for each
+_MAX_OPERATIONS = 300_000  # 7 000 tensors of an older file; torch's own reader needs a microsecond for each
+_MAX_RECORDS = 30_000  # tensors of a zip file: a dump of Llama-2-70B's widest layer has 10 755
+_PER_RECORD, _BESIDE = 64, 20_000  # operations that a zip file may have for each record, and beside
 _ALLOWED = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter|sparse_tensor)|torch (Size|device|\w+Storage)"
     r"|torch (float|bfloat|int|uint)\d+|torch (bool|Tensor)|torch\.nn\.parameter Parameter|torch\.storage \w+Storage"
@@ -69,7 +71,7 @@ def names_leaf(path: Path, leaf: str) -> bool:
             for stream in pickles:
                 for count, (_, argument, _) in enumerate(pickletools.genops(_Bounded(stream))):  # type: ignore[arg-type]
                     if count >= _MAX_OPERATIONS:
-                        return False
+                        break
                     if isinstance(argument, str) and argument.endswith(leaf):
                         return True
     except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, StopIteration, zipfile.BadZipFile):
@@ -140,6 +142,8 @@ def _scan_zip(file: IO[bytes], size: int, name: str) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             total, found = 0, None
+            if len(archive.infolist()) > _MAX_RECORDS:
+                raise SpqrError("E501", name, f"{len(archive.infolist())} records, the limit is {_MAX_RECORDS}")
             for info in archive.infolist():
                 if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                     raise SpqrError("E501", name, f"{short(info.filename)} is compressed, which torch.save never does")
@@ -152,7 +156,8 @@ def _scan_zip(file: IO[bytes], size: int, name: str) -> None:
                 raise SpqrError("E501", name, "a zip archive that torch.save did not write: no data.pkl")
             if found.file_size > _MAX_PICKLE:
                 raise SpqrError("E501", name, f"{found.file_size} bytes of structure, the limit is {_MAX_PICKLE}")
-            _scan(io.BytesIO(archive.read(found)), size, name)
+            most = _PER_RECORD * len(archive.infolist()) + _BESIDE
+            _scan(io.BytesIO(archive.read(found)), size, name, most)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError) as error:
         if isinstance(error, SpqrError):
             raise
@@ -164,18 +169,18 @@ def _scan_legacy(file: IO[bytes], size: int, name: str) -> None:
         raise SpqrError("E501", name, "not a file of torch.save")
     file.seek(0)
     for number in range(_LEGACY_PICKLES):
-        _scan(file, size, name, magic=number == 0)
+        _scan(file, size, name, _MAX_OPERATIONS, magic=number == 0)
     if file.tell() > _MAX_PICKLE:
         raise SpqrError("E501", name, f"{file.tell()} bytes of structure, the limit is {_MAX_PICKLE}")
 
 
-def _scan(file: IO[bytes], size: int, name: str, magic: bool = False) -> None:
+def _scan(file: IO[bytes], size: int, name: str, most: int, magic: bool = False) -> None:
     """Look over one pickle without running it: only known globals, and no integer above the file's size."""
     start = file.tell()
     try:
         for count, (operation, argument, _) in enumerate(pickletools.genops(_Bounded(file))):  # type: ignore[arg-type]
-            if count >= _MAX_OPERATIONS or file.tell() - start > _MAX_PICKLE:
-                raise SpqrError("E501", name, f"more than {_MAX_OPERATIONS} operations of structure")
+            if count >= most or file.tell() - start > _MAX_PICKLE:
+                raise SpqrError("E501", name, f"more than {most} operations of structure")
             if operation.name in ("GLOBAL", "INST") and not _ALLOWED.fullmatch(str(argument)):
                 raise SpqrError(
                     "E501", name, f"asks for {short(argument)}, which no file of weights needs; nothing of it was run"

@@ -86,7 +86,7 @@ class SpqrLegacySource(Source):
                 if name in self.entries:
                     raise SpqrError("E501", relative(file, self.folder), f"{module} is in not_quantized_weights.pt too")
                 self._layers[name] = file
-                out, inn, dtype = self._shape(file)
+                out, inn, dtype = self._shape(self._raw(file), file)
                 self.entries[name] = Entry("", dtype, (out, inn), 0, file.stat().st_size)
                 self.files.append(relative(file, self.folder))
         if not self._layers:
@@ -189,8 +189,8 @@ class SpqrLegacySource(Source):
             raise SpqrError("E501", relative(file, self.folder), "not a layer of SpQR's dump: no quant_weights")
         return value
 
-    def _shape(self, file: Path) -> tuple[int, int, torch.dtype]:
-        value, where = self._raw(file), relative(file, self.folder)
+    def _shape(self, value: dict[str, Any], file: Path) -> tuple[int, int, torch.dtype]:
+        where = relative(file, self.folder)
         codes = plain(value["quant_weights"], file.stat().st_size, f"{where} quant_weights")
         dtype = value.get("save_float_dtype")
         if codes.dtype not in (torch.int8, torch.uint8) or codes.dim() != 2 or 0 in codes.shape:
@@ -201,7 +201,7 @@ class SpqrLegacySource(Source):
 
     def _layer(self, file: Path) -> _Layer:
         value, where, size = self._raw(file), relative(file, self.folder), file.stat().st_size
-        out, inn, dtype = self._shape(file)
+        out, inn, dtype = self._shape(value, file)
         codes = value["quant_weights"].detach().clone()
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= 2**self.bits:
