@@ -128,9 +128,9 @@ class SpqrMatrix:
         per_column = [x.repeat(g, axis=1)[:, :inn] for x in (scales, zeros)]
         weight = per_column[0] * (self.codes.astype(f32) - per_column[1])
         if self.perm is not None:
-            original = np.empty_like(weight)
-            original[:, self.perm] = weight
-            weight = original
+            stored = np.empty(inn, np.intp)
+            stored[self.perm] = np.arange(inn)
+            weight = np.take(weight, stored, axis=1)
         if self.values is not None:
             assert self.crow_indices is not None
             assert self.col_indices is not None

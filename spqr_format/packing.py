@@ -13,6 +13,7 @@ import numpy.typing as npt
 from .layout import LANES, TILE, ceil_div
 
 PAIRS = TILE // 2  # column pairs of a block
+PACKED_TILES = 8  # tiles that are packed at once
 
 # FIELDS[bits][half][pair] = (word, bit) of the low column's code. Half 0 is row l of lane l, half 1 is row l + 8.
 # Spec table 4.2. For 3 bits, five fields fill bits 0..14 of a half word; the sixteenth field lies in bit 15 of all three.
@@ -35,6 +36,15 @@ def _padded(codes: npt.NDArray[np.uint8], rows: int, columns: int) -> npt.NDArra
 
 def pack_codes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
     """Codes uint8 [out, in], each below 2**bits, to words int32 [tile_rows * 8 * bits, blocks] (spec 4.2)."""
+    tiles, blocks = ceil_div(codes.shape[0], TILE), ceil_div(codes.shape[1], TILE)
+    words = np.empty((tiles * LANES * bits, blocks), np.int32)
+    for tile in range(0, tiles, PACKED_TILES):  # a few at a time, in the processor's cache
+        last = min(tile + PACKED_TILES, tiles)
+        words[tile * LANES * bits : last * LANES * bits] = _pack_tiles(codes[tile * TILE : last * TILE], bits)
+    return words
+
+
+def _pack_tiles(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
     tiles, blocks = ceil_div(codes.shape[0], TILE), ceil_div(codes.shape[1], TILE)
     # tile, half, lane, block, pair, column parity
     q = _padded(codes, tiles * TILE, blocks * TILE).reshape(tiles, 2, LANES, blocks, PAIRS, 2)
