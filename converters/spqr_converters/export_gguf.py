@@ -34,6 +34,8 @@ class GgufExporter(Exporter):
         family, arch = self._family()
         kind = _KINDS[self.dtype]
         self._vocabulary()  # refuses before anything is written
+        if self.config.get("sliding_window") and self.config.get("use_sliding_window", True):
+            self.report.notes.append("llama.cpp attends to the whole context here: the model's sliding window is not written")
         file = f"model-{kind}.gguf"
         writer = gguf.GGUFWriter(output.path(file), arch)
         try:

@@ -535,3 +535,24 @@ def test_files_of_llama_cpp_itself(kind, shared):
     assert tokenizer(text).input_ids == figures["hf_tokenizer_ids"]
     for key in ("hidden_size", "head_dim", "num_key_value_heads", "rope_parameters", "tie_word_embeddings", "eos_token_id"):
         assert source.config[key] == figures["config"][key], key
+
+
+def test_a_gguf_converts_as_its_dense_original_does(tmp_path):
+    """The same weights in both forms become the same bytes, and what comes along is there."""
+    import transformers
+    from safetensors.torch import load_file
+
+    from spqr_converters import convert
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**COMMON, tie_word_embeddings=False)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    write_gguf(tmp_path / "m.gguf", "llama", config, state)
+    convert(tmp_path / "m.gguf", tmp_path / "ours", device="cpu")
+    convert(tmp_path / "hf", tmp_path / "theirs", device="cpu")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    section = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
+    assert list(section["provenance"]["source_sha256"]) == ["m.gguf"]
