@@ -392,6 +392,7 @@ BROKEN: dict[str, bytes | dict[str, Any]] = {
     "unknown dtype": {"a.q.qweight": _entry("I3", [4], 0, 16)},
     "not JSON": b"{nonsense",
     "nested": b"[" * 5000,
+    "ten megabytes": b"{" + b" " * 10_000_001,
     "a long number": b'{"a.q.qweight":{"dtype":"I32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}',
 }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from spqr_format.errors import SpqrError
-from spqr_format.header import MAX_JSON_BYTES, read_header, short, strict_json
+from spqr_format.header import MAX_JSON_BYTES, Header, read_header, short, strict_json
 from spqr_format.layout import MAX_DIMENSION, MAX_ELEMENTS, TILE, WEIGHT_BITS, Layout, ceil_div
 from spqr_format.matrix import SpqrMatrix
 
@@ -24,6 +26,7 @@ from .dense import DTYPES
 Bytes = npt.NDArray[np.uint8]
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OPTION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+_MAX_HEADER = 10_000_000  # bytes: some 80,000 tensors in one file
 _CHUNK = 1 << 17  # weights that are dequantized at once: what a core keeps near
 _ADVICE = "convert without --lossless: that quantizes the dequantized weights anew"
 
@@ -226,14 +229,25 @@ class PackedSource(Source):
 # Files and options
 
 
-def headers(path: Path) -> Any:
-    """A safetensors header, checked. E501 for whatever is wrong with it."""
+def headers(path: Path) -> Header:
+    """A safetensors header, checked. E501 for whatever is wrong with it, and for one above 10 MB."""
     try:
-        return read_header(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            state = os.fstat(file.fileno())
+        if _MAX_HEADER < length <= state.st_size:
+            raise SpqrError("E501", path.name, f"a header of {length} bytes, the limit is {_MAX_HEADER}")
+        return _header(path, state.st_size, state.st_mtime_ns)
     except SpqrError as error:
         raise SpqrError("E501", error.where, error.what) from None
     except OSError as error:
         raise SpqrError("E501", path.name, f"cannot be read: {error.strerror}") from None
+
+
+@lru_cache(maxsize=1)
+def _header(path: Path, size: int, changed: int) -> Header:
+    """Kept for the kinds that look at one file one after the other."""
+    return read_header(path)
 
 
 def weight_files(folder: Path) -> list[str]:
