@@ -36,7 +36,7 @@ def dequantize(tensors: Tensors, layout: Layout, dtype: torch.dtype) -> Tensor:
         from . import dequant
 
         return dequant.dequantize(tensors, layout, dtype)
-    return reference.dequantize(tensors, layout).to(dtype)
+    return reference.dequantize(tensors, layout, dtype)
 
 
 def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> Tensor:
@@ -50,6 +50,8 @@ def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> 
         from . import decode, matvec
 
         y = (matvec if batch == 1 else decode).linear(rows.contiguous(), tensors, layout, bias)
+    elif device.type == "cpu":
+        y = reference.linear(rows, tensors, layout, None if bias is None else bias.to(x.dtype))
     else:
         weight = dequantize(tensors, layout, x.dtype)
         y = F.linear(rows, weight, None if bias is None else bias.to(x.dtype))

@@ -10,22 +10,41 @@ from torch import Tensor
 from spqr_format.layout import LANES, TILE, Layout
 from spqr_format.packing import FIELDS, PAIRS, SPREAD
 
+_PIECE = 1 << 20  # weights that are decoded at a time: 4 MB in float32
+
+
+def _stays(bit: int, bits: int) -> bool:
+    """True for a field that is masked where it lies; at bit 15 of a half it would meet the sign of int16."""
+    return bit != SPREAD and bit + bits <= 15
+
 
 def unpack_codes(words: Tensor, bits: int) -> Tensor:
-    """int32 [tile_rows * 8 * bits, blocks] to codes uint8 [tile_rows * 16, blocks * 16] (spec 4.2)."""
+    """int32 [tile_rows * 8 * bits, blocks] to codes int16 [tile_rows * 16, blocks * 16], each still shifted left by its bit
+    position; `positions` undoes it (spec 4.2). A masked word is a pair of neighbouring columns already."""
     blocks = words.shape[1]
     w = words.view(-1, bits, LANES, blocks)
-    q = torch.empty(w.shape[0], 2, LANES, blocks, PAIRS, 2, dtype=torch.uint8, device=words.device)
-    mask = 2**bits - 1
+    pairs = torch.empty(w.shape[0], 2, LANES, blocks, PAIRS, dtype=torch.int32, device=words.device)
+    mask = (2**bits - 1) * 0x00010001
     for half, table in enumerate(FIELDS[bits]):
         for pair, (word, bit) in enumerate(table):
-            for parity in range(2):
-                if bit == SPREAD:
-                    value = sum(((w[:, k] >> (15 + 16 * parity)) & 1) << k for k in range(3))
-                else:
-                    value = (w[:, word] >> (bit + 16 * parity)) & mask
-                q[:, half, :, :, pair, parity] = value
-    return q.view(-1, blocks * TILE)
+            out = pairs[:, half, :, :, pair]
+            if bit == SPREAD:
+                bits_of = [((w[:, k] >> 15) & 0x00010001) << k for k in range(3)]
+                out.copy_(bits_of[0] | bits_of[1] | bits_of[2])
+            elif _stays(bit, bits):
+                torch.bitwise_and(w[:, word], mask << bit, out=out)
+            else:
+                torch.bitwise_and(w[:, word] >> bit, mask, out=out)
+    return pairs.view(torch.int16).view(-1, blocks * TILE)
+
+
+def positions(bits: int, device: torch.device) -> Tensor:
+    """What a masked code counts, float32 [16 rows of a tile, 16 columns of a block]: 2**-bit of its field."""
+    rows = []
+    for table in FIELDS[bits]:
+        row = [2.0 ** -(bit if _stays(bit, bits) else 0) for _, bit in table for _parity in range(2)]
+        rows += [row] * LANES
+    return torch.tensor(rows, device=device)
 
 
 def unpack_stat_codes(words: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,14 +97,67 @@ def add_outliers(weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     return weight
 
 
-def dequantize(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
-    """W float32 [out, in] in original column order, equal to spqr_format's numpy decode bit for bit."""
+def rows_of(tensors: Mapping[str, Tensor], layout: Layout, first: int, last: int) -> tuple[dict[str, Tensor], Layout]:
+    """Stored tensors and layout of the row tiles first..last - 1: views, but for a shifted crow_indices.
+
+    Reads two of the row pointers, which on a GPU waits for it.
+    """
+    bits = layout.weight_bits
+    rows = slice(first * TILE, min(last * TILE, layout.out_features))
+    part = {"weight": tensors["weight"][first * LANES * bits : last * LANES * bits]}
+    if layout.statistics == "bilevel":
+        part["stat_codes"] = tensors["stat_codes"][first * 3 : last * 3]
+        part["tile_stats"] = tensors["tile_stats"][first:last]
+    else:
+        part |= {leaf: tensors[leaf][rows] for leaf in ("group_sc", "group_zp")}
+    outliers = 0
+    if layout.outliers:
+        crow = indices(tensors["crow_indices"][rows.start : rows.stop + 1])
+        begin, end = int(crow[0]), int(crow[-1])
+        outliers = end - begin
+        if outliers:
+            part |= {leaf: tensors[leaf][begin:end] for leaf in ("col_indices", "values")}
+            part["crow_indices"] = crow - begin
+    if layout.permuted:
+        part["perm"] = tensors["perm"]
+    fields = {**layout.as_dict(), "out_features": rows.stop - rows.start, "outliers": outliers}
+    return part, Layout(**fields)
+
+
+def _decode(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """W float32 [out, in] in one piece."""
     out, inn = layout.out_features, layout.in_features
     scales, zeros = (x.repeat_interleave(layout.group_size, dim=1)[:, :inn] for x in statistics(tensors, layout))
-    codes = unpack_codes(tensors["weight"], layout.weight_bits)[:out, :inn].float()
-    weight = scales * (codes - zeros)
+    shifted = unpack_codes(tensors["weight"], layout.weight_bits).view(-1, TILE, layout.blocks, TILE)
+    codes = shifted * positions(layout.weight_bits, shifted.device).view(1, TILE, 1, TILE)
+    weight = codes.view(-1, layout.blocks * TILE)[:out, :inn].sub_(zeros).mul_(scales)
     if layout.permuted:
         weight = torch.empty_like(weight).index_copy_(1, tensors["perm"].to(torch.int64), weight)
     if layout.outliers:
-        add_outliers(weight, tensors)
+        weight = add_outliers(weight.contiguous(), tensors)
     return weight
+
+
+def _pieces(layout: Layout) -> list[tuple[int, int]]:
+    """Runs of row tiles that decode inside a processor's cache."""
+    step = max(1, _PIECE // (layout.blocks * TILE * TILE))
+    return [(first, min(first + step, layout.tile_rows)) for first in range(0, layout.tile_rows, step)]
+
+
+def dequantize(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype = torch.float32) -> Tensor:
+    """W [out, in] in original column order; in float32 equal to spqr_format's numpy decode bit for bit."""
+    weight = torch.empty(layout.out_features, layout.in_features, dtype=dtype, device=tensors["weight"].device)
+    for first, last in _pieces(layout):
+        weight[first * TILE : last * TILE] = _decode(*rows_of(tensors, layout, first, last))
+    return weight
+
+
+def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
+    """x W^T + bias for x [batch, in] of any floating dtype: pieces of W are decoded, rounded to x's dtype, and multiplied, so
+    that W as a whole never lies in memory."""
+    y = torch.empty(x.shape[0], layout.out_features, dtype=x.dtype, device=x.device)
+    for first, last in _pieces(layout):
+        rows = slice(first * TILE, last * TILE)
+        piece = _decode(*rows_of(tensors, layout, first, last)).to(x.dtype)
+        y[:, rows] = torch.nn.functional.linear(x, piece, None if bias is None else bias[rows])
+    return y
