@@ -15,7 +15,7 @@ from .blocks import Plan
 from .sources import Source
 
 _CHUNK = 1 << 17  # weights that are compared at once: what a core keeps near
-_TOLERANCE = 1e-3  # relative norm; rounding to fp16 stays below
+_TOLERANCE = 1e-3  # relative norm; a tool that rounds every operation to fp16 stays below
 _MAY_BE_QUANTISED = ("lm_head", "outside the decoder blocks")
 
 
@@ -69,7 +69,8 @@ def compare(matrix: SpqrMatrix, source: torch.Tensor, name: str) -> dict[str, fl
 
     weight_error: relative norm of the difference after the matrix's weights are rounded to that dtype, 0 where every one is
     the same. rounded: weights that are the same only after that rounding. different: weights that are not.
-    rounding_error: relative norm of the difference before the rounding. Raises E510 above 1e-3.
+    rounding_error: relative norm of the difference before the rounding. Raises E510 above 1e-3, or above the dtype's own
+    precision where that is coarser (bf16: 8e-3).
     """
     rows, columns = matrix.codes.shape
     if tuple(source.shape) != (rows, columns):
@@ -93,7 +94,8 @@ def compare(matrix: SpqrMatrix, source: torch.Tensor, name: str) -> dict[str, fl
             different += wrong
             after += _square(as_theirs - wanted)
     error = (after / norm) ** 0.5 if norm else float(different > 0)
-    if not error <= _TOLERANCE:
+    tolerance = max(_TOLERANCE, torch.finfo(source.dtype).eps)
+    if not error <= tolerance:
         raise SpqrError("E510", name, f"the carried codes differ from the source's weights by {error:.3g}, relative norm")
     return {
         "weight_error": error, "rounded": rounded, "different": different,
