@@ -292,8 +292,6 @@ def test_the_command(gptq_llama, tmp_path: Path) -> None:
 
 def test_the_tolerance_is_the_precision_of_the_source(random_matrix) -> None:
     """A tool that rounds every operation to bf16 differs by 4e-3 and is carried; the same distance in fp16 is an error."""
-    from spqr_converters.lossless import compare
-
     matrix = random_matrix(32, 64)
     weights = torch.from_numpy(matrix.dequantize())
     off = weights * (1 + 4e-3 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(0)))
