@@ -62,6 +62,18 @@ def test_convert_reports_what_it_did(converted):
     assert (converted / "tokenizer.json").is_file()
 
 
+def test_the_model_card_says_what_the_file_is(converted):
+    card = (converted / "README.md").read_text()
+    report = json.loads((converted / "spqr_report.json").read_bytes())
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "tiny-llama in SpQR format" in card
+    assert "Mode: quantized" in card
+    assert f"{report['totals']['bits_per_quantised_weight']:.3f} a quantized weight, 0.30 % outliers" in card
+    assert "4096 tokens of calibration.txt" in card
+    assert f"{max(module['weight_error'] for module in report['modules']):.4f}" in card
+    assert str(ROOT) not in card
+
+
 def test_convert_refuses_a_destination_that_is_not_empty(converted, tiny_llama):
     result = spqr("convert", tiny_llama, converted, "--device", "cpu")
     assert result.exit_code == 1

@@ -19,6 +19,7 @@ from spqr_format.writer import CheckpointWriter, require_empty
 from . import calibrated, datafree
 from .blocks import Plan, build, plan
 from .calibration import Calibration
+from .card import model_card
 from .forward import Stream, load, unload
 from .hessian import Accumulator
 from .lossless import compare, lossless_plan, most_common
@@ -105,7 +106,8 @@ def convert(
             job.run_calibrated(windows, calibration.batch)
         job.finish_notes()
         job.report.seconds = time.monotonic() - started
-        extra: dict[str, Any] = {**companions(origin.companions()), REPORT: job.report.as_json()}
+        extra: dict[str, Any] = companions(origin.companions())
+        extra |= {REPORT: job.report.as_json(), "README.md": model_card(job.report)}
         writer.finish(extra_files=extra)
     return job.report
 

@@ -1,0 +1,37 @@
+"""The model card of a converted checkpoint: what it is made of and how far it is from its source."""
+
+from __future__ import annotations
+
+from .report import Report
+
+_MODES = {
+    "quantized": "quantized from the dense weights of the source",
+    "requantized": "the source's dequantized weights, quantized anew (the source's own error is unknown and comes on top)",
+    "lossless": "the source's codes, carried over bit for bit",
+}
+
+
+def model_card(report: Report) -> bytes:
+    """README.md with the metadata that the Hugging Face Hub reads, as UTF-8. Nothing in it depends on time or place."""
+    totals, made = report.totals(), report.provenance
+    calibration = made.get("calibration")
+    text = "none: the weights alone" if not calibration else f"{calibration['tokens']} tokens of {calibration['text']}"
+    worst = max(report.modules, key=lambda module: module.weight_error, default=None)
+    lines = [
+        "---", "library_name: transformers", "tags:", "- spqr", "- quantized", "---", "",
+        f"# {made['source']} in SpQR format", "",
+        f"- Source: {made['source']} ({report.source}); sha256 of its files in `config.json`",
+        f"- Mode: {report.mode}, {_MODES[report.mode]}",
+        f"- Bits: {totals['bits_per_quantised_weight']:.3f} a quantized weight, {100 * totals['outlier_share']:.2f} % outliers, "
+        f"counted from the stored bytes; {totals['dense_parameters']:,} parameters stay dense",
+        f"- Calibration: {text}",
+    ]  # fmt: skip
+    if worst is not None:
+        lines.append(f"- Largest error of a module's weights, relative norm: {worst.weight_error:.4f} ({worst.name})")
+    lines += [f"- Note: {note}" for note in report.notes]
+    lines += [
+        "", "Perplexity was not measured by the conversion: `spqr eval` does it. Every module's figures: `spqr_report.json`.",
+        "", "```python", "import spqr_loaders  # pip install 'spqr-format[transformers]'",
+        "from transformers import AutoModelForCausalLM", "", 'model = AutoModelForCausalLM.from_pretrained("this folder")', "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines).encode()
