@@ -109,10 +109,32 @@ def test_validate_names_the_broken_rule(converted, tmp_path):
     assert "SPQR-E0" in result.output
 
 
-def test_an_unreadable_file_is_an_input_error(converted, tmp_path):
+def test_a_missing_path_is_wrong_usage(tmp_path):
     result = spqr("validate", tmp_path / "missing")
     assert result.exit_code == 2
     assert spqr("validate").exit_code == 2
+
+
+def test_a_file_that_cannot_be_read_is_an_input_error(converted, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error", "model.safetensors")
+
+    monkeypatch.setattr("spqr_format.validate.validate", fail)
+    result = spqr("validate", converted)
+    assert result.exit_code == 3
+    assert "model.safetensors: Input/output error" in result.output
+
+
+def test_a_reader_that_leaves_early_is_no_input_error(converted, monkeypatch):
+    """`spqr inspect | head -1`: click ends such a command quietly, with its own exit code."""
+
+    def leave(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("spqr_format.cli.inspect_command.print_json", leave)
+    result = spqr("inspect", converted, "--json")
+    assert result.exit_code == 1
+    assert "Broken pipe" not in result.output
 
 
 def test_inspect_counts_bits_from_the_bytes_on_disk(converted):

@@ -35,6 +35,8 @@ class _Commands(click.Group):
         except SpqrError as error:
             click.echo(str(error), err=True)
             sys.exit(BREAKS_THE_SPEC)
+        except BrokenPipeError:
+            raise  # the reader of our output has left; click ends quietly
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             click.echo(f"spqr: {where}{error.strerror or error}", err=True)
