@@ -7,9 +7,25 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+Calls = Sequence[Callable[[], object]]
 
-def graph_microseconds(calls: Sequence[Callable[[], object]], repeats: int = 15) -> float:
+
+def _median(run: Callable[[], object], repeats: int) -> float:
+    """Median milliseconds of `run`, by events around it."""
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def graph_microseconds(calls: Calls, repeats: int = 15) -> float:
     """Median microseconds of one call. The calls, each on data of its own, are captured in one CUDA graph."""
+    torch.cuda.synchronize()  # the data may still be on its way on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -21,15 +37,28 @@ def graph_microseconds(calls: Sequence[Callable[[], object]], repeats: int = 15)
             call()
     graph.replay()
     torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
+    return _median(graph.replay, repeats) * 1e3 / len(calls)
+
+
+def loop_microseconds(calls: Calls, repeats: int = 15) -> float:
+    """Median microseconds of one call, launched one by one: what the host needs counts where the GPU waits for it."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    run()
+    torch.cuda.synchronize()
+    return _median(run, repeats) * 1e3 / len(calls)
+
+
+def microseconds(calls: Calls) -> tuple[float, str]:
+    """Median microseconds of one call, and which clock: `graph`, or `loop` for what a graph cannot capture."""
+    try:
+        return graph_microseconds(calls), "graph"
+    except RuntimeError:
+        torch.cuda.synchronize()  # an error that lasts is no matter of capture: it shows here
+        return loop_microseconds(calls), "loop"
 
 
 def read_bandwidth() -> float:
