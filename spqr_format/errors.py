@@ -54,6 +54,9 @@ CODES: dict[str, str] = {
     "E508": "a model does not fit the checkpoint",
     "E509": "an operand's shape, dtype, device or range does not fit the kernel",
     "E510": "the format cannot hold what the source stores without loss",
+    "E511": "the destination holds an unfinished conversion of another source, with other options or of another version",
+    "E512": "another process is writing into the destination",
+    "E513": "more than a twentieth of the linear layers' parameters would stay dense",
 }
 
 

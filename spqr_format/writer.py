@@ -2,15 +2,21 @@
 
 Shards are written under temporary names and synced. `finish` renames them, then writes the index, then the extra files,
 and config.json with its quantization_config last of all: before that rename no reader accepts the folder.
+
+With an identity to resume by, tensors are spooled beside a journal (journal.py) as they come, so that memory holds one
+module, and a run that is killed at any moment is taken up by the next one with the same identity and the same calls.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,15 +25,16 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SpqrError
-from .header import DTYPE_BYTES, MAX_HEADER_BYTES, MAX_NAME_BYTES, MAX_RANK, MAX_SHARDS, short
+from .header import DTYPE_BYTES, MAX_HEADER_BYTES, MAX_NAME_BYTES, MAX_RANK, MAX_SHARDS, read_header, short
+from .journal import JOURNAL, PARTIAL, Journal, Spooled, final_names
 from .layout import Layout
+from .lock import FolderLock
 from .matrix import SpqrMatrix
 from .metadata import HEADER_HASH_KEY, NO_HASH, ShardMetadata, compact_json, header_hash, quantization_config
 from .payload import InMemory, check_payload, not_finite_dense
 from .reader import BIAS_DTYPES, CONFIG, INDEX, NUMPY, OWN_LEAVES, SINGLE
 
 Array = npt.NDArray[np.generic]
-PARTIAL = ".spqr-partial"  # ends the name of every file that is not complete
 
 TORCH_DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
@@ -37,7 +44,23 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-def serialize(tensors: Mapping[str, tuple[str, Array]], metadata: Mapping[str, str], *, hash_header: bool = True) -> bytes:
+@dataclass(frozen=True)
+class Packed:
+    """What goes into a shard together: one quantized module with its bias, or one dense tensor.
+
+    key: the module's or the tensor's name. tensors: name -> dtype and array. digests: name -> sha256 ({} where nobody
+    asked for them).
+    """
+
+    key: str
+    layout: Layout | None
+    tensors: dict[str, tuple[str, Array]]
+    digests: dict[str, str]
+
+
+def serialize(
+    tensors: Mapping[str, tuple[str, Array | Spooled]], metadata: Mapping[str, str], *, hash_header: bool = True
+) -> bytes:
     """The 8 + N header bytes of a safetensors file with these tensors (name -> dtype, array), in `file_order`."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     if hash_header:
@@ -62,7 +85,7 @@ def serialize(tensors: Mapping[str, tuple[str, Array]], metadata: Mapping[str, s
     return len(raw).to_bytes(8, "little") + raw
 
 
-def file_order(tensors: Mapping[str, tuple[str, Array]]) -> list[str]:
+def file_order(tensors: Mapping[str, tuple[str, Array | Spooled]]) -> list[str]:
     """Wide dtypes first, then by name: every tensor starts at a multiple of its element's size."""
     return sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], name))
 
@@ -93,7 +116,13 @@ class CheckpointWriter:
     config: the model's config.json. quantization_config: the base of its section (weight_bits, group_size, statistics,
     provenance, modules_to_not_convert, x_ keys); method, version and features are filled in here. hashes: record the
     sha256 of every tensor and header. At most one shard of `max_shard_bytes` (or one larger module) is held in memory.
-    Raises E506 where the folder is not empty. As a context manager it removes what it wrote if the block raises.
+    Raises E506 where the folder is not empty, E512 where another writer is at work in it. As a context manager it removes
+    what it wrote if the block raises.
+
+    resume: everything that the output depends on, as JSON. Then a journal is kept, and what an earlier run with the same
+    identity had finished is taken over: `notes` says what that is, and the caller goes on with the call that would have
+    come next. E511 where it was another identity; `restart` throws away what lies there. Of the exceptions of a block only
+    SpqrError removes everything: after any other the next run goes on.
     """
 
     def __init__(
@@ -105,6 +134,8 @@ class CheckpointWriter:
         max_shard_bytes: int = 5_000_000_000,
         provenance: Mapping[str, Any] | None = None,
         hashes: bool = True,
+        resume: Mapping[str, Any] | None = None,
+        restart: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self._config = {key: value for key, value in config.items() if key != "quantization_config"}
@@ -117,24 +148,64 @@ class CheckpointWriter:
         self._modules: dict[str, Layout] = {}
         self._place: dict[str, int] = {}  # tensor -> number of its shard
         self._dense_parents: dict[str, str] = {}  # name without its leaf -> name, biases left out
-        self._open: dict[str, tuple[str, Array]] = {}
+        self.notes: dict[str, Any] = {}  # module or dense tensor that is written -> what the caller noted with it
+        self._open: dict[str, tuple[str, Array | Spooled]] = {}
+        self._open_digests: dict[str, str] = {}
         self._open_modules: dict[str, Layout] = {}
         self._open_bytes = self._total_bytes = self._shards = 0
         self._written: list[Path] = []  # temporary and final names of this run, for abort
         self._done = False
         make_quantization_config((), self._section)  # fails now rather than after hours
-        self._prepare()
-
-    def _prepare(self) -> None:
-        leftovers = require_empty(self.folder)
+        self._journal: Journal | None = None
+        require_empty(self.folder, resume is not None)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in leftovers:
-            path.unlink()
+        self._lock = FolderLock(self.folder)
+        try:
+            self._prepare(resume, restart)
+        except BaseException:
+            self._lock.release()
+            raise
 
-    def add_matrix(self, module: str, matrix: SpqrMatrix, bias: Any = None) -> None:
-        """Adds one module's packed tensors, and its bias (F16, BF16 or F32 [out]). Its payload is checked first."""
-        if module in self._modules:
-            raise SpqrError("E404", module, "the module was added before")
+    def _prepare(self, resume: Mapping[str, Any] | None, restart: bool) -> None:
+        leftovers = require_empty(self.folder, resume is not None)  # again, now that nobody else is at work
+        if resume is None or restart or not (self.folder / JOURNAL).exists():
+            # The journal goes last: it says which final names are leftovers.
+            for path in sorted(leftovers, key=lambda path: path.name == JOURNAL):
+                path.unlink()
+        if resume is not None:
+            self._journal = Journal(self.folder, resume)
+            self._replay(self._journal)
+
+    def _replay(self, journal: Journal) -> None:
+        """Everything as it was after the last call that the journal knows."""
+        sizes: dict[int, int] = {}
+        try:
+            for record in journal.records:
+                if "shard" in record:
+                    self._shards = int(record["shard"])
+                    sizes[self._shards] = int(record["bytes"])
+                    self._place |= dict.fromkeys(self._open, self._shards)
+                    self._open, self._open_modules, self._open_digests, self._open_bytes = {}, {}, {}, 0
+                elif "tensors" in record:
+                    layout = None if record["layout"] is None else Layout(**record["layout"])
+                    spooled = journal.spooled(record)
+                    dtypes = {name: dtype for name, dtype, _, _ in record["tensors"]}
+                    held: dict[str, tuple[str, Array | Spooled]] = {
+                        name: (dtypes[name], tensor) for name, tensor in spooled.items()
+                    }
+                    self._hold(record["key"], layout, held, {n: t.sha256 for n, t in spooled.items()}, record["note"])
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"not a journal that this version wrote ({short(str(error))}); --restart begins anew"
+            raise SpqrError("E511", str(journal.path), what) from None
+        for number, size in sizes.items():
+            path = self._shard_path(number)
+            if not path.is_file() or path.stat().st_size != size:
+                raise SpqrError("E511", str(path), f"expected {size} bytes, as the journal says; --restart begins anew")
+
+    # What goes in
+
+    def pack(self, module: str, matrix: SpqrMatrix, bias: Any = None) -> Packed:
+        """One module's packed tensors, checked, for `add`. Several threads may call this at once."""
         packed: dict[str, Array] = matrix.pack()
         check_payload(matrix.layout, packed, module)
         specs = matrix.layout.tensors()
@@ -145,11 +216,29 @@ class CheckpointWriter:
         }
         if bias is not None:
             tensors[f"{module}.bias"] = self._bias(module, matrix.layout, *stored(bias))
+        return Packed(module, matrix.layout, tensors, self._digests(tensors))
+
+    def _digests(self, tensors: Mapping[str, tuple[str, Array]]) -> dict[str, str]:
+        if not self._hashes and self._journal is None:
+            return {}
+        return {name: hashlib.sha256(array.data).hexdigest() for name, (_, array) in tensors.items()}
+
+    def add(self, packed: Packed, note: Any = None) -> None:
+        """Adds what `pack` gave. `note`, any JSON, is in `notes` under the module's name, also after a resumption."""
+        module = packed.key
+        if module in self._modules:
+            raise SpqrError("E404", module, "the module was added before")
         if module in self._dense_parents:
             raise SpqrError("E108", self._dense_parents[module], f"a dense tensor of the quantized module {module}")
-        self._add(tensors, {module: matrix.layout})
+        self._add(packed, note)
 
-    def add_dense(self, name: str, array: Any, dtype: str | None = None) -> None:
+    def add_matrix(self, module: str, matrix: SpqrMatrix, bias: Any = None, note: Any = None) -> None:
+        """Adds one module's packed tensors, and its bias (F16, BF16 or F32 [out]). Its payload is checked first."""
+        if module in self._modules:
+            raise SpqrError("E404", module, "the module was added before")
+        self.add(self.pack(module, matrix, bias), note)
+
+    def add_dense(self, name: str, array: Any, dtype: str | None = None, note: Any = None) -> None:
         """Adds a numpy array or a torch tensor as it is. `dtype` tells what raw integers are (BF16, F8_E4M3)."""
         module, _, leaf = name.rpartition(".")
         raw = stored(array, dtype)
@@ -161,9 +250,9 @@ class CheckpointWriter:
             raise SpqrError("E108", name, f"{leaf} is a name of quantized modules")
         for error in not_finite_dense(InMemory(raw[1]), raw[0], name):
             raise error
-        self._add({name: (raw[0], raw[1].copy())}, {})
-        if leaf != "bias":
-            self._dense_parents.setdefault(module, name)
+        # A spool has the bytes at once; in memory they stay until the shard is written, and the caller's may change.
+        tensors = {name: (raw[0], raw[1].copy() if self._journal is None else raw[1])}
+        self._add(Packed(name, None, tensors, self._digests(tensors)), note)
 
     @staticmethod
     def _bias(module: str, layout: Layout, dtype: str, array: Array) -> tuple[str, Array]:
@@ -175,9 +264,10 @@ class CheckpointWriter:
             raise error
         return dtype, array.copy()
 
-    def _add(self, tensors: dict[str, tuple[str, Array]], modules: dict[str, Layout]) -> None:
+    def _add(self, packed: Packed, note: Any) -> None:
         if self._done:
             raise RuntimeError("this writer is finished")
+        tensors = packed.tensors
         for name, (_, array) in tensors.items():
             if name in self._open or name in self._place:
                 raise SpqrError("E404", name, "the tensor was added before")
@@ -186,11 +276,48 @@ class CheckpointWriter:
         size = sum(array.nbytes for _, array in tensors.values())
         if self._open and self._open_bytes + size > self._max_shard_bytes:
             self._flush()
-        self._open |= tensors
-        self._open_modules |= modules
-        self._modules |= modules
+        held: dict[str, tuple[str, Array | Spooled]] = dict(tensors)
+        if self._journal is not None:
+            layout = None if packed.layout is None else packed.layout.as_dict()
+            spooled = self._journal.add({"key": packed.key, "layout": layout, "note": note}, tensors, packed.digests)
+            held = {name: (tensors[name][0], tensor) for name, tensor in spooled.items()}
+        self._hold(packed.key, packed.layout, held, packed.digests, note)
+
+    def _hold(
+        self, key: str, layout: Layout | None, held: dict[str, tuple[str, Array | Spooled]], digests: dict[str, str], note: Any
+    ) -> None:
+        self.notes[key] = note
+        self._open |= held
+        self._open_digests |= digests
+        if layout is not None:
+            self._open_modules[key] = self._modules[key] = layout
+        elif not key.endswith(".bias"):
+            self._dense_parents.setdefault(key.rpartition(".")[0], key)
+        size = sum(tensor.nbytes for _, tensor in held.values())
         self._open_bytes += size
         self._total_bytes += size
+
+    def read_matrix(self, module: str) -> SpqrMatrix:
+        """A module that was added before, in this run or in the one that it takes up."""
+        layout = self._modules[module]
+        arrays: dict[str, Array] = {}
+        for leaf in layout.tensors():
+            name = f"{module}.{leaf}"
+            if name in self._open:
+                dtype, tensor = self._open[name]
+                raw = b"".join(tensor.parts()) if isinstance(tensor, Spooled) else tensor.tobytes()
+                shape = tensor.shape
+            else:
+                header = read_header(path := self._shard_path(self._place[name]))
+                info = header.tensors[name]
+                dtype, shape = info.dtype, info.shape
+                with open(path, "rb") as file:
+                    file.seek(header.data_start + info.begin)
+                    raw = file.read(info.nbytes)
+            arrays[leaf] = np.frombuffer(raw, NUMPY[dtype]).reshape(shape)
+        return SpqrMatrix.unpack(layout, arrays)
+
+    # Shards
 
     def _partial(self, number: int) -> Path:
         return self.folder / f"model-{number:05d}.safetensors{PARTIAL}"
@@ -200,17 +327,22 @@ class CheckpointWriter:
         if self._shards == MAX_SHARDS:
             raise SpqrError("E006", str(self.folder), f"more than {MAX_SHARDS} shards")
         order = file_order(self._open)
-        hashes = {name: hashlib.sha256(self._open[name][1].data).hexdigest() for name in order} if self._hashes else {}
+        hashes = {name: self._open_digests[name] for name in order} if self._hashes else {}
         metadata = ShardMetadata.of(self._open_modules, hashes).as_strings()
         head = serialize(self._open, metadata, hash_header=self._hashes)
         self._shards += 1
-        self._write(self._partial(self._shards), [head, *(self._open[name][1].data for name in order)])
+        path = self._partial(self._shards)
+        self._write(path, itertools.chain([head], *(_bytes_of(self._open[name][1]) for name in order)))
+        if self._journal is not None:
+            self._journal.shard_written(self._shards, len(head) + self._open_bytes)
         self._place |= dict.fromkeys(order, self._shards)
-        self._open, self._open_modules, self._open_bytes = {}, {}, 0
+        self._open, self._open_modules, self._open_digests, self._open_bytes = {}, {}, {}, 0
 
     def _write(self, path: Path, parts: Iterable[bytes | memoryview]) -> None:
         """A new file with these bytes, on disk when this returns. Its mode is 0o666 & ~umask."""
         try:
+            if self._journal is not None:
+                path.unlink(missing_ok=True)  # what a killed run had begun to write
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             self._written.append(path)
             try:
@@ -222,7 +354,7 @@ class CheckpointWriter:
             finally:
                 os.close(descriptor)
         except OSError:
-            self.abort()
+            self._give_up()
             raise
 
     def _rename(self, source: Path, target: Path) -> None:
@@ -230,7 +362,7 @@ class CheckpointWriter:
             os.rename(source, target)
             self._written.append(target)
         except OSError:
-            self.abort()
+            self._give_up()
             raise
 
     def _sync_folder(self) -> None:
@@ -241,7 +373,7 @@ class CheckpointWriter:
             finally:
                 os.close(descriptor)
         except OSError:
-            self.abort()
+            self._give_up()
             raise
 
     def _publish(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
@@ -260,54 +392,99 @@ class CheckpointWriter:
             if self._open or not self._shards:
                 self._flush()
             names = {number: self._name(number) for number in range(1, self._shards + 1)}
+            own = {CONFIG, INDEX, *names.values()}
+            for name in sorted(extra):
+                there = self._journal is None and (self.folder / name).exists()
+                if name in own or Path(name).name != name or name.endswith(PARTIAL) or there:
+                    raise SpqrError("E505", name, "not a name for an extra file")
+            if self._journal is not None:
+                self._journal.finishing(own | set(extra))
             for number, name in names.items():
-                self._rename(self._partial(number), self.folder / name)
+                if self._journal is None or self._partial(number).exists():  # else renamed by the run that was killed
+                    self._rename(self._partial(number), self.folder / name)
             self._sync_folder()
             if self._shards > 1:
                 weight_map = {tensor: names[self._place[tensor]] for tensor in sorted(self._place)}
                 index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
                 self._publish(INDEX, [pretty_json(index)])
             for name in sorted(extra):
-                if name in (CONFIG, INDEX) or Path(name).name != name or (self.folder / name).exists():
-                    raise SpqrError("E505", name, "not a name for an extra file")
                 self._publish(name, _parts(extra[name]))
             section = make_quantization_config(self._modules.values(), self._section)
             self._publish(CONFIG, [pretty_json({**self._config, "quantization_config": section})])
-        except BaseException:
-            self.abort()
+            if self._journal is not None:
+                self._journal.remove()
+        except BaseException as error:
+            self._give_up(error)
             raise
         self._done = True
+        self._lock.release()
 
     def _name(self, number: int) -> str:
         return SINGLE if self._shards == 1 else f"model-{number:05d}-of-{self._shards:05d}.safetensors"
 
+    def _shard_path(self, number: int) -> Path:
+        """Where shard `number` lies: under its temporary name, or under its own if a killed run had renamed it."""
+        partial = self._partial(number)
+        return partial if partial.exists() else self.folder / self._name(number)
+
+    def _give_up(self, error: BaseException | None = None) -> None:
+        """After an error: with a journal, all but a broken rule leaves what the next run can go on with, and no final name."""
+        if self._journal is None or isinstance(error, SpqrError):
+            self.abort()
+        elif not self._done:
+            self._done = True
+            self._journal.close()
+            if not (self.folder / CONFIG).exists():
+                self._take_back()
+            self._lock.release()
+
+    def _take_back(self) -> None:
+        """Final names back to temporary ones, as far as the disk allows."""
+        with contextlib.suppress(OSError):
+            for number in range(1, self._shards + 1):
+                if not self._partial(number).exists():
+                    os.rename(self.folder / self._name(number), self._partial(number))
+            for name in final_names(self.folder / JOURNAL):
+                (self.folder / name).unlink(missing_ok=True)
+
     def abort(self) -> None:
-        """Removes every file that this run wrote. Does nothing after `finish`."""
+        """Removes every file that this run wrote, or took over. Does nothing after `finish`."""
         if self._done:
             return
         self._done = True
-        for path in self._written:
-            try:
+        partial: list[Path] = []
+        if self._journal is not None:
+            # In this order a kill leaves either what can be taken up or nothing but temporary names.
+            self._take_back()
+            with contextlib.suppress(OSError):
+                self._journal.remove()
+            partial = [self._partial(number) for number in range(1, self._shards + 1)]
+        for path in [*self._written, *partial]:
+            with contextlib.suppress(OSError):  # the disk is in trouble: the first error is the one to report
                 path.unlink(missing_ok=True)
-            except OSError:  # the disk is in trouble: the first error is the one to report
-                continue
+        self._lock.release()
 
     def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
-            self.abort()
+            self._give_up(error)
 
 
-def require_empty(folder: Path) -> list[Path]:
-    """What a killed run of ours left in `folder`, which is otherwise empty or missing. Raises E506 where it is not."""
+def require_empty(folder: Path, resumable: bool = False) -> list[Path]:
+    """What a killed run of ours left in `folder`, which is otherwise empty or missing. Raises E506 where it is not.
+
+    resumable: a complete checkpoint whose journal is still there is such a leftover too; else it is a checkpoint."""
     if not folder.exists():
         return []
     if not folder.is_dir():
         raise SpqrError("E506", str(folder), "the destination is not a folder")
     names = sorted(os.listdir(folder))
-    taken = [name for name in names if not name.endswith(PARTIAL)]
+    ours = final_names(folder / JOURNAL)
+    if CONFIG in names and not resumable:
+        ours = set()
+    taken = [name for name in names if not name.endswith(PARTIAL) and name not in ours]
     if taken:
         raise SpqrError("E506", str(folder), f"the destination is not empty: {short(taken[0])} and {len(taken) - 1} more")
     return [folder / name for name in names]
@@ -327,6 +504,10 @@ def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view.nbytes:
         view = view[os.write(descriptor, view[: 2**26]) :]
+
+
+def _bytes_of(tensor: Array | Spooled) -> Iterable[bytes | memoryview]:
+    return tensor.parts() if isinstance(tensor, Spooled) else (tensor.data,)
 
 
 def _parts(content: bytes | str | os.PathLike[str]) -> Iterable[bytes]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,11 @@ import torch
 from torch import nn
 
 from spqr_format.errors import SpqrError
-from spqr_format.writer import CheckpointWriter, require_empty
+from spqr_format.matrix import SpqrMatrix
+from spqr_format.writer import CheckpointWriter, Packed, require_empty
 
 from . import calibrated, datafree
-from .blocks import Plan, build, plan
+from .blocks import Plan, build, linears, plan
 from .calibration import Calibration
 from .card import model_card
 from .forward import Stream, load, unload
@@ -25,8 +30,10 @@ from .hessian import Accumulator
 from .lossless import compare, lossless_plan, most_common
 from .memory import release
 from .options import SolverOptions
+from .parallel import in_order, one_thread_each, worker_count
 from .report import ModuleReport, Report
 from .sources import Source, open_source
+from .sources.base import file_sha256
 from .sources.packed import OPTION_FILES
 
 Progress = Callable[[str, int, int], None]
@@ -50,6 +57,8 @@ def convert(
     device: str = "auto",
     seed: int = 0,
     max_shard_bytes: int = 5_000_000_000,
+    workers: int | None = None,
+    restart: bool = False,
     progress: Progress | None = None,
     solver: SolverOptions | None = None,
 ) -> Report:
@@ -60,10 +69,13 @@ def convert(
     count), what it stores dense stays dense, and every module is compared with the source's own dequantized weights.
     Without `calibration` the weights alone are used. `solver` carries further options; its format fields (weight_bits,
     group_size, statistics, outliers) are replaced by the arguments here. progress(module, done, total) is called after
-    every matrix with parameters done and in all.
+    every matrix with parameters done and in all. workers: modules at a time, where no calibration makes one depend on
+    another and the device is the CPU; by default one for each core. Their number does not change a byte of the output.
 
-    The same arguments on the same machine give the same tensors. Until the very end the destination has no index, so a
-    killed run leaves nothing that loads. Errors: E501 .. E507, E510 (see spqr_format.errors).
+    The same arguments on the same machine give the same bytes. Until the very end the destination has no index, so a
+    killed run leaves nothing that loads; the same call goes on where it was, and gives the bytes of an unbroken run. With
+    a source, options or versions that changed meanwhile it is refused (E511), unless `restart` gives up what was done.
+    Errors: E501 .. E507, E510 .. E513 (see spqr_format.errors).
     """
     started = time.monotonic()
     options = replace(
@@ -74,7 +86,8 @@ def convert(
         raise SpqrError("E505", "max_shard_bytes", f"{max_shard_bytes}: expected at least 1")
     refuse_with_lossless(lossless, calibration, outlier_share, outlier_threshold)
     target = Path(destination)
-    require_empty(target)
+    require_empty(target, resumable=True)
+    workers = worker_count(workers)
     where = resolve_device(device)
     origin = source if isinstance(source, Source) else open_source(source)
     model = build(origin.config, str(origin.folder))
@@ -92,21 +105,20 @@ def convert(
     job.report.mode = "lossless" if lossless else "requantized" if origin.quantized else "quantized"
     job.report.provenance = provenance(origin, None if lossless else options, data, seed, job.report.mode)
 
+    extra: dict[str, Any] = companions(origin.companions())
     writer = CheckpointWriter(
         target, max_shard_bytes=max_shard_bytes, config=origin.config,
         quantization_config={**base, "provenance": job.report.provenance},
+        resume=identity(origin, job.report.provenance, extra, max_shard_bytes, where), restart=restart,
     )  # fmt: skip
     with writer:
         job.writer = writer
-        if lossless:
-            job.run_lossless()
-        elif windows is None or calibration is None:
-            job.run_data_free()
+        if lossless or windows is None or calibration is None:
+            job.run_each(job.carry_over if lossless else job.solve_data_free, workers)
         else:
             job.run_calibrated(windows, calibration.batch)
         job.finish_notes()
         job.report.seconds = time.monotonic() - started
-        extra: dict[str, Any] = companions(origin.companions())
         extra |= {REPORT: job.report.as_json(), "README.md": model_card(job.report)}
         writer.finish(extra_files=extra)
     return job.report
@@ -167,6 +179,20 @@ def provenance(
     }
 
 
+def identity(
+    origin: Source, made: dict[str, Any], beside: dict[str, Path], max_shard_bytes: int, device: torch.device
+) -> dict[str, Any]:
+    """Everything that the bytes of the output depend on: a run may only be taken up by one of the same identity."""
+    return {
+        "provenance": made,
+        "source_choices": origin.choices(),
+        "source_config_sha256": hashlib.sha256(json.dumps(origin.config, sort_keys=True).encode()).hexdigest(),
+        "files_beside_sha256": {name: file_sha256(path) for name, path in beside.items()},
+        "max_shard_bytes": max_shard_bytes,
+        "device": device.type,
+    }
+
+
 def companions(source: Path) -> dict[str, Path]:
     """Tokenizer, generation config, chat template and licence: small text files that are neither weights nor code."""
     found = {}
@@ -196,29 +222,47 @@ class _Job:
         self.report = Report()
         self.writer: Any = None
         self.done = self.no_place = 0
-        self.figures = {"rounded": 0.0, "different": 0.0, "rounding_error": 0.0}
         self.total = sum(source.entries[tensor].numel for tensor in todo.matrices)
 
-    # What both ways share
+    # What all ways share
 
-    def _add(self, tensor: str, matrix, method: str, figures: dict[str, float]) -> None:
+    def _finished(self, tensor: str) -> bool:
+        """True for what the writer has, from this run or from the one that it takes up."""
+        return self.plan.matrices.get(tensor, tensor) in self.writer.notes
+
+    def _packed(self, tensor: str, matrix: SpqrMatrix, method: str, figures: dict[str, float]) -> tuple[Packed, ModuleReport]:
         name = self.plan.matrices[tensor]
-        self.writer.add_matrix(name, matrix)
+        return self.writer.pack(name, matrix), ModuleReport.of(name, matrix, method, figures)
+
+    def _put(self, tensor: str, packed: Packed, row: ModuleReport) -> None:
+        self.writer.add(packed, asdict(row))
         release()
-        self.report.modules.append(ModuleReport.of(name, matrix, method, figures))
+        self._count(tensor)
+
+    def _count(self, tensor: str) -> None:
+        """A matrix that the writer has, in the report and in the progress."""
+        name = self.plan.matrices[tensor]
+        self.report.modules.append(ModuleReport.from_dict(self.writer.notes[name]))
         self.done += self.source.entries[tensor].numel
         if self.progress is not None:
             self.progress(name, self.done, self.total)
 
+    def _add(self, tensor: str, matrix: SpqrMatrix, method: str, figures: dict[str, float]) -> None:
+        if self._finished(tensor):
+            self._count(tensor)
+        else:
+            self._put(tensor, *self._packed(tensor, matrix, method, figures))
+
     def _add_dense(self, tensor: str) -> None:
         entry = self.source.entries[tensor]
-        value = self.source.load(tensor)
-        if self._has_no_place(tensor):
-            if torch.count_nonzero(value):
-                raise SpqrError("E501", tensor, f"a bias that is not 0, and {type(self.model).__name__} has none there")
-            self.no_place += 1
-            return
-        self.writer.add_dense(tensor, value)
+        if not self._finished(tensor):
+            value = self.source.load(tensor)
+            if self._has_no_place(tensor):
+                if torch.count_nonzero(value):
+                    raise SpqrError("E501", tensor, f"a bias that is not 0, and {type(self.model).__name__} has none there")
+                self.no_place += 1
+                return
+            self.writer.add_dense(tensor, value)
         self.report.dense[tensor] = {
             "parameters": entry.numel, "bytes": entry.numel * entry.dtype.itemsize, "reason": self.plan.dense[tensor],
         }  # fmt: skip
@@ -235,12 +279,13 @@ class _Job:
             notes.append(f"{self.no_place} biases that are all 0, and that the model does not have, were left out")
         if self.report.mode == "requantized":
             notes.append("the source was quantized before; the errors here are against its weights, its own error is unknown")
-        rounded, different = self.figures["rounded"], self.figures["different"]
+        rounded, different = (sum(getattr(m, key) or 0 for m in self.report.modules) for key in ("rounded", "different"))
         weights = self.report.quantised_parameters
+        worst = max((m.rounding_error or 0.0 for m in self.report.modules), default=0.0)
         if rounded:
             notes.append(
                 f"the source's own tool rounds {rounded:,.0f} of {weights:,} weights to its dtype after multiplying; the "
-                f"carried codes give them unrounded, at most {self.figures['rounding_error']:.2g} off (relative norm of a "
+                f"carried codes give them unrounded, at most {worst:.2g} off (relative norm of a "
                 "module), and the same after that rounding"
             )
         if different:
@@ -249,33 +294,45 @@ class _Job:
         self.report.provenance["notes"] = notes
 
     def _add_data_free(self, tensor: str, method: str) -> None:
+        if self._finished(tensor):
+            self._count(tensor)
+            return
         matrix, figures = datafree.solve(self.source.load(tensor).to(self.device), self.options, tensor)
         self._add(tensor, matrix, method, figures)
 
-    # Carrying over
+    # Module by module
 
-    def run_lossless(self) -> None:
+    def run_each(self, make: Callable[[str], tuple[Packed, ModuleReport]], workers: int) -> None:
+        """Every tensor of the source in its order; `make` is called for the matrices, by several threads at once."""
+        on_host = self.device.type == "cpu" or make == self.carry_over
+        todo = [tensor for tensor in self.source.entries if tensor in self.plan.matrices and not self._finished(tensor)]
+        with one_thread_each() if on_host else nullcontext():
+            made = in_order((partial(make, tensor) for tensor in todo), workers if on_host else 1)
+            try:
+                self._take(made)
+            finally:
+                made.close()
+
+    def _take(self, made: Iterator[tuple[Packed, ModuleReport]]) -> None:
         for tensor in self.source.entries:
             if tensor not in self.plan.matrices:
                 self._add_dense(tensor)
-                continue
-            matrix = self.source.matrix(tensor)
-            if matrix is None:
-                raise SpqrError("E501", tensor, "the source changed while it was read")
-            figures = compare(matrix, self.source.load(tensor), tensor)
-            for name in ("rounded", "different"):
-                self.figures[name] += figures[name]
-            self.figures["rounding_error"] = max(self.figures["rounding_error"], figures["rounding_error"])
-            self._add(tensor, matrix, "lossless", figures)
-
-    # Without data
-
-    def run_data_free(self) -> None:
-        for tensor in self.source.entries:
-            if tensor in self.plan.matrices:
-                self._add_data_free(tensor, "data-free")
+            elif self._finished(tensor):
+                self._count(tensor)
             else:
-                self._add_dense(tensor)
+                self._put(tensor, *next(made))
+
+    def carry_over(self, tensor: str) -> tuple[Packed, ModuleReport]:
+        """The source's codes as they are, compared with what the source's own tool makes of them."""
+        matrix = self.source.matrix(tensor)
+        if matrix is None:
+            raise SpqrError("E501", tensor, "the source changed while it was read")
+        return self._packed(tensor, matrix, "lossless", compare(matrix, self.source.load(tensor), tensor))
+
+    def solve_data_free(self, tensor: str) -> tuple[Packed, ModuleReport]:
+        """From the weights alone."""
+        matrix, figures = datafree.solve(self.source.load(tensor).to(self.device), self.options, tensor)
+        return self._packed(tensor, matrix, "data-free", figures)
 
     # With data
 
@@ -286,13 +343,45 @@ class _Job:
                 self._add_data_free(tensor, "data-free: outside the decoder blocks")
             else:
                 self._add_dense(tensor)
+        unfinished = [i for i, tensors in of_block.items() if i is not None and not all(map(self._done_with, tensors))]
+        if not unfinished:
+            for index in range(len(self.plan.blocks)):
+                self._count_block(of_block[index])
+            return
         stream = Stream(self.model, self.plan, self.source, windows, batch, self.device)
         reference = stream.fork() if self.options.drift > 0 else None
         for index, block in enumerate(self.plan.blocks):
             prefix = f"{self.plan.prefix}.{index}"
             load(block, prefix, self.plan, self.source, self.device)
-            self._solve_block(block, prefix, index, stream, reference, of_block[index])
+            if index in unfinished:
+                self._solve_block(block, prefix, index, stream, reference, of_block[index])
+            else:
+                self._pass_block(block, prefix, index, stream, reference, of_block[index])
             unload(block)
+
+    def _done_with(self, tensor: str) -> bool:
+        return self._finished(tensor) or (tensor not in self.plan.matrices and self._has_no_place(tensor))
+
+    def _count_block(self, tensors: list[str]) -> None:
+        for tensor in tensors:
+            if tensor in self.plan.matrices:
+                self._count(tensor)
+            else:
+                self._add_dense(tensor)
+
+    def _pass_block(
+        self, block: nn.Module, prefix: str, index: int, stream: Stream, reference: Stream | None, tensors: list[str]
+    ) -> None:
+        """A block that an earlier run finished: what follows sees the outputs of its quantized weights, as it did then."""
+        if reference is not None:
+            reference.advance(block, index)
+        for name, layer in linears(block):
+            module = self.plan.matrices.get(self.plan.parameters[f"{prefix}.{name}.weight"])
+            if module is not None and self.writer.notes[module]["method"] == "calibrated":
+                weight = torch.from_numpy(self.writer.read_matrix(module).dequantize())
+                layer.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
+        stream.advance(block, index)
+        self._count_block(tensors)
 
     def _tensors_by_block(self) -> dict[int | None, list[str]]:
         names = {tensor: parameter for parameter, tensor in self.plan.parameters.items()}

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..journal import JOURNAL
 from .model import device_option, libraries
 from .output import duration, print_json, size, table
 from .progress import progress_bar
@@ -90,13 +91,19 @@ _REQUANTIZE = ("calibration", "weight_bits", "group_size", "statistics", "outlie
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the calibration windows.")
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Of one output file.")
 @device_option
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Modules at a time, on a CPU and without calibration. The output is the same.  [default: one a core, at most 8]",
+)
+@click.option("--restart", is_flag=True, help="Throw away what an interrupted conversion left in DESTINATION.")
 @click.option("--dry-run", is_flag=True, help="Print the predicted bits, size, memory and time, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def convert_command(
     invocation: click.Context, source: Path, destination: Path, lossless: bool, gptq_zeros: str, calibration: Path | None,
     tokens: int, context: int | None, batch: int, weight_bits: int, group_size: int, statistics: str,
     outlier_share: float | None, outlier_threshold: float | None, seed: int, max_shard_size: int, device: str,
-    dry_run: bool, as_json: bool,
+    workers: int | None, restart: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize a checkpoint: SOURCE, a Hugging Face model folder, into the new folder DESTINATION.
 
@@ -105,6 +112,8 @@ def convert_command(
 
     Works block by block, so that memory holds one block of the model and not the model. Output embedding and token
     embedding stay as they are. The destination gets the tokenizer, a report (spqr_report.json) and where it all comes from.
+
+    When it is interrupted, the same command goes on where it was, and the result is that of an unbroken run.
 
     \b
     Examples:
@@ -133,10 +142,16 @@ def convert_command(
     if data is None and not lossless:
         click.echo("no --calibration text: only the weights decide, which costs quality (see --help)", err=True)
     warnings.filterwarnings("always", module="spqr_converters")
-    with progress_bar("converting", shown=not as_json) as bar:
-        report = convert(
-            origin, destination, lossless=lossless, **options, seed=seed, max_shard_bytes=max_shard_size, progress=bar
-        )  # fmt: skip
+    try:
+        with progress_bar("converting", shown=not as_json) as bar:
+            report = convert(
+                origin, destination, lossless=lossless, **options, seed=seed, max_shard_bytes=max_shard_size,
+                workers=workers, restart=restart, progress=bar,
+            )  # fmt: skip
+    except (KeyboardInterrupt, OSError):
+        if (destination / JOURNAL).exists():
+            click.echo("interrupted: the same command goes on from here, or begins anew with --restart", err=True)
+        raise
     if as_json:
         print_json(report.as_dict())
     else:

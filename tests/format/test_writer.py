@@ -185,9 +185,9 @@ def test_a_killed_run_never_looks_complete(tmp_path, matrices, monkeypatch, stag
     def die(*args, **options):
         raise Killed
 
-    monkeypatch.setattr(CheckpointWriter, "abort", lambda self: None)
+    monkeypatch.setattr(CheckpointWriter, "abort", lambda self: self._lock.release())
     if stage == "after a shard":
-        monkeypatch.setattr(CheckpointWriter, "finish", die)
+        monkeypatch.setattr(CheckpointWriter, "finish", lambda self, extra: [self.abort(), die()])
     else:
         name = "model.safetensors.index.json" if stage == "renamed" else "config.json"
         real = CheckpointWriter._publish

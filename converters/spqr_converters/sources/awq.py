@@ -162,13 +162,8 @@ class AwqSource(PackedSource):
 
     def _checked(self, module: Module) -> Parts:
         parts = super()._checked(module)
-        if parts.offsets is not None:
-            if not torch.isfinite(parts.offsets).all():
-                raise SpqrError("E502", f"{module.name}.qzeros", "not finite")
-            self._notes["gemv_fast"] = (
-                "gemv_fast stores -scale * zero rounded to fp16: the source's tool adds that, and its weights differ from "
-                "s * (q - z) by up to half a unit in the last place of s * z; --lossless carries q, s and z over"
-            )
+        if parts.offsets is not None and not torch.isfinite(parts.offsets).all():
+            raise SpqrError("E502", f"{module.name}.qzeros", "not finite")
         return parts
 
     def load(self, name: str) -> torch.Tensor:
@@ -179,8 +174,18 @@ class AwqSource(PackedSource):
                 where = f"{self._stored[self._folded[name]].file} {self._folded[name]}"
                 raise SpqrError("E501", where, f"shape {tuple(scales.shape)} or a value does not fit {name}")
             weight = (weight.float() / scales.float()).to(weight.dtype)
-            self._notes["act"] = "activation scales of GELU layers were folded into the linear layers that follow them"
         return weight
+
+    def notes(self) -> list[str]:
+        notes = super().notes()
+        if any(module.kind == "gemv_fast" for module in self._modules.values()):
+            notes.append(
+                "gemv_fast stores -scale * zero rounded to fp16: the source's tool adds that, and its weights differ from "
+                "s * (q - z) by up to half a unit in the last place of s * z; --lossless carries q, s and z over"
+            )
+        if self._folded:
+            notes.append("activation scales of GELU layers were folded into the linear layers that follow them")
+        return notes
 
     def matrix(self, name: str) -> SpqrMatrix | None:
         if name in self._folded and name in self._modules:

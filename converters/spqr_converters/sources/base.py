@@ -77,6 +77,10 @@ class Source(ABC):
         """What a user must know: rules that decided an ambiguity, rounding that the source's own tool does."""
         return []
 
+    def choices(self) -> dict[str, Any]:
+        """What the caller decided about reading this source, as JSON."""
+        return {}
+
     def companions(self) -> Path:
         """The folder with the tokenizer and the other files that come along."""
         return self.folder

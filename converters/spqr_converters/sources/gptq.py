@@ -47,6 +47,7 @@ class GptqSource(PackedSource):
             raise SpqrError("E505", "zeros", f"{zeros!r}, expected auto, v1 or v2")
         self._zeros_option = zeros
         self._ambiguous: dict[str, int] = {}
+        self._looked_at: set[str] = set()  # modules whose ambiguous zeros were counted
         self._version: str | None = None
         super().__init__(folder)
 
@@ -195,6 +196,7 @@ class GptqSource(PackedSource):
         stored = self._stored_zeros(module, words)
         top = 2**module.bits - 1
         count = int((stored == top).sum())
+        self._looked_at.add(module.name)
         if count:
             self._ambiguous[module.name] = count
         if count and self._gptqmodel and module.bits in _CARRY:
@@ -245,9 +247,15 @@ class GptqSource(PackedSource):
                 return False
         return True
 
+    def choices(self) -> dict[str, Any]:
+        return {"zeros": self._zeros_option}
+
     def notes(self) -> list[str]:
-        _ = self.zeros_version  # which notes its rule
+        version = self.zeros_version  # which notes its rule
         notes = super().notes()
+        for module in self._modules.values():  # those that another run converted too
+            if version == "v1" and module.name not in self._looked_at:
+                self._zeros(module)
         if self._ambiguous:
             count, modules = sum(self._ambiguous.values()), len(self._ambiguous)
             how = "read as GPTQModel does, by adding to the packed word; nothing is lost"

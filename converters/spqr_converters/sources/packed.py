@@ -83,7 +83,7 @@ class PackedSource(Source):
         self._stored = self._read_headers()
         self._modules: dict[str, Module] = {}
         self._notes: dict[str, str] = {}
-        self._last: tuple[Module, Parts] | None = None
+        self._kept: dict[str, Parts] = {}  # `matrix` and `load` of one module follow each other: unpacked once
         self._check_options()
         self._find_modules()
 
@@ -183,7 +183,7 @@ class PackedSource(Source):
         self._holds(module)
         parts = self._checked(module)
         matrix = carry_over(parts, module)
-        self._last = (module, parts)
+        self._kept[name] = parts
         return matrix
 
     def layout(self, name: str) -> Layout | None:
@@ -202,9 +202,9 @@ class PackedSource(Source):
             raise SpqrError("E510", module.name, f"codes of {module.bits} bits, the format has 2, 3 and 4; {_ADVICE}")
 
     def _checked(self, module: Module) -> Parts:
-        if self._last is not None and self._last[0] is module:
-            parts, self._last = self._last[1], None  # `matrix` and `load` of one module follow each other; kept once
-            return parts
+        kept = self._kept.pop(module.weight, None)
+        if kept is not None:
+            return kept
         parts = self._parts(module)
         if not torch.isfinite(parts.scales).all():
             raise SpqrError("E502", f"{module.name}.scales", "not finite")

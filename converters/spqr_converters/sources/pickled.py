@@ -6,6 +6,7 @@ import io
 import os
 import pickletools
 import re
+import threading
 import warnings
 import zipfile
 from pathlib import Path
@@ -86,6 +87,7 @@ class PickledFiles:
         self.folder, self.files = folder, files
         self.tensors: dict[str, Entry] = {}
         self._cached: tuple[str, dict[str, torch.Tensor]] = ("", {})
+        self._lock = threading.Lock()
         for file in files:
             for name, tensor in self._open(file).items():
                 if name in self.tensors:
@@ -94,11 +96,12 @@ class PickledFiles:
                 self.tensors[name] = Entry(file, tensor.dtype, tuple(tensor.shape), 0, size)
 
     def _open(self, file: str) -> dict[str, torch.Tensor]:
-        if self._cached[0] != file:
-            self._cached = ("", {})  # freed before the next one is read
-            path = self.folder / file
-            self._cached = (file, tensors_of(load_pickled(path, file), path.stat().st_size, file))
-        return self._cached[1]
+        with self._lock:
+            if self._cached[0] != file:
+                self._cached = ("", {})  # freed before the next one is read
+                path = self.folder / file
+                self._cached = (file, tensors_of(load_pickled(path, file), path.stat().st_size, file))
+            return self._cached[1]
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor as it is stored, in memory of its own. E501."""
