@@ -108,8 +108,8 @@ def _unequal(a: torch.Tensor, b: torch.Tensor) -> int:
 
 
 def _square(values: torch.Tensor) -> float:
-    flat = values.reshape(-1)
-    return float(torch.dot(flat, flat))
+    # Not torch.dot: the order of a BLAS's sum, and so its last bit, depends on where the memory lies.
+    return float(values.square().sum(dtype=torch.float64))
 
 
 def rows_of(matrix: SpqrMatrix, begin: int, end: int) -> SpqrMatrix:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from spqr_converters import Calibration, SolverOptions, convert, predict
 from spqr_converters.lossless import compare, rows_of
@@ -22,64 +20,6 @@ from spqr_format.reader import Checkpoint
 from spqr_format.validate import validate
 
 QUICK = SolverOptions(rounds=1, sweeps=1)
-
-
-def packed(values: np.ndarray, bits: int) -> torch.Tensor:
-    """int32 [ceil(n * bits / 32), m] from values [n, m], lowest bits first."""
-    numbers = [sum(int(v) << (bits * i) for i, v in enumerate(column)) for column in values.T]
-    words = -(-len(values) * bits // 32)
-    stored = [[number >> (32 * w) & 0xFFFFFFFF for number in numbers] for w in range(words)]
-    return torch.from_numpy(np.array(stored, np.uint32).view(np.int32))
-
-
-def gptq_linear(name: str, rows: int, columns: int, bits: int, group: int, act: bool, seed: int) -> dict[str, torch.Tensor]:
-    """A layer of random codes, with v1 zeros."""
-    rng = np.random.default_rng(seed)
-    size = columns if group == -1 else group
-    g_idx = np.arange(columns) // size
-    if act:
-        g_idx = g_idx[rng.permutation(columns)]
-    groups = -(-columns // size)
-    return {
-        f"{name}.qweight": packed(rng.integers(0, 2**bits, (columns, rows)), bits),
-        f"{name}.qzeros": packed(rng.integers(0, 2**bits - 1, (rows, groups)), bits).t().contiguous(),
-        f"{name}.scales": torch.from_numpy(rng.uniform(0.001, 0.02, (groups, rows))).half(),
-        f"{name}.g_idx": torch.from_numpy(g_idx.astype(np.int32)),
-    }
-
-
-@pytest.fixture
-def gptq_llama(random_llama, tmp_path: Path) -> Callable[..., Path]:
-    """A Llama folder whose linear layers are GPTQ's. eight, dense: parts of names of 8-bit and dense ones."""
-
-    def make(
-        bits: int = 4, group: int = 16, act: bool = False, lm_head: bool = False, bias: float | None = None,
-        eight: str | None = None, dense: str | None = None, **model: Any,
-    ) -> Path:  # fmt: skip
-        folder = random_llama(**{"hidden": 48, "mlp": 96, "tied": False, **model})
-        tensors = load_file(folder / "model.safetensors")
-        dynamic: dict[str, Any] = {}
-        for seed, name in enumerate(sorted(tensors)):
-            module = name.removesuffix(".weight")
-            quantized = module.endswith("_proj") or (lm_head and module == "lm_head")
-            if not quantized or (dense and dense in module):
-                continue
-            rows, columns = tensors.pop(name).shape
-            width = 8 if eight and eight in module else bits
-            if width != bits:
-                dynamic[f"+:{module}"] = {"bits": width}
-            tensors |= gptq_linear(module, rows, columns, width, group, act, seed)
-            if bias is not None and module != "lm_head":
-                tensors[f"{module}.bias"] = torch.full((rows,), bias).half()
-        save_file(tensors, folder / "model.safetensors")
-        options = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act, "sym": False, "dynamic": dynamic}
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": options}))
-        (folder / "quantize_config.json").write_text(json.dumps(options))
-        (folder / "tokenizer_config.json").write_text("{}")
-        return folder
-
-    return make
 
 
 def assert_exact(folder: Path, out: Path) -> None:
