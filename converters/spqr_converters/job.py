@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,6 +25,7 @@ from . import calibrated, datafree
 from .blocks import Plan, build, linears, plan
 from .calibration import Calibration
 from .card import model_card
+from .coverage import check_coverage, keep_dense
 from .forward import Stream, load, unload
 from .hessian import Accumulator
 from .lossless import compare, lossless_plan, most_common
@@ -54,6 +55,7 @@ def convert(
     outlier_share: float | None = None,
     outlier_threshold: float | None = None,
     calibration: Calibration | None = None,
+    keep: Sequence[str] = (),
     device: str = "auto",
     seed: int = 0,
     max_shard_bytes: int = 5_000_000_000,
@@ -67,10 +69,11 @@ def convert(
     A dense or already quantized source is quantised (anew), from its dequantized weights. With `lossless`, the codes of a
     quantized source are carried over bit for bit instead, in its own bits and groups (the options of the quantizer do not
     count), what it stores dense stays dense, and every module is compared with the source's own dequantized weights.
-    Without `calibration` the weights alone are used. `solver` carries further options; its format fields (weight_bits,
-    group_size, statistics, outliers) are replaced by the arguments here. progress(module, done, total) is called after
-    every matrix with parameters done and in all. workers: modules at a time, where no calibration makes one depend on
-    another and the device is the CPU; by default one for each core. Their number does not change a byte of the output.
+    Without `calibration` the weights alone are used. keep: patterns of module names that stay dense. `solver` carries
+    further options; its format fields (weight_bits, group_size, statistics, outliers) are replaced by the arguments here.
+    progress(module, done, total) is called after every matrix with parameters done and in all. workers: modules at a time,
+    where no calibration makes one depend on another and the device is the CPU; by default one for each core. Their number
+    does not change a byte of the output.
 
     The same arguments on the same machine give the same bytes. Until the very end the destination has no index, so a
     killed run leaves nothing that loads; the same call goes on where it was, and gives the bytes of an unbroken run. With
@@ -91,12 +94,13 @@ def convert(
     where = resolve_device(device)
     origin = source if isinstance(source, Source) else open_source(source)
     model = build(origin.config, str(origin.folder))
-    todo = plan(model, origin)
+    todo = keep_dense(plan(model, origin), origin, keep)
     base = {"weight_bits": weight_bits, "group_size": group_size, "statistics": statistics}
     if lossless:
         todo, layouts = lossless_plan(todo, origin)
         usual = most_common(layouts)
         base = {"weight_bits": usual.weight_bits, "group_size": usual.group_size, "statistics": usual.statistics}
+    check_coverage(todo, origin)
     job = _Job(origin, model, todo, options, where, progress)
     windows, data = None, None
     if calibration is not None:
@@ -104,6 +108,8 @@ def convert(
     job.report.source = origin.name
     job.report.mode = "lossless" if lossless else "requantized" if origin.quantized else "quantized"
     job.report.provenance = provenance(origin, None if lossless else options, data, seed, job.report.mode)
+    if keep:
+        job.report.provenance["keep_dense"] = list(keep)
 
     extra: dict[str, Any] = companions(origin.companions())
     writer = CheckpointWriter(
@@ -400,6 +406,9 @@ class _Job:
         original = _copy(block) if reference is not None else None
         solved = {}
         for names in order:
+            names = [name for name in names if self.plan.parameters[f"{prefix}.{name}.weight"] in self.plan.matrices]
+            if not names:
+                continue
             layers: list[Any] = [block.get_submodule(name) for name in names]
             accumulator = Accumulator(layers[0].in_features, f"{prefix}.{names[0]}", self.device, reference is not None)
             seen = stream.inputs(block, index, names[0], once)

@@ -12,6 +12,7 @@ from spqr_format.layout import TILE, Layout
 from spqr_format.matrix import SpqrMatrix
 
 from .blocks import Plan
+from .coverage import STORED
 from .sources import Source
 
 _CHUNK = 1 << 17  # weights that are compared at once: what a core keeps near
@@ -46,7 +47,7 @@ def lossless_plan(todo: Plan, source: Source) -> tuple[Plan, dict[str, Layout]]:
             matrices[tensor] = tensor.removesuffix(".weight")
             dense.pop(tensor, None)
         elif tensor in todo.matrices:
-            dense[tensor] = "stored dense by the source"
+            dense[tensor] = STORED
     if not layouts:
         what = f"{source.name} stores no codes that could be carried over; convert without --lossless"
         raise SpqrError("E510", str(source.folder), what)

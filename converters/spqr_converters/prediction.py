@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from spqr_format.layout import Layout
 
 from .blocks import build, linears, plan
 from .calibration import Calibration
+from .coverage import check_coverage, keep_dense
 from .job import context_length, refuse_with_lossless, resolve_device
 from .lossless import lossless_plan
 from .options import SolverOptions
+from .parallel import worker_count
 from .sources import Source, open_source
 
 _RUNTIME = 400 << 20  # Python, torch and transformers, as seen
@@ -57,12 +60,13 @@ def predict(
     outlier_share: float | None = None,
     outlier_threshold: float | None = None,
     calibration: Calibration | None = None,
+    keep: Sequence[str] = (),
     device: str = "auto",
-    max_shard_bytes: int = 5_000_000_000,
+    workers: int | None = None,
     solver: SolverOptions | None = None,
 ) -> Prediction:
     """Predict `convert` with the same arguments; reads only config.json and the shards' headers. With a threshold the
-    outliers are not known before and 0.5 % of the weights is assumed. Errors: E501, E504, E505 as `convert`."""
+    outliers are not known before and 0.5 % of the weights is assumed. Errors: E501, E504, E505, E513 as `convert`."""
     from dataclasses import replace
 
     options = replace(
@@ -73,10 +77,11 @@ def predict(
     where = torch.device("cpu") if lossless else resolve_device(device)
     origin = source if isinstance(source, Source) else open_source(source)
     model: Any = build(origin.config, str(origin.folder))
-    todo = plan(model, origin)
+    todo = keep_dense(plan(model, origin), origin, keep)
     layouts: dict[str, Layout] = {}
     if lossless:
         todo, layouts = lossless_plan(todo, origin)
+    check_coverage(todo, origin)
     share = 0.005 if options.outlier_threshold is not None else options.outlier_share or 0.0
     quantised_bytes = quantised = largest = widest = 0
     for tensor in todo.matrices:
@@ -89,7 +94,6 @@ def predict(
         largest, widest = max(largest, rows * columns), max(widest, columns)
     dense = [origin.entries[tensor] for tensor in todo.dense]
     dense_bytes = sum(entry.numel * entry.dtype.itemsize for entry in dense)
-    shard = min(max_shard_bytes, quantised_bytes + dense_bytes)
     read = max((entry.end - entry.begin for entry in origin.entries.values()), default=0)
     # One matrix on its way: target, decoded, gains, codes and copies of them, and a search of 32 M floats held thrice.
     work = 24 * largest + 3 * 4 * min(1 << 25, 64 * largest)
@@ -117,6 +121,9 @@ def predict(
     if lossless:
         work, seconds = _CARRIED_BYTES * largest, quantised / _CARRIED
     on_host = where.type == "cpu"
+    at_once = min(worker_count(workers), len(todo.matrices)) if on_host and calibration is None else 1
+    if lossless:
+        seconds /= at_once
     return Prediction(
         modules=len(todo.matrices),
         bits=8 * quantised_bytes / max(quantised, 1),
@@ -125,7 +132,7 @@ def predict(
         dense_parameters=sum(entry.numel for entry in dense),
         dense_bytes=dense_bytes,
         total_bytes=quantised_bytes + dense_bytes,
-        peak_memory=_RUNTIME + 2 * read + shard + (work if on_host else 0),
+        peak_memory=_RUNTIME + at_once * (2 * read + (work if on_host else 0)),
         device_memory=0 if on_host else work,
         seconds=seconds + 5,
         device=str(where),

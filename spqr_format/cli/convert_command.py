@@ -88,6 +88,12 @@ _REQUANTIZE = ("calibration", "weight_bits", "group_size", "statistics", "outlie
 )
 @click.option("--outlier-share", type=Share(), help="Weights kept apart in fp16, 32 bits each: 0.003 or 0.3%.  [default: none]")
 @click.option("--outlier-threshold", type=click.FloatRange(0, min_open=True), help="Instead: SpQR's relative threshold.")
+@click.option(
+    "--keep-dense",
+    multiple=True,
+    metavar="PATTERN",
+    help="Modules that stay as they are, such as 'model.layers.0.*' or '*.down_proj'. May be given several times.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the calibration windows.")
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Of one output file.")
 @device_option
@@ -102,8 +108,8 @@ _REQUANTIZE = ("calibration", "weight_bits", "group_size", "statistics", "outlie
 def convert_command(
     invocation: click.Context, source: Path, destination: Path, lossless: bool, gptq_zeros: str, calibration: Path | None,
     tokens: int, context: int | None, batch: int, weight_bits: int, group_size: int, statistics: str,
-    outlier_share: float | None, outlier_threshold: float | None, seed: int, max_shard_size: int, device: str,
-    workers: int | None, restart: bool, dry_run: bool, as_json: bool,
+    outlier_share: float | None, outlier_threshold: float | None, keep_dense: tuple[str, ...], seed: int,
+    max_shard_size: int, device: str, workers: int | None, restart: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize a checkpoint: SOURCE, a Hugging Face model folder, into the new folder DESTINATION.
 
@@ -133,7 +139,7 @@ def convert_command(
         data = Calibration(text=calibration, tokens=tokens, seqlen=context, batch=batch)
     options: dict[str, Any] = {
         "weight_bits": weight_bits, "group_size": group_size, "statistics": statistics, "outlier_share": outlier_share,
-        "outlier_threshold": outlier_threshold, "calibration": data, "device": device,
+        "outlier_threshold": outlier_threshold, "calibration": data, "device": device, "keep": keep_dense, "workers": workers,
     }  # fmt: skip
     origin = open_source(source) if gptq_zeros == "auto" else GptqSource(source, zeros=gptq_zeros)  # type: ignore[arg-type]
     if dry_run:
@@ -146,7 +152,7 @@ def convert_command(
         with progress_bar("converting", shown=not as_json) as bar:
             report = convert(
                 origin, destination, lossless=lossless, **options, seed=seed, max_shard_bytes=max_shard_size,
-                workers=workers, restart=restart, progress=bar,
+                restart=restart, progress=bar,
             )  # fmt: skip
     except (KeyboardInterrupt, OSError):
         if (destination / JOURNAL).exists():
