@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SpqrError
-from .layout import TILE, Layout
+from .layout import LANES, TILE, Layout, ceil_div
 from .packing import pack_codes, pack_stat_codes, unpack_codes, unpack_stat_codes
 
 Array = npt.NDArray[np.generic]
@@ -137,6 +137,31 @@ class SpqrMatrix:
             rows = np.repeat(np.arange(self.layout.out_features), np.diff(self.crow_indices))
             weight[rows, self.col_indices] += self.values.astype(f32)
         return weight
+
+
+@dataclass(eq=False)
+class PackedMatrix:
+    """A quantized matrix in its stored form: `tensors` as `SpqrMatrix.pack` gives them, with the dtypes and shapes of
+    `layout.tensors()`."""
+
+    layout: Layout
+    tensors: dict[str, Array]
+
+    def pack(self) -> dict[str, Array]:
+        """Leaf name -> stored tensor."""
+        return self.tensors
+
+    def rows(self, begin: int, end: int) -> SpqrMatrix:
+        """Rows begin .. end, unpacked: direct statistics without outliers; begin is a multiple of 16."""
+        if self.layout.statistics != "direct" or self.layout.outliers or begin % TILE:
+            raise ValueError(f"rows {begin} .. {end} of {self.layout}")
+        lines = LANES * self.layout.weight_bits
+        words = self.tensors["weight"][begin // TILE * lines : ceil_div(end, TILE) * lines]
+        part = {**self.tensors, "weight": words}
+        for leaf in ("group_sc", "group_zp"):
+            part[leaf] = self.tensors[leaf][begin:end]
+        fields = {**self.layout.as_dict(), "out_features": end - begin}
+        return SpqrMatrix.unpack(Layout(**fields, where=self.layout.where), part)
 
 
 def indices(stored: Array) -> npt.NDArray[np.int64]:

@@ -29,7 +29,7 @@ from .header import DTYPE_BYTES, MAX_HEADER_BYTES, MAX_NAME_BYTES, MAX_RANK, MAX
 from .journal import JOURNAL, PARTIAL, Journal, Spooled, final_names
 from .layout import Layout
 from .lock import FolderLock
-from .matrix import SpqrMatrix
+from .matrix import PackedMatrix, SpqrMatrix
 from .metadata import HEADER_HASH_KEY, NO_HASH, ShardMetadata, compact_json, header_hash, quantization_config
 from .payload import InMemory, check_payload, not_finite_dense
 from .reader import BIAS_DTYPES, CONFIG, INDEX, NUMPY, OWN_LEAVES, SINGLE
@@ -204,7 +204,7 @@ class CheckpointWriter:
 
     # What goes in
 
-    def pack(self, module: str, matrix: SpqrMatrix, bias: Any = None) -> Packed:
+    def pack(self, module: str, matrix: SpqrMatrix | PackedMatrix, bias: Any = None) -> Packed:
         """One module's packed tensors, checked, for `add`. Several threads may call this at once."""
         packed: dict[str, Array] = matrix.pack()
         check_payload(matrix.layout, packed, module)
@@ -232,7 +232,7 @@ class CheckpointWriter:
             raise SpqrError("E108", self._dense_parents[module], f"a dense tensor of the quantized module {module}")
         self._add(packed, note)
 
-    def add_matrix(self, module: str, matrix: SpqrMatrix, bias: Any = None, note: Any = None) -> None:
+    def add_matrix(self, module: str, matrix: SpqrMatrix | PackedMatrix, bias: Any = None, note: Any = None) -> None:
         """Adds one module's packed tensors, and its bias (F16, BF16 or F32 [out]). Its payload is checked first."""
         if module in self._modules:
             raise SpqrError("E404", module, "the module was added before")

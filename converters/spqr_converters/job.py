@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from spqr_format.errors import SpqrError
-from spqr_format.matrix import SpqrMatrix
+from spqr_format.matrix import PackedMatrix, SpqrMatrix
 from spqr_format.writer import CheckpointWriter, Packed, require_empty
 
 from . import calibrated, datafree
@@ -28,7 +28,7 @@ from .card import model_card
 from .coverage import check_coverage, keep_dense
 from .forward import Stream, load, unload
 from .hessian import Accumulator
-from .lossless import compare, lossless_plan, most_common
+from .lossless import carry_over, lossless_plan, most_common
 from .memory import release
 from .options import SolverOptions
 from .parallel import in_order, one_thread_each, worker_count
@@ -236,7 +236,9 @@ class _Job:
         """True for what the writer has, from this run or from the one that it takes up."""
         return self.plan.matrices.get(tensor, tensor) in self.writer.notes
 
-    def _packed(self, tensor: str, matrix: SpqrMatrix, method: str, figures: dict[str, float]) -> tuple[Packed, ModuleReport]:
+    def _packed(
+        self, tensor: str, matrix: SpqrMatrix | PackedMatrix, method: str, figures: dict[str, float]
+    ) -> tuple[Packed, ModuleReport]:
         name = self.plan.matrices[tensor]
         return self.writer.pack(name, matrix), ModuleReport.of(name, matrix, method, figures)
 
@@ -286,7 +288,7 @@ class _Job:
         if self.report.mode == "requantized":
             notes.append("the source was quantized before; the errors here are against its weights, its own error is unknown")
         rounded, different = (sum(getattr(m, key) or 0 for m in self.report.modules) for key in ("rounded", "different"))
-        weights = self.report.quantised_parameters
+        weights = sum(m.compared or m.shape[0] * m.shape[1] for m in self.report.modules)
         worst = max((m.rounding_error or 0.0 for m in self.report.modules), default=0.0)
         if rounded:
             notes.append(
@@ -330,10 +332,8 @@ class _Job:
 
     def carry_over(self, tensor: str) -> tuple[Packed, ModuleReport]:
         """The source's codes as they are, compared with what the source's own tool makes of them."""
-        matrix = self.source.matrix(tensor)
-        if matrix is None:
-            raise SpqrError("E501", tensor, "the source changed while it was read")
-        return self._packed(tensor, matrix, "lossless", compare(matrix, self.source.load(tensor), tensor))
+        matrix, figures = carry_over(self.source, tensor)
+        return self._packed(tensor, matrix, "lossless", figures)
 
     def solve_data_free(self, tensor: str) -> tuple[Packed, ModuleReport]:
         """From the weights alone."""

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 
 from spqr_format.errors import SpqrError
-from spqr_format.layout import TILE, Layout
-from spqr_format.matrix import SpqrMatrix
+from spqr_format.layout import TILE, Layout, ceil_div
+from spqr_format.matrix import PackedMatrix, SpqrMatrix
 
 from .blocks import Plan
 from .coverage import STORED
 from .sources import Source
 
 _CHUNK = 1 << 17  # weights that are compared at once: what a core keeps near
+_SAMPLE = 1 << 19  # weights of a large matrix that are compared as numbers
 _TOLERANCE = 1e-3  # relative norm; a tool that rounds every operation to fp16 stays below
 _MAY_BE_QUANTISED = ("lm_head", "outside the decoder blocks")
 
@@ -65,6 +66,28 @@ def most_common(layouts: dict[str, Layout]) -> Layout:
     return first[max(weights, key=lambda key: weights[key])]
 
 
+def carry_over(source: Source, tensor: str) -> tuple[SpqrMatrix | PackedMatrix, dict[str, float]]:
+    """A weight's codes as they are, and how far they are from the source's own weights (see `compare`; "compared" counts
+    the weights where not all were compared as numbers)."""
+    carried = source.carried(tensor)
+    if carried is None:
+        matrix = source.matrix(tensor)
+        if matrix is None:
+            raise SpqrError("E501", tensor, "the source changed while it was read")
+        return matrix, compare(matrix, source.load(tensor), tensor)
+    # All codes were compared as bits. Of a large matrix, tiles from the first row to the last are compared as numbers too.
+    rows, columns = carried.matrix.layout.out_features, carried.matrix.layout.in_features
+    tiles = ceil_div(rows, TILE)
+    most = max(2, _SAMPLE // (TILE * columns))
+    chosen = range(tiles) if tiles <= most else [i * (tiles - 1) // (most - 1) for i in range(most)]
+    difference = _Difference()
+    for tile in chosen:
+        begin, end = tile * TILE, min((tile + 1) * TILE, rows)
+        difference.add(torch.from_numpy(carried.matrix.rows(begin, end).dequantize()), carried.weights(begin, end))
+    figures = difference.figures(tensor)
+    return carried.matrix, figures if tiles <= most else {**figures, "compared": difference.compared}
+
+
 def compare(matrix: SpqrMatrix, source: torch.Tensor, name: str) -> dict[str, float]:
     """Measure a carried matrix against the weights that the source's own tool gives (`source`, in the tool's dtype).
 
@@ -77,31 +100,48 @@ def compare(matrix: SpqrMatrix, source: torch.Tensor, name: str) -> dict[str, fl
     if tuple(source.shape) != (rows, columns):
         raise SpqrError("E501", name, f"codes of shape {(rows, columns)}, weights of shape {tuple(source.shape)}")
     step = max(TILE, _CHUNK // columns // TILE * TILE)
-    rounded = different = 0
-    after = before = norm = 0.0
+    difference = _Difference()
     for begin in range(0, rows, step):
-        theirs = source[begin : begin + step]
         ours = torch.from_numpy(rows_of(matrix, begin, min(begin + step, rows)).dequantize())
+        difference.add(ours, source[begin : begin + step])
+    return difference.figures(name)
+
+
+class _Difference:
+    """What `compare` measures, piece by piece."""
+
+    def __init__(self) -> None:
+        self.rounded = self.different = self.compared = 0
+        self.after = self.before = self.norm = 0.0
+        self.dtype = torch.float32
+
+    def add(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        """float32 weights of ours and the tool's, of one shape."""
         wanted = theirs.float()
-        norm += _square(wanted)
+        self.dtype = theirs.dtype
+        self.compared += wanted.numel()
+        self.norm += _square(wanted)
         unequal = _unequal(ours, wanted)
         if not unequal:
-            continue
-        before += _square(ours - wanted)
+            return
+        self.before += _square(ours - wanted)
         as_theirs = ours.to(theirs.dtype).float()
         wrong = _unequal(as_theirs, wanted)
-        rounded += unequal - wrong
+        self.rounded += unequal - wrong
         if wrong:
-            different += wrong
-            after += _square(as_theirs - wanted)
-    error = (after / norm) ** 0.5 if norm else float(different > 0)
-    tolerance = max(_TOLERANCE, torch.finfo(source.dtype).eps)
-    if not error <= tolerance:
-        raise SpqrError("E510", name, f"the carried codes differ from the source's weights by {error:.3g}, relative norm")
-    return {
-        "weight_error": error, "rounded": rounded, "different": different,
-        "rounding_error": (before / norm) ** 0.5 if norm else 0.0,
-    }  # fmt: skip
+            self.different += wrong
+            self.after += _square(as_theirs - wanted)
+
+    def figures(self, name: str) -> dict[str, float]:
+        """As `compare` returns them. E510."""
+        error = (self.after / self.norm) ** 0.5 if self.norm else float(self.different > 0)
+        tolerance = max(_TOLERANCE, torch.finfo(self.dtype).eps)
+        if not error <= tolerance:
+            raise SpqrError("E510", name, f"the carried codes differ from the source's weights by {error:.3g}, relative norm")
+        return {
+            "weight_error": error, "rounded": self.rounded, "different": self.different,
+            "rounding_error": (self.before / self.norm) ** 0.5 if self.norm else 0.0,
+        }  # fmt: skip
 
 
 def _unequal(a: torch.Tensor, b: torch.Tensor) -> int:

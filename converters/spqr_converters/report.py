@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from spqr_format.matrix import SpqrMatrix
+from spqr_format.matrix import PackedMatrix, SpqrMatrix
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class ModuleReport:
     """One quantised matrix. bits: stored bits for each weight; outliers: share of the weights; method: "calibrated",
     "data-free" (and why) or "lossless"; weight_error: relative norm; output_error: relative, squared, over the calibration
     inputs. lossless only: rounded, weights that equal those of the source's tool after its own rounding and not before;
-    different, weights that do not equal them; rounding_error, relative norm before that rounding (see lossless.compare)."""
+    different, weights that do not equal them; rounding_error, relative norm before that rounding (see lossless.compare);
+    compared, of how many weights the last four figures speak, where it is not all (then all codes were compared, as bits)."""
 
     name: str
     shape: tuple[int, int]
@@ -30,17 +31,19 @@ class ModuleReport:
     rounded: int | None = None
     different: int | None = None
     rounding_error: float | None = None
+    compared: int | None = None
 
     @classmethod
-    def of(cls, name: str, matrix: SpqrMatrix, method: str, figures: dict[str, float]) -> ModuleReport:
+    def of(cls, name: str, matrix: SpqrMatrix | PackedMatrix, method: str, figures: dict[str, float]) -> ModuleReport:
         layout = matrix.layout
         weights = layout.out_features * layout.in_features
-        count = 0 if matrix.values is None else int(matrix.values.size)
+        count = layout.outliers
         stored = layout.stored_bytes(outliers=count)
         return cls(
             name, (layout.out_features, layout.in_features), layout.weight_bits, stored, 8 * stored / weights,
             count / weights, method, figures["weight_error"], figures.get("output_error"), figures.get("damping"),
             _count(figures.get("rounded")), _count(figures.get("different")), figures.get("rounding_error"),
+            _count(figures.get("compared")),
         )  # fmt: skip
 
     @classmethod

@@ -201,6 +201,9 @@ def _print_report(report: Any, destination: Path) -> None:
     if worst is not None:
         if report.mode == "lossless" and worst.weight_error == 0:
             click.echo(f"weight error: 0 in all {totals['modules']} modules, against the weights of the source's own tool")
+            compared = sum(m.compared or m.shape[0] * m.shape[1] for m in report.modules)
+            if compared < totals["quantised_parameters"]:
+                click.echo(f"compared: every code bit by bit, {compared:,} weights as numbers")
         else:
             click.echo(f"largest weight error: {worst.weight_error:.3g} relative, {worst.name}")
     click.echo(f"wrote {destination}")

@@ -20,8 +20,9 @@ from spqr_format.header import short
 from spqr_format.layout import ceil_div
 from spqr_format.matrix import SpqrMatrix
 
+from ..words import from_awq, is_awq, stored
 from .base import Entry
-from .packed import SCALE_DTYPES, Module, PackedSource, Parts, kind_of, packed_kind, unpack_stream
+from .packed import SCALE_DTYPES, CarriedWords, Module, PackedSource, Parts, kind_of, packed_kind, unpack_stream
 
 _NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble k of a word holds column _NIBBLES[k]
 _KINDS = ("gemm", "gemv", "gemv_fast", "awq marlin")
@@ -152,6 +153,21 @@ class AwqSource(PackedSource):
         offsets = self.read(f"{module.name}.{leaf}")[: module.groups].t().contiguous()
         scales = scales[: module.groups].t().contiguous()
         return Parts(_gemv_fast(weight), self._integer_zeros(module, scales, offsets), scales, offsets=offsets)
+
+    def _words(self, module: Module, perm: npt.NDArray[np.int32] | None) -> CarriedWords | None:
+        if module.kind != "gemm" or module.weight in self._folded:
+            return None
+        qweight = self.read(f"{module.name}.qweight").numpy()
+        ours = from_awq(qweight.view(np.uint32))
+        if not is_awq(ours, qweight.view(np.uint32)):
+            raise SpqrError("E510", f"{module.name}.qweight", "the carried codes are not the source's")
+        zeros = _nibbles_of_words(self.read(f"{module.name}.qzeros").numpy()).astype(np.int16)
+        scales = self.read(f"{module.name}.scales").t().contiguous()
+
+        def codes(begin: int, end: int) -> npt.NDArray[np.uint8]:
+            return _nibbles_of_words(qweight[:, begin // 8 : end // 8])
+
+        return CarriedWords(stored(ours), zeros, scales, codes)
 
     def _integer_zeros(self, module: Module, scales: torch.Tensor, offsets: torch.Tensor) -> npt.NDArray[np.int16]:
         """The zeros whose products with the scales, rounded, are the stored offsets; -1 where there is none."""

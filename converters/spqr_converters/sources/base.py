@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +17,7 @@ import torch
 
 from spqr_format.errors import SpqrError
 from spqr_format.layout import Layout
-from spqr_format.matrix import SpqrMatrix
+from spqr_format.matrix import PackedMatrix, SpqrMatrix
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,15 @@ class Entry:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A matrix in stored form, and weights(begin, end): rows of the weight as the source's own tool gives them, from the
+    source's bytes."""
+
+    matrix: PackedMatrix
+    weights: Callable[[int, int], torch.Tensor]
 
 
 class Source(ABC):
@@ -73,6 +85,11 @@ class Source(ABC):
         matrix = self.matrix(name)
         return None if matrix is None else matrix.layout
 
+    def carried(self, name: str) -> Carried | None:
+        """The same as `matrix`, in stored form, where a source can make it without looking at single codes: every code was
+        compared with the source's as bits. None where it cannot, or stores the weight dense."""
+        return None
+
     def notes(self) -> list[str]:
         """What a user must know: rules that decided an ambiguity, rounding that the source's own tool does."""
         return []
@@ -86,8 +103,9 @@ class Source(ABC):
         return self.folder
 
     def fingerprint(self) -> dict[str, str]:
-        """sha256 of every weight file, read in small pieces."""
-        return {file: file_sha256(self.folder / file) for file in self.files}
+        """sha256 of every weight file, read in small pieces; a few files at once."""
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            return dict(zip(self.files, pool.map(file_sha256, [self.folder / file for file in self.files]), strict=True))
 
 
 def file_sha256(path: Path) -> str:

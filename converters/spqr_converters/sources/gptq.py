@@ -18,8 +18,9 @@ from spqr_format.errors import SpqrError
 from spqr_format.header import short
 from spqr_format.layout import ceil_div
 
+from ..words import from_gptq, is_gptq, permuted, stored
 from .base import Entry
-from .packed import SCALE_DTYPES, Module, PackedSource, Parts, packed_kind, unpack_stream
+from .packed import SCALE_DTYPES, CarriedWords, Module, PackedSource, Parts, packed_kind, unpack_stream
 
 Zeros = Literal["auto", "v1", "v2"]
 _PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}  # gptq_p: widths of the planes, lowest bits first
@@ -168,6 +169,21 @@ class GptqSource(PackedSource):
         codes = self._unpack(np.ascontiguousarray(words.T).view(np.uint8), module.bits, module.columns)
         scales = self.read(f"{module.name}.scales").t().contiguous()
         return Parts(codes, np.ascontiguousarray(self._zeros(module).T), scales, g_idx)
+
+    def _words(self, module: Module, perm: npt.NDArray[np.int32] | None) -> CarriedWords:
+        qweight = self.read(f"{module.name}.qweight").numpy().view(np.uint32)
+        in_order = qweight if perm is None else permuted(qweight, perm)
+        ours = from_gptq(in_order)
+        same = perm is None or np.array_equal(permuted(in_order, np.argsort(perm)), qweight)
+        if not same or not is_gptq(ours, in_order):
+            raise SpqrError("E510", f"{module.name}.qweight", "the carried codes are not the source's")
+        scales = self.read(f"{module.name}.scales").t().contiguous()
+
+        def codes(begin: int, end: int) -> npt.NDArray[np.uint8]:
+            rows = np.ascontiguousarray(qweight[:, begin:end].T).view(np.uint8)
+            return self._unpack(rows, module.bits, module.columns)
+
+        return CarriedWords(stored(ours), np.ascontiguousarray(self._zeros(module).T), scales, codes)
 
     def _unpack(self, rows: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.uint8]:
         if not self._planar or bits not in _PLANES:

@@ -6,7 +6,8 @@ import json
 import math
 import os
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,9 +19,9 @@ import torch
 from spqr_format.errors import SpqrError
 from spqr_format.header import MAX_JSON_BYTES, Header, read_header, short, strict_json
 from spqr_format.layout import MAX_DIMENSION, MAX_ELEMENTS, TILE, WEIGHT_BITS, Layout, ceil_div
-from spqr_format.matrix import SpqrMatrix
+from spqr_format.matrix import PackedMatrix, SpqrMatrix
 
-from .base import Entry, Source, read_config
+from .base import Carried, Entry, Source, read_config
 from .dense import DTYPES
 
 Bytes = npt.NDArray[np.uint8]
@@ -65,6 +66,17 @@ class Parts:
     scales: torch.Tensor
     g_idx: npt.NDArray[np.int64] | None = None
     offsets: torch.Tensor | None = None
+
+
+@dataclass
+class CarriedWords:
+    """words int32 as the format stores them; zeros int16 and scales [rows, groups] as in `Parts`; codes(begin, end): codes
+    uint8 of some rows, from the source's words."""
+
+    words: npt.NDArray[np.int32]
+    zeros: npt.NDArray[np.int16]
+    scales: torch.Tensor
+    codes: Callable[[int, int], Bytes]
 
 
 class PackedSource(Source):
@@ -186,6 +198,35 @@ class PackedSource(Source):
         self._kept[name] = parts
         return matrix
 
+    def carried(self, name: str) -> Carried | None:
+        module = self._modules.get(name)
+        if module is None or module.bits != 4 or module.rows % TILE or module.columns % TILE:
+            return None
+        order = columns_by_group(self._g_idx(module), module)
+        found = self._words(module, order.perm)
+        if found is None:
+            return None
+        finite_scales(found.scales, module)
+        scales, zeros = statistics(found.scales, found.zeros, order, module)
+        layout = Layout(
+            module.rows, module.columns, 4, order.size, "direct", permuted=order.perm is not None, where=module.name
+        )
+        tensors: dict[str, Any] = {"weight": found.words, "group_sc": scales.view(np.int16), "group_zp": zeros}
+        if order.perm is not None:
+            tensors["perm"] = order.perm
+
+        def weights(begin: int, end: int) -> torch.Tensor:
+            rows = slice(begin, end)
+            parts = Parts(found.codes(begin, end), found.zeros[rows], found.scales[rows], self._g_idx(module))
+            return dequantize(parts, replace(module, rows=end - begin), self._dense_dtype(module))
+
+        return Carried(PackedMatrix(layout, tensors), weights)
+
+    def _words(self, module: Module, perm: npt.NDArray[np.int32] | None) -> CarriedWords | None:
+        """A module of 4 bits, without its codes being unpacked one by one; None where a kind cannot. Column j of the words
+        is column perm[j] of the source. E510 where the codes that come out are not those that went in."""
+        return None
+
     def layout(self, name: str) -> Layout | None:
         if name not in self._modules:
             return None
@@ -206,8 +247,7 @@ class PackedSource(Source):
         if kept is not None:
             return kept
         parts = self._parts(module)
-        if not torch.isfinite(parts.scales).all():
-            raise SpqrError("E502", f"{module.name}.scales", "not finite")
+        finite_scales(parts.scales, module)
         return parts
 
     def _g_idx(self, module: Module) -> npt.NDArray[np.int64] | None:
@@ -473,7 +513,22 @@ def columns_by_group(g_idx: npt.NDArray[np.int64] | None, module: Module) -> Ord
 def carry_over(parts: Parts, module: Module) -> SpqrMatrix:
     """The same codes, scales and zeros as a SpQR matrix with direct statistics. E510 where it cannot hold them."""
     order = columns_by_group(parts.g_idx, module)
-    scales = parts.scales
+    group_scales, zeros = statistics(parts.scales, parts.zeros, order, module)
+    layout = Layout(module.rows, module.columns, module.bits, order.size, "direct", where=module.name)
+    codes = parts.codes if order.perm is None else np.take(parts.codes, order.perm, axis=1)
+    return SpqrMatrix(layout, codes, group_scales=group_scales, group_zeros=zeros, perm=order.perm)
+
+
+def finite_scales(scales: torch.Tensor, module: Module) -> None:
+    """E502 for scales that are not."""
+    if not torch.isfinite(scales).all():
+        raise SpqrError("E502", f"{module.name}.scales", "not finite")
+
+
+def statistics(
+    scales: torch.Tensor, zeros: npt.NDArray[np.int16], order: Order, module: Module
+) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
+    """Scales and zeros [rows, groups] of direct statistics. E510 where the format cannot hold them."""
     if scales.dtype != torch.float16:
         as_half = scales.to(torch.float16)
         different = int((as_half.float() != scales.float()).sum())
@@ -482,14 +537,10 @@ def carry_over(parts: Parts, module: Module) -> SpqrMatrix:
             raise SpqrError("E510", module.name, f"{what}; {_ADVICE}")
         scales = as_half
     trivial = order.groups.size == module.groups and bool((np.diff(order.groups) == 1).all())
-    group_scales, zeros = scales.numpy(), parts.zeros
+    group_scales = scales.numpy()
     if not trivial:
         group_scales, zeros = group_scales[:, order.groups], zeros[:, order.groups]
     wrong = int(((zeros < 0) | (zeros > 255)).sum())
     if wrong:
         raise SpqrError("E510", module.name, f"{wrong} groups have a zero that is no integer 0 .. 255; {_ADVICE}")
-    layout = Layout(module.rows, module.columns, module.bits, order.size, "direct", where=module.name)
-    codes = parts.codes if order.perm is None else np.take(parts.codes, order.perm, axis=1)
-    return SpqrMatrix(
-        layout, codes, group_scales=np.ascontiguousarray(group_scales), group_zeros=zeros.astype(np.uint8), perm=order.perm
-    )
+    return np.ascontiguousarray(group_scales), zeros.astype(np.uint8)
