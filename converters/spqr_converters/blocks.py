@@ -11,16 +11,21 @@ import torch
 from torch import nn
 
 from spqr_format.errors import SpqrError
+from spqr_format.header import short
 
 from .sources import Source
 
 
-def build(config: dict[str, Any], folder: str) -> nn.Module:
+def build(config: dict[str, Any], folder: str, tensors: int | None = None) -> nn.Module:
     """The causal LM of a config with its parameters on the meta device and its buffers real. E501 when transformers
-    does not know it. No code from the checkpoint is ever run."""
+    does not know it, or when it has more layers than the source has `tensors`. No code from the checkpoint is ever run."""
     from accelerate import init_empty_weights
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+    for holder in (config, config.get("text_config")):
+        layers = holder.get("num_hidden_layers") if isinstance(holder, dict) else None
+        if tensors is not None and isinstance(layers, int) and layers > tensors:  # or it would be built for hours
+            raise SpqrError("E501", folder, f"config.json has {layers} layers, the checkpoint {tensors} tensors")
     kind = config.get("model_type")
     try:
         if isinstance(kind, str) and kind in CONFIG_MAPPING:  # the folder may have no config.json of its own (GGUF)
@@ -29,9 +34,9 @@ def build(config: dict[str, Any], folder: str) -> nn.Module:
             parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except Exception as error:  # whatever a model's code raises at values that it does not expect
         shown = config.get("architectures") or kind
-        raise SpqrError("E501", folder, f"transformers builds no causal LM of {shown}: {error}") from None
+        raise SpqrError("E501", folder, f"transformers builds no causal LM of {shown}: {short(str(error), 300)}") from None
     return model.eval()
 
 

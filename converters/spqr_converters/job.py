@@ -93,7 +93,7 @@ def convert(
     workers = worker_count(workers)
     where = resolve_device(device)
     origin = source if isinstance(source, Source) else open_source(source)
-    model = build(origin.config, str(origin.folder))
+    model = build(origin.config, str(origin.folder), len(origin.entries))
     todo = keep_dense(plan(model, origin), origin, keep)
     base = {"weight_bits": weight_bits, "group_size": group_size, "statistics": statistics}
     if lossless:

@@ -76,7 +76,7 @@ def predict(
     refuse_with_lossless(lossless, calibration, outlier_share, outlier_threshold)
     where = torch.device("cpu") if lossless else resolve_device(device)
     origin = source if isinstance(source, Source) else open_source(source)
-    model: Any = build(origin.config, str(origin.folder))
+    model: Any = build(origin.config, str(origin.folder), len(origin.entries))
     todo = keep_dense(plan(model, origin), origin, keep)
     layouts: dict[str, Layout] = {}
     if lossless:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from spqr_converters.memory import release
 
 torch.set_num_threads(2)
 
@@ -51,6 +55,33 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> No
         save_file(part, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@contextmanager
+def within(seconds: float = 1.0, rise: float = 150e6) -> Iterator[None]:
+    """What stands in the block takes at most so long and so many more bytes of memory at its peak, as the system counts."""
+    release()  # or what was freed before would be used again without being seen
+    status = Path("/proc/self/status")
+    if status.exists():
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is held now
+        before = _kilobytes(status.read_text(), "VmRSS")
+    started = time.perf_counter()
+    yield
+    taken = time.perf_counter() - started
+    if status.exists():
+        grown = 1024 * (_kilobytes(status.read_text(), "VmHWM") - before)
+        assert grown < rise, f"{grown / 1e6:.0f} MB"
+    assert taken < seconds, f"{taken:.2f} s"
+
+
+def _kilobytes(status: str, key: str) -> int:
+    return int(next(line for line in status.splitlines() if line.startswith(key)).split()[1])
+
+
+@pytest.fixture
+def bounded() -> Callable[..., AbstractContextManager[None]]:
+    """Hostile files: `with bounded(): ...`, see `within`."""
+    return within
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +266,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile(tmp_path: Path, case: str) -> None:
+def test_hostile(tmp_path: Path, bounded, case: str) -> None:
     kind, changes, options = HOSTILE[case]
     tensors, _ = awq_linear("a.q", kind, 64, 128, 32)
     for leaf, value in changes.items():
@@ -276,10 +275,8 @@ def test_hostile(tmp_path: Path, case: str) -> None:
         else:
             tensors[f"a.q.{leaf}"] = value
     folder = awq_folder(tmp_path / "x", tensors, {"bits": 4, "group_size": 32, **options})
-    started = time.perf_counter()
-    with pytest.raises(SpqrError, match="E501") as caught:
+    with bounded(), pytest.raises(SpqrError, match="E501") as caught:
         load_all(folder)
-    assert time.perf_counter() - started < 1
     assert len(str(caught.value)) < 1000
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -357,23 +357,26 @@ def load_all(folder: Path) -> None:
         source.load(name)
 
 
-def refused(folder: Path, code: str = "E501") -> str:
-    started = time.perf_counter()
-    with pytest.raises(SpqrError) as caught:
+@pytest.fixture
+def refused(bounded) -> Callable[..., str]:
+    return lambda folder, code="E501": _refused(bounded, folder, code)
+
+
+def _refused(bounded, folder: Path, code: str) -> str:
+    with bounded(), pytest.raises(SpqrError) as caught:
         load_all(folder)
     assert caught.value.code == code, caught.value
-    assert time.perf_counter() - started < 1
     assert len(str(caught.value)) < 1000
     return str(caught.value)
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_tensors(tmp_path: Path, case: str) -> None:
+def test_hostile_tensors(tmp_path: Path, refused, case: str) -> None:
     changes, options = HOSTILE[case]
     refused(gptq_folder(tmp_path / "x", _good(**changes), {"bits": 4, "group_size": 64, "sym": False, **options}))
 
 
-def test_scales_that_are_not_finite(tmp_path: Path) -> None:
+def test_scales_that_are_not_finite(tmp_path: Path, refused) -> None:
     tensors = _good()
     tensors["a.q.scales"][0, 0] = float("nan")
     refused(gptq_folder(tmp_path, tensors, {"bits": 4, "group_size": 64}), "E502")
@@ -398,14 +401,14 @@ BROKEN: dict[str, bytes | dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_hostile_headers(tmp_path: Path, case: str) -> None:
+def test_hostile_headers(tmp_path: Path, refused, case: str) -> None:
     folder = gptq_folder(tmp_path / "x", _good(), {"bits": 4, "group_size": 64})
     raw_file(folder / "model.safetensors", BROKEN[case], bytes(128))
     refused(folder)
 
 
 @pytest.mark.parametrize("length", [0, 4, 8, 100])
-def test_cut_files(tmp_path: Path, length: int) -> None:
+def test_cut_files(tmp_path: Path, refused, length: int) -> None:
     folder = gptq_folder(tmp_path / "x", _good(), {"bits": 4, "group_size": 64})
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:length])
@@ -417,7 +420,7 @@ def test_cut_files(tmp_path: Path, length: int) -> None:
 @pytest.mark.parametrize(
     "index", [b"{", b"[]", b'{"weight_map":{"a":"../x"}}', b'{"weight_map":{"a":3}}', b'{"weight_map":{}}']
 )
-def test_hostile_indices(tmp_path: Path, index: bytes) -> None:
+def test_hostile_indices(tmp_path: Path, refused, index: bytes) -> None:
     folder = gptq_folder(tmp_path / "x", _good(), {"bits": 4, "group_size": 64})
     (folder / "model.safetensors.index.json").write_bytes(index)
     refused(folder)

@@ -127,7 +127,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SpqrError("E501", str(folder), "no config.json")
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise SpqrError("E501", str(path), f"not JSON: {error}") from None
     if not isinstance(config, dict):
         raise SpqrError("E501", str(path), "not a JSON object")
