@@ -13,6 +13,7 @@ from torch import nn
 from spqr_format.errors import SpqrError
 from spqr_format.header import short
 
+from .experts import FUSED, HubNames, single_names, stacks
 from .sources import Source
 
 
@@ -46,7 +47,8 @@ class Plan:
 
     prefix and blocks: the decoder blocks. matrices: tensor name of the source -> module name, for each 2-D weight to be
     quantised, in source order. fused: those of them that are experts, which the model holds stacked.
-    dense: tensor name -> why it stays dense. parameters: model parameter name -> source tensor name.
+    dense: tensor name -> why it stays dense. parameters: model parameter name -> source tensor name. experts: stacked
+    parameter of the model -> for each expert the source tensors whose rows it holds.
     """
 
     prefix: str
@@ -55,6 +57,7 @@ class Plan:
     fused: set[str] = field(default_factory=set)
     dense: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, list[list[str]]] = field(default_factory=dict)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -89,6 +92,12 @@ def plan(model: nn.Module, source: Source) -> Plan:
             if candidate in source.entries:
                 result.parameters[name] = candidate
                 break
+    names = HubNames(model)
+    in_model = {tensor: names.in_model(tensor) for tensor in source.entries}
+    in_source = {name: tensor for tensor, name in in_model.items()}
+    for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        if name not in result.parameters and name in in_source:
+            result.parameters[name] = in_source[name]
     by_tensor = {tensor: name for name, tensor in result.parameters.items()}
     wanted: dict[str, str] = {}
     for name, layer in linears(blocks, prefix):
@@ -101,18 +110,20 @@ def plan(model: nn.Module, source: Source) -> Plan:
                 "E501", tensor, f"shape {source.entries[tensor].shape}, config.json implies {tuple(layer.weight.shape)}"
             )
         wanted[tensor] = tensor.removesuffix(".weight")
-    stacks = [
-        name
-        for name, module in blocks.named_modules(prefix=prefix)
-        if any(p.dim() == 3 for p in module.parameters(recurse=False))
-    ]
-    for tensor, entry in source.entries.items():
-        stack = next((s for s in stacks if tensor.startswith(s + ".")), None)
-        if stack is not None and len(entry.shape) == 3:
-            raise SpqrError("E504", tensor, "experts stacked in one 3-D tensor cannot be quantised yet")
-        if stack is not None and len(entry.shape) == 2 and tensor.endswith(".weight"):
-            wanted[tensor] = tensor.removesuffix(".weight")
-            result.fused.add(tensor)
+    for stack, module in stacks(blocks, prefix):
+        for parameter, rows in single_names(stack, len(module.down_proj), names.projections()).items():
+            if all(name in in_source for row in rows for name in row):
+                result.experts[parameter] = [[in_source[name] for name in row] for row in rows]
+                for tensor in (tensor for row in result.experts[parameter] for tensor in row):
+                    if len(source.entries[tensor].shape) == 2:
+                        wanted[tensor] = tensor.removesuffix(".weight")
+                        result.fused.add(tensor)
+    for name, module in blocks.named_modules(prefix=prefix):
+        for leaf in FUSED:
+            parameter = f"{name}.{leaf}"
+            if getattr(getattr(module, leaf, None), "ndim", 0) == 3 and parameter in result.parameters:
+                what = "experts stacked in one 3-D tensor of this kind cannot be quantised yet"
+                raise SpqrError("E504", result.parameters[parameter], what)
     outputs = getattr(model, "get_output_embeddings", lambda: None)()
     inputs = getattr(model, "get_input_embeddings", lambda: None)()
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -62,14 +62,11 @@ def _parameter(name: str, parameter: nn.Parameter, plan: Plan, source: Source) -
         if tensor.shape != parameter.shape:
             raise SpqrError("E501", name, f"shape {tuple(tensor.shape)}, the model has {tuple(parameter.shape)}")
         return tensor
-    owner, _, leaf = name.rpartition(".")
+    if name in plan.experts:
+        stack = torch.stack([torch.cat([source.load(tensor) for tensor in row]) for row in plan.experts[name]])
+        if stack.shape == parameter.shape:
+            return stack
     if parameter.dim() == 3:
-        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(leaf, (leaf,))
-        names = [[f"{owner}.{i}.{part}.weight" for part in parts] for i in range(len(parameter))]
-        if all(n in source.entries for row in names for n in row):
-            stack = torch.stack([torch.cat([source.load(n) for n in row]) for row in names])
-            if stack.shape == parameter.shape:
-                return stack
         raise SpqrError("E504", name, "these experts are not supported by the calibrated path; quantise without data")
     raise SpqrError("E501", str(source.folder), f"tensor {name} is missing")
 

@@ -26,6 +26,7 @@ from .blocks import Plan, build, linears, plan
 from .calibration import Calibration
 from .card import model_card
 from .coverage import check_coverage, keep_dense
+from .experts import unstack
 from .forward import Stream, load, unload
 from .hessian import Accumulator
 from .lossless import carry_over, lossless_plan, most_common
@@ -94,6 +95,7 @@ def convert(
     where = resolve_device(device)
     origin = source if isinstance(source, Source) else open_source(source)
     model = build(origin.config, str(origin.folder), len(origin.entries))
+    unstack(model, origin)
     todo = keep_dense(plan(model, origin), origin, keep)
     base = {"weight_bits": weight_bits, "group_size": group_size, "statistics": statistics}
     if lossless:

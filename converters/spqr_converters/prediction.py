@@ -14,6 +14,7 @@ from spqr_format.layout import Layout
 from .blocks import build, linears, plan
 from .calibration import Calibration
 from .coverage import check_coverage, keep_dense
+from .experts import unstack
 from .job import context_length, refuse_with_lossless, resolve_device
 from .lossless import lossless_plan
 from .options import SolverOptions
@@ -77,6 +78,7 @@ def predict(
     where = torch.device("cpu") if lossless else resolve_device(device)
     origin = source if isinstance(source, Source) else open_source(source)
     model: Any = build(origin.config, str(origin.folder), len(origin.entries))
+    unstack(model, origin)
     todo = keep_dense(plan(model, origin), origin, keep)
     layouts: dict[str, Layout] = {}
     if lossless:

@@ -73,6 +73,23 @@ class DenseSource(Source):
             return torch.empty(entry.shape, dtype=entry.dtype)
         return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
 
+    def split(self, name: str, parts: list[list[str]]) -> None:
+        """Offer a stack of matrices [len(parts), rows, columns] as tensors of their own: parts[i] names equal shares of the
+        rows of matrix i, in order."""
+        found: dict[str, Entry] = {}
+        for other, entry in self.entries.items():
+            if other != name:
+                found[other] = entry
+                continue
+            rows, columns = entry.shape[1] // len(parts[0]), entry.shape[2]
+            size = rows * columns * entry.dtype.itemsize
+            for i, part in enumerate(part for row in parts for part in row):
+                begin = entry.begin + i * size
+                if part in self.entries:
+                    raise SpqrError("E501", entry.file, f"{part} stands beside {name}")
+                found[part] = Entry(entry.file, entry.dtype, (rows, columns), begin, begin + size)
+        self.entries = found
+
     @classmethod
     def recognises(cls, folder: Path, config: dict[str, Any]) -> bool:
         return not config.get("quantization_config") and (
