@@ -1,4 +1,4 @@
-"""Experts: the model of transformers holds those of a layer stacked, checkpoints mostly one by one, each under names of its own.
+"""Experts: the model of transformers holds those of a layer stacked, checkpoints mostly one by one, under other names.
 
 Every expert's projection is quantized as a matrix of its own, under its name on the hub.
 """

@@ -110,6 +110,6 @@ def test_a_stack_beside_its_own_experts(kind, folders, tmp_path) -> None:
     gate = MODELS[kind][1][0]
     tensors[f"model.layers.0.mlp.experts.1.{gate}.weight"] = torch.zeros(2, 2).half()
     save_file(tensors, folders[1] / "model.safetensors")
-    with pytest.raises(SpqrError, match="SPQR-E501.*stands beside"):
+    with pytest.raises(SpqrError, match=r"SPQR-E501.*stands beside"):
         convert(folders[1], tmp_path / "out", solver=QUICK)
     assert json.loads((folders[1] / "config.json").read_text())["num_hidden_layers"] == 2
