@@ -14,9 +14,17 @@ import torch
 from spqr_format.errors import SpqrError
 
 from .export import Exporter, Output
-from .sources.gguf_names import FAMILIES, Family, gguf_name, llama3_factors, permute
+from .sources.gguf_names import FAMILIES, Family, gguf_expert, gguf_name, llama3_factors, permute
 
-_ARCHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type -> GGUF's architecture
+# model_type -> our family of names, and GGUF's architecture
+_ARCHS = {
+    "llama": ("llama", "llama"), "mistral": ("llama", "llama"), "mixtral": ("mixtral", "llama"),
+    "qwen2": ("qwen2", "qwen2"), "qwen3": ("qwen3", "qwen3"), "qwen2_moe": ("qwen2moe", "qwen2moe"),
+    "qwen3_moe": ("qwen3moe", "qwen3moe"), "gemma": ("gemma", "gemma"), "gemma2": ("gemma2", "gemma2"),
+    "gemma3_text": ("gemma3", "gemma3"), "phi3": ("phi3", "phi3"),
+}  # fmt: skip
+_WINDOWED = ("gemma2", "gemma3", "phi3")  # architectures whose sliding window llama.cpp knows
+_ROUTER = "ffn_gate_inp"  # routers stay in F32, as llama.cpp's converter leaves them
 _KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,7 +42,7 @@ class GgufExporter(Exporter):
         family, arch = self._family()
         kind = _KINDS[self.dtype]
         self._vocabulary()  # refuses before anything is written
-        if self.config.get("sliding_window") and self.config.get("use_sliding_window", True):
+        if arch not in _WINDOWED and self.config.get("sliding_window") and self.config.get("use_sliding_window", True):
             self.report.notes.append("llama.cpp attends to the whole context here: the model's sliding window is not written")
         file = f"model-{kind}.gguf"
         writer = gguf.GGUFWriter(output.path(file), arch)
@@ -43,32 +51,74 @@ class GgufExporter(Exporter):
             rope = self._rope_factors()
             if rope is not None:
                 writer.add_tensor_info("rope_freqs.weight", rope.shape, rope.dtype, rope.nbytes)
-            rows = []
-            for name in self.names:
-                stored = gguf_name(family, name)
-                if stored is None:
-                    raise SpqrError("E505", name, f"no name in GGUF's {arch}: export --to safetensors")
-                shape, typed = self.shapes[name], self._type(name, kind)
+            rows = self._rows(family, arch, kind)
+            for stored, (names, typed) in rows.items():
+                shape = self._stored_shape(names, stored)
                 block, size = gguf.GGML_QUANT_SIZES[typed]
                 nbytes = math.prod(shape) // block * size
                 writer.add_tensor_info(stored, shape, np.dtype(np.float32), nbytes, raw_dtype=typed)
-                rows.append((name, typed))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             if rope is not None:
                 writer.write_tensor_data(rope)
-            for name, typed in rows:
-                writer.write_tensor_data(self._data(name, typed, family))
-                self.advance(name)
+            for stored, (names, typed) in rows.items():
+                parts = []
+                for name in names:
+                    parts.append(self._data(name, typed, family))
+                    self.advance(name)
+                data = np.stack(parts) if self._stacked(stored) else parts[0]
+                writer.write_tensor_data(data.reshape(-1) if stored.endswith("_inp_shexp.weight") else data)
         finally:
             writer.close()
 
+    def _rows(self, family: Family, arch: str, kind: str) -> dict[str, tuple[list[str], Any]]:
+        """GGUF's tensor -> ours, several where it stacks experts, and its type."""
+        rows: dict[str, tuple[list[str], Any]] = {}
+        for name in self.names:
+            expert = gguf_expert(family, name)
+            stored = expert[0] if expert else gguf_name(family, name)
+            if stored is None:
+                raise SpqrError("E505", name, f"no name in GGUF's {arch}: export --to safetensors")
+            names, _ = rows.setdefault(stored, ([], self._type(name, "F32" if _ROUTER in stored else kind)))
+            if expert and expert[1] != len(names):
+                raise SpqrError("E505", name, f"expert {len(names)} is missing before it")
+            names.append(name)
+        for stored, (names, _) in rows.items():
+            shapes = {self.shapes[name] for name in names}
+            if self._stacked(stored) and (len(names) != self._experts() or len(shapes) > 1):
+                raise SpqrError(
+                    "E505", names[0], f"{len(names)} experts of shapes {sorted(shapes)}, expected {self._experts()}"
+                )
+        return rows
+
+    @staticmethod
+    def _stacked(stored: str) -> bool:
+        return stored.endswith("_exps.weight")
+
+    def _stored_shape(self, names: list[str], stored: str) -> tuple[int, ...]:
+        shape = self.shapes[names[0]]
+        if self._stacked(stored):
+            return (len(names), *shape)
+        return shape[1:] if stored.endswith("_inp_shexp.weight") else shape
+
+    def _experts(self) -> int:
+        return int(self.config.get("num_experts") or self.config.get("num_local_experts") or 0)
+
     def _family(self) -> tuple[Family, str]:
-        kind = self.config.get("model_type")
+        kind = str(self.config.get("model_type"))
         if kind not in _ARCHS or self.config.get("partial_rotary_factor", 1.0) != 1.0:
             raise SpqrError("E505", "export", f"GGUF of a {kind} model is not written: export --to safetensors")
-        return FAMILIES[_ARCHS[kind]], _ARCHS[kind]
+        family, arch = _ARCHS[kind]
+        # What llama.cpp takes for granted, because its metadata has no key for it.
+        fixed = {
+            "qwen2moe": {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+            "qwen3moe": {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        }.get(arch, {})
+        for key, value in fixed.items():
+            if self.config.get(key, value) != value:
+                raise SpqrError("E505", "export", f"{key} = {self.config[key]}: llama.cpp has no {kind} of that kind")
+        return FAMILIES[family], arch
 
     def _type(self, name: str, kind: str) -> Any:
         if len(self.shapes[name]) < 2:
@@ -85,6 +135,8 @@ class GgufExporter(Exporter):
 
     def _data(self, name: str, typed: Any, family: Family) -> np.ndarray:
         tensor = self.load(name)
+        if family.norm_offset and name.endswith("norm.weight"):
+            tensor = tensor.float() + family.norm_offset
         if typed.name == "Q8_0":
             exact = tensor.float()
             values = self._permuted(name, exact, family)
@@ -105,7 +157,9 @@ class GgufExporter(Exporter):
 
     def _rope(self) -> dict[str, Any]:
         legacy = self.config.get("rope_scaling") or {}
-        found = {"rope_theta": self.config.get("rope_theta", 10000.0), **legacy, **(self.config.get("rope_parameters") or {})}
+        own = self.config.get("rope_parameters") or {}
+        own = own.get("full_attention", own)  # gemma 3 has a second one for its windows
+        found = {"rope_theta": self.config.get("rope_theta", 10000.0), **legacy, **own}
         found["rope_type"] = found.get("rope_type") or found.get("type") or "default"
         if found["rope_type"] not in ("default", "linear", "yarn", "llama3"):
             raise SpqrError("E505", "export", f"rotary scaling {found['rope_type']!r} is not written to GGUF")
@@ -143,8 +197,29 @@ class GgufExporter(Exporter):
             if rope["rope_type"] == "yarn":
                 context = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
                 writer.add_rope_scaling_orig_ctx_len(int(context))
+        self._special(writer, arch)
         for key, content in self._vocabulary().items():
             getattr(writer, f"add_{key}")(content)
+
+    def _special(self, writer: Any, arch: str) -> None:
+        """What one architecture has beyond the common keys."""
+        config = self.config
+        if self._experts():
+            writer.add_expert_count(self._experts())
+            writer.add_expert_used_count(config["num_experts_per_tok"])
+        if arch in ("qwen2moe", "qwen3moe"):
+            writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        if arch == "qwen2moe":
+            writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+        if arch in _WINDOWED and config.get("sliding_window"):
+            writer.add_sliding_window(config["sliding_window"])
+        if arch == "gemma2":
+            writer.add_attn_logit_softcapping(float(config.get("attn_logit_softcapping") or 50.0))
+            writer.add_final_logit_softcapping(float(config.get("final_logit_softcapping") or 30.0))
+        if arch == "gemma3":
+            rope = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+            local = float(rope.get("rope_theta") or config.get("rope_local_base_freq") or 10000.0)
+            writer.add_float32("gemma3.rope.freq_base_swa", local)
 
     # Tokenizer
 

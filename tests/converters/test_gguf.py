@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import time
 from collections.abc import Callable
@@ -13,8 +14,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from spqr_converters import convert
+from spqr_converters import SolverOptions, convert, datafree
+from spqr_converters.export import export
 from spqr_converters.sources import open_source
 from spqr_converters.sources.gguf import GgufSource
 from spqr_converters.sources.gguf_file import TYPES
@@ -29,6 +34,7 @@ from spqr_converters.sources.gguf_names import (
     unpermute,
 )
 from spqr_format.errors import SpqrError
+from spqr_format.writer import CheckpointWriter
 
 # A file byte by byte
 
@@ -553,3 +559,63 @@ def test_a_gguf_converts_as_its_dense_original_does(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     section = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
     assert list(section["provenance"]["source_sha256"]) == ["m.gguf"]
+
+
+# The way out
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_an_export_is_the_file_that_llama_cpps_converter_would_write(case, tmp_path, tiny_llama):
+    """Tensor for tensor as gguf-py reads them, against a file that is made by gguf-py's own map of names; and our source
+    reads the same model back."""
+    kind, extra = MODELS[case]
+    config = getattr(transformers, kind.replace("ForCausalLM", "Config" if "Gemma3" not in kind else "TextConfig"))(
+        **{**COMMON, **extra, "vocab_size": 4096}
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(config)
+    model.save_pretrained(tmp_path / "dense")
+    state = load_file(tmp_path / "dense" / "model.safetensors")
+    stored = json.loads((tmp_path / "dense" / "config.json").read_text())
+    with CheckpointWriter(tmp_path / "spqr", config=stored) as writer:
+        for name, tensor in state.items():
+            if ".experts." in name or name.endswith("_proj.weight"):
+                matrix = datafree.quantize(tensor, SolverOptions(rounds=1, sweeps=0))
+                writer.add_matrix(name.removesuffix(".weight"), matrix)
+                state[name] = torch.from_numpy(matrix.dequantize())
+            else:
+                writer.add_dense(name, tensor)
+        writer.finish()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama / name, tmp_path / "spqr")
+    export(tmp_path / "spqr", tmp_path / "out", to="gguf", dtype="float32")
+    found = gguf.GGUFReader(tmp_path / "out" / "model-F32.gguf")
+    arch = found.fields["general.architecture"].contents()
+    write_gguf(tmp_path / "expected.gguf", arch, config, state)
+    expected = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "expected.gguf").tensors}
+    tensors = {tensor.name: tensor.data for tensor in found.tensors}
+    assert tensors.keys() == expected.keys()
+    for name, data in expected.items():
+        np.testing.assert_array_equal(tensors[name], data, err_msg=name)
+    wanted = gguf.GGUFReader(tmp_path / "expected.gguf").fields
+    for key, entry in wanted.items():
+        if key.startswith(f"{arch}."):
+            assert found.fields[key].contents() == entry.contents(), key
+    source = open_source(tmp_path / "out")
+    assert source.config["model_type"] == ("llama" if case == "mistral" else config.model_type)  # GGUF has one for both
+    assert source.entries.keys() == state.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(source.load(name).float(), tensor.float(), rtol=0, atol=1e-7 if "norm" in name else 0)
+    assert AutoTokenizer.from_pretrained(source.companions())("The old man").input_ids
+
+
+def test_a_model_that_llama_cpp_computes_otherwise_is_not_exported(tmp_path, tiny_llama):
+    config = transformers.Qwen3MoeConfig(**{**COMMON, **MOE, "norm_topk_prob": False, "vocab_size": 4096})
+    stored = {**config.to_dict(), "model_type": "qwen3_moe"}
+    with CheckpointWriter(tmp_path / "spqr", config=stored) as writer:
+        writer.add_dense("model.norm.weight", torch.ones(32))
+        writer.finish()
+    shutil.copy(tiny_llama / "tokenizer.json", tmp_path / "spqr")
+    with pytest.raises(SpqrError, match=r"SPQR-E505 export: norm_topk_prob = False"):
+        export(tmp_path / "spqr", tmp_path / "out", to="gguf", dtype="float32")
+    assert not (tmp_path / "out").exists()

@@ -115,6 +115,17 @@ def gguf_name(family: Family, name: str) -> str | None:
     return None
 
 
+def gguf_expert(family: Family, name: str) -> tuple[str, int] | None:
+    """The GGUF tensor in which an expert's tensor is stacked, and its number; None for any other tensor."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if match:
+        for gguf, hf in family.experts.items():
+            number = re.fullmatch(re.escape(hf).replace(r"\{\}", r"(\d+)"), match[2])
+            if number:
+                return f"blk.{match[1]}.{gguf}.{match[3]}", int(number[1])
+    return None
+
+
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
     """Hugging Face's row order of q or k [heads * head_dim, ...] to llama.cpp's: the two halves of a head interleaved."""
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
