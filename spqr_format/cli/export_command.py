@@ -30,7 +30,7 @@ def export_command(model: Path, destination: Path, to: str, dtype: str, as_json:
 
     \b
     safetensors  the dense weights, as any Hugging Face tool loads them
-    gguf         one .gguf file with tokenizer for llama.cpp (llama, mistral, qwen2, qwen3)
+    gguf         one .gguf file with tokenizer for llama.cpp (llama, mistral, mixtral, qwen2, qwen3, gemma, phi3)
     gptq         the same codes as GPTQ v2; only for what was imported with --lossless, else SPQR-E510
 
     \b
