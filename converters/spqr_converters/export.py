@@ -18,6 +18,7 @@ import torch
 
 from spqr_format.errors import SpqrError
 from spqr_format.layout import TILE
+from spqr_format.lock import FolderLock
 from spqr_format.matrix import SpqrMatrix
 from spqr_format.reader import Checkpoint
 from spqr_format.writer import PARTIAL, TORCH_DTYPES, require_empty
@@ -93,8 +94,9 @@ class Output:
         self.folder, self.names, self._published = folder, list[str](), False
         self._made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(folder)
         for path in leftovers:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def path(self, name: str) -> Path:
         """Where to write the file that will be `name`."""
@@ -116,6 +118,7 @@ class Output:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.release()
         if kind is None:
             return
         for name in self.names:

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spqr_converters.export import dequantized, export, gptq_tensors, pack_words
+from spqr_converters.export import Output, dequantized, export, gptq_tensors, pack_words
 from spqr_converters.sources import open_source
 from spqr_format import SpqrMatrix
 from spqr_format.cli import main
@@ -337,3 +337,17 @@ def test_the_command(made, tmp_path):
     shown = CliRunner().invoke(main, ["export", str(made.folder), str(tmp_path / "dense")])
     assert shown.exit_code == 0
     assert "bfloat16" in shown.output
+
+
+def test_two_writers_in_one_folder(made, tmp_path):
+    """A second export, or a conversion, into a folder that an export is writing."""
+    with Output(tmp_path / "out", []) as output:
+        output.put("a", b"1")
+        for other in (
+            lambda: export(made.folder, tmp_path / "out", to="safetensors"),
+            lambda: CheckpointWriter(tmp_path / "out", config={}),
+        ):
+            with pytest.raises(SpqrError, match="SPQR-E512"):
+                other()
+        output.publish()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
