@@ -1,0 +1,472 @@
+"""The CPU's kernels, compiled by numba: `products` for a few rows of x, `decode` for rows of W itself.
+
+Each is a function of the address of an `ARGUMENTS` record and may run on any number of threads at once: a thread takes row
+tiles from a common counter until none is left. Every row of W is summed in one fixed order, so that the result has the same
+bits for any number of threads.
+
+The words of neighbouring column blocks lie side by side (spec 4.2). So the loops of `products` that LLVM turns into vector
+code run along blocks: one shift and one mask take the code of one place out of 8 or 16 blocks at a time. They do so for a
+chunk of blocks, so that what is between the steps stays in the nearest cache.
+
+All that the kernels compute with comes from the record, the places of the codes too: numba keeps compiled code on disk until
+this file changes, and looks at no other. The caller has checked addresses and sizes; stored indices are checked here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, float32, int64, njit, types, uint8, uint16, uint32
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.numpy_support import from_dtype
+
+CHUNK = 128  # column blocks at a time
+CHUNK2, CHUNK4 = 2 * CHUNK, 4 * CHUNK
+
+# All int64; most are addresses, 0 for a tensor that is not there.
+FIELDS = (
+    # stored tensors (spec 5.1); CSR indices as rows of 16 bits, wide_* says that two of them make one index
+    "weight", "stat_codes", "tile_stats", "group_sc", "group_zp", "crow", "columns", "values", "perm",
+    "wide_crow", "wide_columns",
+    # int64 [2 halves, 8 pairs, (word, bit)] for `products`, uint32 [2 halves, words, (shift, mask), 16 columns] for `decode`
+    "places",
+    # float32 x [batch, in], and scratch [threads, scratch_size]
+    "x", "scratch", "scratch_size",
+    # float32 y [batch, out], or W [rows, in] in float32 or bf16
+    "result", "bf16",
+    # int64 counters that start at 0: row tiles taken, threads begun, indices out of range
+    "taken", "threads", "faults",
+    # row tiles first .. last - 1 are asked for
+    "first", "last", "out", "inn", "blocks", "groups", "group_blocks", "bits", "bilevel", "outliers", "batch",
+)  # fmt: skip
+ARGUMENTS = np.dtype([(name, np.int64) for name in FIELDS])
+SIGNATURE = types.void(types.CPointer(from_dtype(ARGUMENTS)))
+
+# A product may be summed in any order and with fused operations, W may not (spec 3); NaN and infinity count in both.
+SUM: dict[str, Any] = {"fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
+EXACT: dict[str, Any] = {"error_model": "numpy"}
+inline_sum = njit(forceinline=True, **SUM)
+inline = njit(forceinline=True, **EXACT)
+
+
+@intrinsic
+def _pointer(typing, address, dtype):
+    """The address as a pointer to dtype. Pointers take an index without a test of its sign, which would cost the vectors."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(dtype.instance_type)(types.int64, dtype), generate
+
+
+@intrinsic
+def _at(typing, pointer, index):
+    """&pointer[index]"""
+
+    def generate(context, builder, signature, arguments):
+        return builder.gep(arguments[0], [arguments[1]], source_etype=context.get_data_type(pointer.dtype))
+
+    return pointer(pointer, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _room(typing, dtype, count):
+    """A pointer to `count` numbers on the stack, of which LLVM knows that no other pointer leads there."""
+
+    def generate(context, builder, signature, arguments):
+        size = context.get_constant(types.intp, count.literal_value)
+        return cgutils.alloca_once(builder, context.get_data_type(dtype.instance_type), size=size)
+
+    return types.CPointer(dtype.instance_type)(dtype, count), generate
+
+
+@intrinsic
+def _take(typing, counter):
+    """The number at this address; adds one to it in the same step, whatever other threads do."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], context.get_value_type(types.CPointer(types.int64)))
+        return builder.atomic_rmw("add", pointer, context.get_constant(types.int64, 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _ask_for(typing, pointer, index):
+    """Asks for the cache line of pointer[index] without waiting for it."""
+
+    def generate(context, builder, signature, arguments):
+        address = builder.gep(arguments[0], [arguments[1]], source_etype=context.get_data_type(pointer.dtype))
+        address = builder.bitcast(address, cgutils.voidptr_t)
+        number = ir.IntType(32)
+        signature = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+        builder.call(function, [address, number(0), number(3), number(1)])  # to read, into the nearest cache, data
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64), generate
+
+
+# numba's integers become 64 bits wide in every operation: each uint32() brings one back, and with it the vectors' width.
+
+
+@inline
+def _shifted(word, bit):
+    """word >> bit for bit < 32, which LLVM must see to do it in 32 bits."""
+    return np.uint32(np.uint32(word) >> (np.uint32(bit) & np.uint32(31)))
+
+
+@inline
+def _code(word, bit, mask):
+    return np.float32(np.int32(_shifted(word, bit) & np.uint32(mask)))
+
+
+@inline
+def _half(raw):
+    """fp16 bits as float32, exactly; no denormal on the way, as threads differ in whether they flush those."""
+    magnitude = np.uint32(raw) & np.uint32(0x7FFF)
+    normal = np.uint32(np.uint32(magnitude << np.uint32(13)) + np.uint32(112 << 23)).view(np.float32)
+    value = normal if magnitude >= 1024 else np.float32(np.int32(magnitude)) * np.float32(2.0**-24)
+    return -value if raw & 0x8000 else value
+
+
+@inline
+def _power(exponent):
+    """2**(exponent - 127) for 1 .. 254"""
+    return np.uint32(np.uint32(exponent) << np.uint32(23)).view(np.float32)
+
+
+@inline
+def _index(raw, i, wide):
+    """CSR index i, as an unsigned number (spec 5.2)."""
+    if wide:
+        return np.int64(np.uint32(raw[2 * i]) | np.uint32(np.uint32(raw[2 * i + 1]) << np.uint32(16)))
+    return np.int64(raw[i])
+
+
+@inline
+def _outlier_range(a, row):
+    """First and last + 1 of the row's outliers."""
+    crow = _pointer(a.crow, uint16)
+    first, last = _index(crow, row, a.wide_crow), _index(crow, row + 1, a.wide_crow)
+    if first > last or last > a.outliers:
+        _take(a.faults)
+        last = first
+    return first, last
+
+
+@inline
+def _outlier_column(a, i):
+    """Its original column."""
+    column = _index(_pointer(a.columns, uint16), i, a.wide_columns)
+    if column >= a.inn:
+        _take(a.faults)
+        column = 0
+    return column
+
+
+@inline
+def _original_column(a, j):
+    """The column of x and of W that stored column j is (spec 2.6)."""
+    if a.perm == 0:
+        return j
+    column = np.int64(_pointer(a.perm, uint32)[j])
+    if column >= a.inn:
+        _take(a.faults)
+        column = 0
+    return column
+
+
+@inline
+def _groups(a, start, count):
+    """First group of the `count` blocks from `start` on, and how many of them."""
+    group = start // a.group_blocks
+    return group, (start + count - 1) // a.group_blocks + 1 - group
+
+
+@inline
+def _tile_statistics(a, tile, start, count, stats):
+    """ss, sz, zs, zz of the groups of these blocks, each CHUNK numbers after the one before (spec 2.3)."""
+    if a.bilevel:
+        group, groups = _groups(a, start, count)
+        stored = _at(_pointer(a.tile_stats, uint16), 4 * (tile * a.groups + group))
+        for g in range(groups):
+            for i in range(4):
+                stats[i * CHUNK + g] = _half(stored[4 * g + i])
+
+
+@inline
+def _lane_statistics(a, tile, lane, start, count, stats, sz):
+    """s and z of row l, then of row l + 8, each CHUNK numbers after the one before (spec 3)."""
+    group, groups = _groups(a, start, count)
+    if a.bilevel:
+        words = _pointer(a.stat_codes, uint32)
+        low = 12 * lane // 32
+        shift = np.uint64(12 * lane % 32)
+        words0 = _at(words, (3 * tile + low) * a.groups + group)
+        words1 = _at(words, (3 * tile + min(low + 1, 2)) * a.groups + group)
+        for g in range(groups):
+            codes = np.uint32((np.uint64(words1[g]) << np.uint64(32) | np.uint64(words0[g])) >> shift)
+            scale, middle = stats[g], stats[CHUNK + g]
+            zero_scale, zero_middle = stats[2 * CHUNK + g], stats[3 * CHUNK + g]
+            sz[g] = scale * (_code(codes, 0, 7) - middle)
+            sz[CHUNK + g] = zero_scale * (_code(codes, 3, 7) - zero_middle)
+            sz[2 * CHUNK + g] = scale * (_code(codes, 6, 7) - middle)
+            sz[3 * CHUNK + g] = zero_scale * (_code(codes, 9, 7) - zero_middle)
+    else:
+        for half in range(2):
+            row = min(16 * tile + 8 * half + lane, a.out - 1)
+            scales = _at(_pointer(a.group_sc, uint16), row * a.groups + group)
+            zeros = _at(_pointer(a.group_zp, uint8), row * a.groups + group)
+            for g in range(groups):
+                sz[2 * half * CHUNK + g] = _half(scales[g])
+                sz[(2 * half + 1) * CHUNK + g] = np.float32(zeros[g])
+
+
+@inline
+def _prepare(a, x, sums, up, down):
+    """x as [batch, chunks, 16, CHUNK], with `down`, the power of two that makes its largest number 1 .. 4, and its inverse
+    `up`; and the sums over groups, [batch, groups]. So no sum of codes times x overflows that W x does not."""
+    source, raw = _pointer(a.x, float32), _pointer(a.x, uint32)
+    chunks = (a.blocks + CHUNK - 1) // CHUNK
+    for n in range(a.batch):
+        largest = np.uint32(0)
+        for i in range(n * a.inn, (n + 1) * a.inn):
+            largest = max(largest, raw[i] & np.uint32(0x7FFFFFFF))
+        exponent = min(max(np.int64(largest) >> 23, 1), 253)
+        up[n] = _power(exponent)
+        down[n] = _power(254 - exponent)
+        for g in range(a.groups):
+            sums[n * a.groups + g] = 0
+        for b in range(a.blocks):
+            place = (n * chunks + b // CHUNK) * 16 * CHUNK + b % CHUNK
+            total = np.float32(0)
+            for c in range(16):
+                value = np.float32(0)
+                if 16 * b + c < a.inn:
+                    value = source[n * a.inn + _original_column(a, 16 * b + c)] * down[n]
+                x[place + c * CHUNK] = value
+                total += value
+            sums[n * a.groups + b // a.group_blocks] += total
+
+
+@inline_sum
+def _add_products(word0, bit0, word1, bit1, mask, x, count, dots):
+    """Adds codes times x, of two columns and two rows in each of `count` blocks, to these rows' dot products in the block."""
+    for b in range(count):
+        v, w = _shifted(word0[b], bit0), _shifted(word1[b], bit1)
+        even, odd = x[b], x[CHUNK + b]
+        dots[b] += _code(v, 0, mask) * even + _code(v, 16, mask) * odd
+        dots[CHUNK + b] += _code(w, 0, mask) * even + _code(w, 16, mask) * odd
+
+
+@inline_sum
+def _add_groups(a, start, count, dots, sz, sums, y):
+    """Adds s (dot - z sum) of all groups of these blocks to y of rows l and l + 8."""
+    y0 = y1 = np.float32(0)
+    if a.group_blocks == 1:
+        for b in range(count):
+            y0 += sz[b] * (dots[b] - sz[CHUNK + b] * sums[b])
+            y1 += sz[2 * CHUNK + b] * (dots[CHUNK + b] - sz[3 * CHUNK + b] * sums[b])
+    else:
+        group, groups = _groups(a, start, count)
+        for g in range(groups):
+            first, last = (group + g) * a.group_blocks - start, (group + g + 1) * a.group_blocks - start
+            dot0 = dot1 = np.float32(0)
+            for b in range(max(first, 0), min(last, count)):
+                dot0 += dots[b]
+                dot1 += dots[CHUNK + b]
+            total = sums[g] if first >= 0 else np.float32(0)  # a group that began in the chunk before was counted there
+            y0 += sz[g] * (dot0 - sz[CHUNK + g] * total)
+            y1 += sz[2 * CHUNK + g] * (dot1 - sz[3 * CHUNK + g] * total)
+    y[0] += y0
+    y[8] += y1
+
+
+def products(address):
+    """y = W x for every row of x."""
+    a = carray(address, 1)[0]
+    places = _pointer(a.places, int64)
+    chunks = (a.blocks + CHUNK - 1) // CHUNK
+    x = _pointer(a.scratch + 4 * a.scratch_size * _take(a.threads), float32)
+    sums = _at(x, a.batch * chunks * 16 * CHUNK)
+    up = _at(sums, a.batch * a.groups)
+    down = _at(up, a.batch)
+    y = _at(down, a.batch)
+    _prepare(a, x, sums, up, down)
+    stats, sz = _room(float32, CHUNK4), _room(float32, CHUNK4)
+    dots, spread = _room(float32, CHUNK2), _room(uint32, CHUNK)
+    mask = np.uint32((1 << a.bits) - 1)
+    tile = a.first + _take(a.taken)
+    while tile < a.last:
+        following = a.first + _take(a.taken)
+        for i in range(16 * a.batch):
+            y[i] = 0
+        for chunk in range(chunks):
+            start = chunk * CHUNK
+            count = min(CHUNK, a.blocks - start)
+            group, groups = _groups(a, start, count)
+            _tile_statistics(a, tile, start, count, stats)
+            if a.bilevel and following < a.last:
+                for g in range(group, group + groups, 16):
+                    for k in range(3):
+                        _ask_for(_pointer(a.stat_codes, uint32), (3 * following + k) * a.groups + g)
+                    for k in range(0, 64, 32):
+                        _ask_for(_pointer(a.tile_stats, uint16), 4 * (following * a.groups + g) + k)
+            for lane in range(8):
+                _lane_statistics(a, tile, lane, start, count, stats, sz)
+                words = _at(_pointer(a.weight, uint32), (tile * a.bits * 8 + lane) * a.blocks + start)
+                if following < a.last:  # in an order that no processor guesses: it would wait for each row of words
+                    ahead = (following * a.bits * 8 + lane) * a.blocks + start
+                    for k in range(a.bits):
+                        for b in range(0, count, 16):
+                            _ask_for(_pointer(a.weight, uint32), ahead + k * 8 * a.blocks + b)
+                if a.bits == 3:  # the pair of codes in bit 15 of the three words, as a fourth word that has it at bit 0
+                    words1, words2 = _at(words, 8 * a.blocks), _at(words, 16 * a.blocks)
+                    for b in range(count):
+                        spread[b] = (
+                            (_shifted(words[b], 15) & np.uint32(0x00010001))
+                            | (_shifted(words1[b], 14) & np.uint32(0x00020002))
+                            | (_shifted(words2[b], 13) & np.uint32(0x00040004))
+                        )
+                for n in range(a.batch):
+                    for i in range(2 * CHUNK):
+                        dots[i] = 0
+                    for pair in range(8):
+                        place0, place1 = places[2 * pair], places[16 + 2 * pair]
+                        word0 = spread if place0 == a.bits else _at(words, 8 * a.blocks * place0)
+                        word1 = spread if place1 == a.bits else _at(words, 8 * a.blocks * place1)
+                        bit0, bit1 = places[2 * pair + 1], places[17 + 2 * pair]
+                        columns = _at(x, (16 * (n * chunks + chunk) + 2 * pair) * CHUNK)
+                        _add_products(word0, bit0, word1, bit1, mask, columns, count, dots)
+                    _add_groups(a, start, count, dots, sz, _at(sums, n * a.groups + group), _at(y, 16 * n + lane))
+        for i in range(min(16, a.out - 16 * tile)):
+            row = 16 * tile + i
+            if a.outliers:
+                first, last = _outlier_range(a, row)
+                for k in range(first, last):
+                    value = _half(_pointer(a.values, uint16)[k])
+                    column = _outlier_column(a, k)
+                    for n in range(a.batch):
+                        y[16 * n + i] += value * (_pointer(a.x, float32)[n * a.inn + column] * down[n])
+            for n in range(a.batch):
+                _pointer(a.result, float32)[n * a.out + row] = y[16 * n + i] * up[n]
+        tile = following
+
+
+@intrinsic(prefer_literal=True)
+def _decode_blocks(typing, words, step, number, table, sz, advance, count, row):
+    """s (q - z) of `count` blocks of one row: row[16 * count] in float32, each operation on its own (spec 3).
+
+    Written as the vector code that it is, along the 16 columns of a block: LLVM would test in each block whether `row` and
+    `table` overlap. A lane has `number` words, `step` apart; table[number, 2, 16] has their shifts and masks, one for each
+    column; s lies at sz[0], z at sz[CHUNK], those of the next block `advance` later.
+    """
+
+    def generate(context, builder, signature, arguments):
+        words, step, _, table, sz, advance, count, row = arguments
+        word, single = ir.IntType(32), ir.FloatType()
+        integers, floats = ir.VectorType(word, 16), ir.VectorType(single, 16)
+
+        def wide(value, kind):
+            first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, word(0))
+            return builder.shuffle_vector(first, first, ir.Constant(integers, [0] * 16))
+
+        def load(pointer, index, kind):
+            address = builder.gep(pointer, [index], source_etype=kind)
+            return builder.load(address, align=4, typ=kind)
+
+        rows = [load(table, context.get_constant(types.int64, i), integers) for i in range(2 * number.literal_value)]
+        with cgutils.for_range(builder, count) as loop:
+            code = None
+            for k in range(number.literal_value):
+                place = builder.add(loop.index, builder.mul(step, context.get_constant(types.int64, k)))
+                part = builder.lshr(wide(load(words, place, word), integers), rows[2 * k])
+                part = builder.and_(part, rows[2 * k + 1])
+                code = part if code is None else builder.or_(code, part)
+            place = builder.mul(loop.index, advance)
+            scale = wide(load(sz, place, single), floats)
+            zero = wide(load(sz, builder.add(place, context.get_constant(types.int64, CHUNK)), single), floats)
+            value = builder.fmul(scale, builder.fsub(builder.sitofp(code, floats), zero))
+            address = builder.gep(row, [loop.index], source_etype=floats)
+            builder.store(value, builder.bitcast(address, floats.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(words, step, number, table, sz, advance, count, row), generate
+
+
+@inline
+def _decode_chunk(a, words, table, sz, start, count, row):
+    """s (q - z) of one row of `count` blocks from `start` on."""
+    group, groups = _groups(a, start, count)
+    for g in range(1 if a.group_blocks == 1 else groups):
+        first = max((group + g) * a.group_blocks - start, 0)
+        number = count if a.group_blocks == 1 else min((group + g + 1) * a.group_blocks - start, count) - first
+        words_g, sz_g, row_g, step = _at(words, first), _at(sz, g), _at(row, 16 * first), 8 * a.blocks
+        advance = 1 if a.group_blocks == 1 else 0
+        if a.bits == 2:
+            _decode_blocks(words_g, step, 2, table, sz_g, advance, number, row_g)
+        elif a.bits == 3:
+            _decode_blocks(words_g, step, 3, table, sz_g, advance, number, row_g)
+        else:
+            _decode_blocks(words_g, step, 4, table, sz_g, advance, number, row_g)
+
+
+@inline
+def _bf16(value):
+    """Bits of a finite float32 rounded to bf16, to nearest, ties to even."""
+    raw = np.float32(value).view(np.uint32)
+    half = np.uint32(np.uint32(0x7FFF) + (_shifted(raw, 16) & np.uint32(1)))
+    return np.uint16(_shifted(np.uint32(raw + half), 16))
+
+
+@inline
+def _finish(a, i, row, ordered):
+    """Writes row i of W: columns into original order, outliers added, rounded if bf16 is asked for."""
+    if a.perm:
+        for j in range(a.inn):
+            ordered[_original_column(a, j)] = row[j]
+    decoded = ordered if a.perm else row
+    if a.outliers:
+        first, last = _outlier_range(a, i)
+        for k in range(first, last):
+            decoded[_outlier_column(a, k)] += _half(_pointer(a.values, uint16)[k])
+    start = (i - 16 * a.first) * a.inn
+    if a.bf16:
+        rounded = _at(_pointer(a.result, uint16), start)
+        for j in range(a.inn):
+            rounded[j] = _bf16(decoded[j])
+    else:
+        exact = _at(_pointer(a.result, float32), start)
+        for j in range(a.inn):
+            exact[j] = decoded[j]
+
+
+def decode(address):
+    """Rows of W in original column order, equal to the spec's decode bit for bit (spec 3), in bf16 its rounded values."""
+    a = carray(address, 1)[0]
+    rows = _pointer(a.scratch + 4 * a.scratch_size * _take(a.threads), float32)
+    ordered = _at(rows, 32 * a.blocks)
+    stats, sz, table = _room(float32, CHUNK4), _room(float32, CHUNK4), _pointer(a.places, uint32)
+    tile = a.first + _take(a.taken)
+    while tile < a.last:
+        for lane in range(8):
+            for start in range(0, a.blocks, CHUNK):
+                count = min(CHUNK, a.blocks - start)
+                _tile_statistics(a, tile, start, count, stats)
+                _lane_statistics(a, tile, lane, start, count, stats, sz)
+                words = _at(_pointer(a.weight, uint32), (tile * a.bits * 8 + lane) * a.blocks + start)
+                for half in range(2):
+                    row = _at(rows, 16 * (half * a.blocks + start))
+                    _decode_chunk(a, words, _at(table, 32 * a.bits * half), _at(sz, 2 * half * CHUNK), start, count, row)
+            for half in range(2):
+                i = 16 * tile + 8 * half + lane
+                if i < a.out:
+                    _finish(a, i, _at(rows, 16 * half * a.blocks), ordered)
+        tile = a.first + _take(a.taken)
+
+
+KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {"products": (products, SUM), "decode": (decode, EXACT)}
