@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spqr_format.layout import Layout
 
-from . import reference
+from . import cpu, reference
 
 DECODE_BATCH = 16  # largest batch of the decode kernel
 
@@ -36,6 +36,8 @@ def dequantize(tensors: Tensors, layout: Layout, dtype: torch.dtype) -> Tensor:
         from . import dequant
 
         return dequant.dequantize(tensors, layout, dtype)
+    if tensors["weight"].device.type == "cpu":
+        return cpu.dequantize(tensors, layout, dtype)
     return reference.dequantize(tensors, layout, dtype)
 
 
@@ -51,7 +53,7 @@ def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> 
 
         y = (matvec if batch == 1 else decode).linear(rows.contiguous(), tensors, layout, bias)
     elif device.type == "cpu":
-        y = reference.linear(rows, tensors, layout, None if bias is None else bias.to(x.dtype))
+        y = cpu.linear(rows, tensors, layout, bias)
     else:
         weight = dequantize(tensors, layout, x.dtype)
         y = F.linear(rows, weight, None if bias is None else bias.to(x.dtype))

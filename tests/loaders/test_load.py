@@ -171,7 +171,7 @@ def test_biases_stay_dense(tmp_path):
     assert torch.equal(q_proj.bias, model.model.layers[0].self_attn.q_proj.bias)
     assert not q_proj.bias.requires_grad
     ids = torch.tensor([[1, 2, 3, 60]])
-    assert torch.equal(loaded(ids).logits, dense_of(quantized, tmp_path / "dense")(ids).logits)
+    torch.testing.assert_close(loaded(ids).logits, dense_of(quantized, tmp_path / "dense")(ids).logits)
 
 
 def small_llama(**changes: Any) -> LlamaForCausalLM:
@@ -185,7 +185,7 @@ def test_a_quantized_head(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(quantized.folder)
     ids = torch.tensor([[1, 2, 3, 60]])
     assert isinstance(model.lm_head, SpqrLinear)
-    assert torch.equal(model(ids).logits, dense_of(quantized, tmp_path / "dense")(ids).logits)
+    torch.testing.assert_close(model(ids).logits, dense_of(quantized, tmp_path / "dense")(ids).logits)
     base = AutoModel.from_pretrained(quantized.folder)
     assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
     path = quantized.folder / "config.json"
@@ -202,7 +202,7 @@ def test_a_base_model_grows_its_head(tmp_path):
     assert "layers.0.mlp.up_proj" in Checkpoint.open(tmp_path / "base").modules
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     ids = torch.tensor([[1, 2, 3, 60]])
-    assert torch.equal(model(ids).logits, dense_of(quantized, tmp_path / "dense")(ids).logits)
+    torch.testing.assert_close(model(ids).logits, dense_of(quantized, tmp_path / "dense")(ids).logits)
 
 
 def test_copies_of_a_model(loaded):
@@ -230,7 +230,7 @@ def test_renamed_modules_of_a_vision_model(tmp_path):
     ids = torch.tensor([[1, 2, 3, 60]])
     reference = AutoModelForImageTextToText.from_pretrained(quantized.folder, quantization_config=runtime())
     assert not layers(reference)
-    assert torch.equal(loaded(input_ids=ids).logits, reference(input_ids=ids).logits)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, reference(input_ids=ids).logits)
 
 
 def runtime() -> spqr_loaders.SpqrFormatConfig:
