@@ -150,6 +150,8 @@ def _index(raw, i, wide):
 @inline
 def _outlier_range(a, row):
     """First and last + 1 of the row's outliers."""
+    if a.outliers == 0:
+        return 0, 0
     crow = _pointer(a.crow, uint16)
     first, last = _index(crow, row, a.wide_crow), _index(crow, row + 1, a.wide_crow)
     if first > last or last > a.outliers:
@@ -345,15 +347,13 @@ def products(address):
                     _add_groups(a, start, count, dots, sz, _at(sums, n * a.groups + group), _at(y, 16 * n + lane))
         for i in range(min(16, a.out - 16 * tile)):
             row = 16 * tile + i
-            if a.outliers:
-                first, last = _outlier_range(a, row)
+            first, last = _outlier_range(a, row)
+            for n in range(a.batch):
+                total = y[16 * n + i]
                 for k in range(first, last):
                     value = _half(_pointer(a.values, uint16)[k])
-                    column = _outlier_column(a, k)
-                    for n in range(a.batch):
-                        y[16 * n + i] += value * (_pointer(a.x, float32)[n * a.inn + column] * down[n])
-            for n in range(a.batch):
-                _pointer(a.result, float32)[n * a.out + row] = y[16 * n + i] * up[n]
+                    total += value * (_pointer(a.x, float32)[n * a.inn + _outlier_column(a, k)] * down[n])
+                _pointer(a.result, float32)[n * a.out + row] = total * up[n]
         tile = following
 
 
@@ -430,10 +430,9 @@ def _finish(a, i, row, ordered):
         for j in range(a.inn):
             ordered[_original_column(a, j)] = row[j]
     decoded = ordered if a.perm else row
-    if a.outliers:
-        first, last = _outlier_range(a, i)
-        for k in range(first, last):
-            decoded[_outlier_column(a, k)] += _half(_pointer(a.values, uint16)[k])
+    first, last = _outlier_range(a, i)
+    for k in range(first, last):
+        decoded[_outlier_column(a, k)] += _half(_pointer(a.values, uint16)[k])
     start = (i - 16 * a.first) * a.inn
     if a.bf16:
         rounded = _at(_pointer(a.result, uint16), start)
