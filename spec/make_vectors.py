@@ -271,6 +271,15 @@ OK: dict[str, tuple[str, Callable[[], File | Folder]]] = {
     "config_extras": ("every optional key of the config", lambda: single(config(file(("a", matrix(6, 2, 16))),
         modules_to_not_convert=["lm_head"], provenance={"source": "x"}, x_note=[1]))),
     "superset": ("both shards list all modules", lambda: superset()),
+    "chunk": ("a chunk of 256 columns and a set of 16 groups, no tail", lambda: file(("a", matrix(30, 17, 256)))),
+    "chunk_short": ("the last block of a chunk is short", lambda: chunk_short()),
+    "chunks_and_tail": ("two chunks and three blocks", lambda: file(("a", matrix(32, 19, 512 + 48, outliers=20)))),
+    "chunk_2": ("2 bits, a chunk and a block, 17 groups", lambda: file(("a", matrix(33, 5, 272, 2)))),
+    "chunks_4": ("4 bits, two chunks and a block, 33 groups", lambda: file(("a", matrix(34, 8, 528, 4)))),
+    "set_32": ("group size 32, a set and two groups, the last one short", lambda: chunks_32()),
+    "chunks_one_set": ("group size 32, a set over two chunks", lambda: file(("a", matrix(36, 7, 512, 3, 32)))),
+    "chunk_direct": ("direct, 4 bits, a chunk and three blocks, permuted",
+        lambda: file(("a", matrix(37, 6, 300, 4, 128, "direct", 4, perm=True)))),
 }  # fmt: skip
 
 
@@ -280,6 +289,14 @@ def extremes() -> File:
         f.poke("a.tile_stats", k, raw)
         f.poke("a.values", k, raw)
     return f
+
+
+def chunk_short() -> File:
+    return file(("a", matrix(31, 20, 250)))
+
+
+def chunks_32() -> File:
+    return file(("a", matrix(35, 21, 32 * 17 + 9, 3, 32, outliers=3)))
 
 
 def minor_newer() -> File:
@@ -655,7 +672,7 @@ def invalid_structure() -> None:
         "E108",
         "stray_stats",
         "stat_codes of no module",
-        changed(lambda f: f.add("lost.stat_codes", "I32", np.zeros((3, 1), "i4"))),
+        changed(lambda f: f.add("lost.stat_codes", "I32", np.zeros((1, 3), "i4"))),
     )
     for start, twin, leaf, dtype in [
         (base, "base", "a.weight", "F32"), (base, "base", "a.weight", "U32"), (base, "base", "a.stat_codes", "U32"),
@@ -669,8 +686,8 @@ def invalid_structure() -> None:
         content = changed(lambda f, leaf=leaf, dtype=dtype, shape=shape: f.replace(leaf, dtype, shape), start)
         bad("E109", f"{leaf[2:]}_{dtype.lower()}", f"{leaf} as {dtype}", content, twin)
     for start, twin, leaf, shape in [
-        (base, "base", "a.weight", [3, 48]), (base, "base", "a.weight", [144]), (base, "base", "a.weight", [49, 3]), (base, "base", "a.weight", [24, 3]),
-        (base, "base", "a.stat_codes", [3, 6]), (base, "base", "a.stat_codes", [6, 3, 1]), (base, "base", "a.tile_stats", [2, 3, 4]),
+        (base, "base", "a.weight", [48, 3]), (base, "base", "a.weight", [144]), (base, "base", "a.weight", [2, 73]), (base, "base", "a.weight", [1, 72]),
+        (base, "base", "a.stat_codes", [6, 3]), (base, "base", "a.stat_codes", [2, 9, 1]), (base, "base", "a.tile_stats", [2, 3, 4]),
         (base, "base", "a.tile_stats", [1, 24]), (base, "base", "a.crow_indices", [17]), (base, "base", "a.crow_indices", [18, 1]),
         (base, "base", "a.col_indices", [6]), (base, "base", "a.col_indices", [8]), (base, "base", "a.values", [1, 7]), (base, "base", "a.values", [0]),
         (base, "base", "a.bias", [1, 17]), (base, "base", "a.bias", [16]), (direct, "direct", "d.group_sc", [2, 5]), (direct, "direct", "d.group_sc", [16, 2]),
@@ -744,18 +761,38 @@ def invalid_payload() -> None:
         f.poke(name, element, word.to_bytes(4, "little"))
         return f
 
-    # base: 17 x 33, so tile 1 has one real row (row 0 of lane 0) and block 2 one real column
-    bad("E202", "row", "a code in row 18", flip("a.weight", (24 + 1) * 3, 0))
-    bad("E202", "row_8", "a code in row 24, in lane 0 beside a real row", flip("a.weight", (24 + 8) * 3, 0))
-    bad("E202", "row_spread", "the spread bit of row 24", flip("a.weight", 24 * 3, 15))
-    bad("E202", "column", "a code in column 34", flip("a.weight", 2, 0 + 3))
-    bad("E202", "column_odd", "a code in column 33", flip("a.weight", 2, 16))
+    # base: 17 x 33, so tile 1 has one real row (row 0 of lane 0) and block 2 one real column. No full chunk: word k of lane l
+    # of block b is element 72 * tile + (8 * k + l) * 3 + b.
+    bad("E202", "row", "a code in row 17", flip("a.weight", 72 + 1 * 3, 1))
+    bad("E202", "row_8", "a code in row 24, in lane 0 beside a real row", flip("a.weight", 72 + 16 * 3, 1))
+    bad("E202", "row_spread", "the spread bit of row 24", flip("a.weight", 72, 0))
+    bad("E202", "column", "a code in column 34", flip("a.weight", 8 * 3 + 2, 1))
+    bad("E202", "column_odd", "a code in column 33", flip("a.weight", 2, 17))
     bad("E202", "corner", "the last bit of the last word", flip("a.weight", 143, 31))
-    bad("E202", "stat_row", "statistics codes of row 18", flip("a.stat_codes", 9, 12))
+    bad("E202", "stat_row", "statistics codes of row 17", flip("a.stat_codes", 9, 12))
     bad("E202", "stat_last", "the last bit of the statistics codes", flip("a.stat_codes", 17, 31))
     bad("E202", "bits_2", "a code in row 9 of 9", flip("a.weight", 2 * 1, 8, OK["bits_2"][1]), "bits_2")  # type: ignore[arg-type]
     bad("E202", "bits_4", "a column of block 1", flip("a.weight", 1, 31, OK["bits_4"][1]), "bits_4")  # type: ignore[arg-type]
     bad("E202", "direct", "a padded row of a direct module", flip("d.weight", 2 * 7, 0, direct), "direct")
+    # chunk_short: 20 x 250, one full chunk, so row 4 and 12 of lane 4 of tile 1 are padded, and columns 10 .. 15 of block 15
+    tile = 8 * 3 * 16
+    for name, why, element, bit in (
+        ("chunk_row", "a code in row 20, block 6", tile + 4 * 16 + 2 * 4 + 1, 1),
+        ("chunk_row_spread", "the spread bit of row 28, block 0, column 3", tile + 2 * 128 + 4 * 16, 16),
+        ("chunk_column", "a code in column 250, tile 0", 128 + 7 * 16 + 15, 7),
+        ("chunk_column_last", "a code in column 255, tile 1", tile + 128 + 3 * 16 + 15, 16 + 10),
+    ):
+        bad("E202", name, why, flip("a.weight", element, bit, chunk_short), "chunk_short")
+    # set_32: 21 x 553 in groups of 32, so a set and two groups; row 21 is the first padded one, row 5 of lane 5 of tile 1
+    tile = 3 * 18
+    for name, why, element, bit in (
+        ("set_row", "statistics codes of row 21, group 1", tile + 4 * 5, 12),
+        ("set_high_bits", "statistics codes of row 29, group 10", tile + 32 + (4 * 5 + 1) // 2, 16),
+        ("set_tail", "statistics codes of row 21, group 17", tile + 48 + 12 * 5 // 32 * 2 + 1, 12 * 5 % 32),
+    ):
+        bad("E202", name, why, flip("a.stat_codes", element, bit, chunks_32), "set_32")
+    bad("E202", "chunks_row", "a code in row 21, chunk 1, block 1 of it", flip("a.weight", 8 * 3 * 35 + 384 + 5 * 16 + 4, 1, chunks_32), "set_32")
+    bad("E202", "tail_column", "a code in column 553, tile 0", flip("a.weight", 2 * 384 + 2 * 3 + 2, 16 + 7, chunks_32), "set_32")
     for name, element, value in (
         ("above", 3, 20),
         ("negative", 0, -1),

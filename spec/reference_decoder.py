@@ -41,62 +41,87 @@ def read_tensors(paths):
     return tensors, modules
 
 
-# Section 4.2: where the code of row r and column c of a tile lies. Rows: column pair c // 2 of row l (first table line)
+# Section 4.2: where the code of row r and column c of a block lies. Rows: column pair c // 2 of row l (first table line)
 # and of row l + 8 (second). (word, bit) of the even column; the odd column is 16 bits higher. SPREAD: bit k of the code
-# is bit 15 of word k.
+# is bit 0 of word k.
 SPREAD = "spread"
 TABLE = {
     2: [
-        [(0, 0), (0, 2), (0, 4), (0, 6), (1, 0), (1, 2), (1, 4), (1, 6)],
-        [(0, 8), (0, 10), (0, 12), (0, 14), (1, 8), (1, 10), (1, 12), (1, 14)],
+        [(0, 0), (1, 0), (0, 2), (1, 2), (0, 4), (1, 4), (0, 6), (1, 6)],
+        [(0, 8), (1, 8), (0, 10), (1, 10), (0, 12), (1, 12), (0, 14), (1, 14)],
     ],
     3: [
-        [(0, 0), (2, 0), (0, 3), (2, 3), (1, 9), (0, 6), (2, 6), (1, 12)],
-        [(1, 0), SPREAD, (1, 3), (0, 9), (2, 9), (1, 6), (0, 12), (2, 12)],
+        [(0, 1), (1, 1), (0, 4), (1, 4), (0, 7), (1, 7), (0, 10), (1, 10)],
+        [(2, 1), SPREAD, (2, 4), (2, 10), (2, 7), (2, 13), (0, 13), (1, 13)],
     ],
     4: [
-        [(0, 0), (0, 4), (1, 0), (1, 4), (2, 0), (2, 4), (3, 0), (3, 4)],
-        [(0, 8), (0, 12), (1, 8), (1, 12), (2, 8), (2, 12), (3, 8), (3, 12)],
+        [(0, 0), (1, 0), (0, 4), (1, 4), (2, 0), (3, 0), (2, 4), (3, 4)],
+        [(0, 8), (1, 8), (0, 12), (1, 12), (2, 8), (3, 8), (2, 12), (3, 12)],
     ],
 }
 
 
+def place_of_word(bits, blocks, block, lane, k):
+    """Section 4.2: the column of M.weight at which word k of this lane and block stands."""
+    chunk, b = divmod(block, 16)
+    start = chunk * 128 * bits
+    if chunk < blocks // 16:
+        return start + k * 128 + lane * 16 + (b % 4) * 4 + b // 4
+    return start + (k * 8 + lane) * (blocks % 16) + b
+
+
 def unpack_codes(words, bits):
-    """Section 4.2: words [tiles * bits * 8, blocks] -> q [tiles * 16, blocks * 16]."""
-    blocks = words.shape[1]
-    words = words.reshape(-1, bits, 8, blocks)  # tile, word, lane, block
-    q = np.zeros((words.shape[0] * 16, blocks * 16), np.uint8)
-    for r in range(16):
-        for c in range(16):
-            place = TABLE[bits][r // 8][c // 2]
-            lane, high = r % 8, 16 * (c % 2)
-            if place == SPREAD:
-                code = sum(((words[:, k, lane] >> (15 + high)) & 1) << k for k in range(3))
-            else:
-                word, bit = place
-                code = (words[:, word, lane] >> (bit + high)) & (2**bits - 1)
-            q[r::16, c::16] = code
+    """Section 4.2: words [tiles, 8 * bits * blocks] -> q [tiles * 16, blocks * 16]."""
+    tiles, blocks = words.shape[0], words.shape[1] // (8 * bits)
+    q = np.zeros((tiles * 16, blocks * 16), np.uint8)
+    for lane in range(8):
+        places = [[place_of_word(bits, blocks, block, lane, k) for block in range(blocks)] for k in range(bits)]
+        lane_words = [words[:, place] for place in places]  # of each word, [tiles, blocks]
+        for half in range(2):
+            for c in range(16):
+                place = TABLE[bits][half][c // 2]
+                high = 16 * (c % 2)
+                if place == SPREAD:
+                    code = sum(((lane_words[k] >> high) & 1) << k for k in range(3))
+                else:
+                    word, bit = place
+                    code = (lane_words[word] >> (bit + high)) & (2**bits - 1)
+                q[lane + 8 * half :: 16, c::16] = code
     return q
 
 
+def twelve_bits(words, groups, lane, group):
+    """Section 4.3: the 12 bits of this lane and group, of every tile; words [tiles, 3 * groups]."""
+    sets = groups // 16
+    if group < 16 * sets:
+        start = group // 16 * 48
+        r = group % 16
+        i = 4 * lane + r % 8 // 2
+        word = words[:, start + i]
+        half_word = words[:, start + 32 + i // 2] >> (16 * (i % 2))
+        if r < 8:
+            found = word >> (12 * (r % 2))
+        elif r % 2 == 0:
+            found = word >> 24 | (half_word & 15) << 8
+        else:
+            found = half_word >> 4
+        return found & 0xFFF
+    n, r = groups % 16, group % 16
+    first = 12 * lane  # of the number of 96 bits
+    bits = [words[:, 48 * sets + (first + k) // 32 * n + r] >> ((first + k) % 32) & 1 for k in range(12)]
+    return sum(bit << k for k, bit in enumerate(bits))
+
+
 def unpack_stat_codes(words):
-    """Section 4.3: words [tiles * 3, groups] -> sq and zq, each [tiles * 16, groups].
-
-    The three words of a tile are one little-endian number of 96 bits with 12 bits for each lane.
-    """
-    groups = words.shape[1]
-    words = words.reshape(-1, 3, groups)
-    sq = np.zeros((words.shape[0] * 16, groups), np.uint8)
+    """Section 4.3: words [tiles, 3 * groups] -> sq and zq, each [tiles * 16, groups]."""
+    tiles, groups = words.shape[0], words.shape[1] // 3
+    sq = np.zeros((tiles * 16, groups), np.uint8)
     zq = np.zeros_like(sq)
-
-    def code(first_bit):
-        bits = [(words[:, (first_bit + k) // 32] >> ((first_bit + k) % 32)) & 1 for k in range(3)]
-        return bits[0] | bits[1] << 1 | bits[2] << 2
-
-    for r in range(16):
-        base = 12 * (r % 8) + 6 * (r // 8)
-        sq[r::16] = code(base)
-        zq[r::16] = code(base + 3)
+    for lane in range(8):
+        for group in range(groups):
+            v = twelve_bits(words, groups, lane, group)
+            sq[lane::16, group], zq[lane::16, group] = v & 7, v >> 3 & 7
+            sq[lane + 8 :: 16, group], zq[lane + 8 :: 16, group] = v >> 6 & 7, v >> 9 & 7
     return sq, zq
 
 

@@ -9,6 +9,7 @@ from .errors import SpqrError
 
 TILE = 16  # rows of a tile, and columns of a column block (spec 2.2)
 LANES = 8  # a lane holds rows l and l + 8 of a tile (spec 4.1)
+CHUNK = 16  # column blocks of a chunk: 256 columns, whose words lie together (spec 4.2)
 WEIGHT_BITS = (2, 3, 4)
 MAX_DIMENSION = 2**31 - 1  # what a kernel takes as int32 (rule E006)
 MAX_ELEMENTS = 2**40
@@ -108,9 +109,9 @@ class Layout:
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Leaf name -> dtype and shape of every tensor that this matrix stores, without its bias (spec 5)."""
-        specs = {"weight": TensorSpec("I32", (self.tile_rows * LANES * self.weight_bits, self.blocks))}
+        specs = {"weight": TensorSpec("I32", (self.tile_rows, LANES * self.weight_bits * self.blocks))}
         if self.statistics == "bilevel":
-            specs["stat_codes"] = TensorSpec("I32", (self.tile_rows * 3, self.groups))
+            specs["stat_codes"] = TensorSpec("I32", (self.tile_rows, 3 * self.groups))
             specs["tile_stats"] = TensorSpec("I16", (self.tile_rows, self.groups * 4))
         else:
             specs["group_sc"] = TensorSpec("I16", (self.out_features, self.groups))

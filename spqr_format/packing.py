@@ -3,6 +3,10 @@
 A column block of 16 rows and 16 columns is 8 lanes of 2 rows. Lane l keeps the codes of rows l and l + 8 in `weight_bits`
 32-bit words. A field holds two neighbouring columns: the even one in the low half of the word, the odd one in the high half.
 So one mask on a word yields a pair of codes that is ready for packed 16-bit arithmetic.
+
+Words have two forms. The GRID, [tile, word, lane, block], is the one to compute with. STORED, they lie in the order in which
+a GPU reads them, [tile, column]. `to_stored` and `to_grid` lead from one to the other, and a run of tiles is a run of rows in
+both.
 """
 
 from __future__ import annotations
@@ -10,107 +14,186 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .layout import LANES, TILE, ceil_div
+from .layout import CHUNK, LANES, TILE, ceil_div
 
 PAIRS = TILE // 2  # column pairs of a block
 PACKED_TILES = 8  # tiles that are packed at once
+SET = 16  # groups whose statistics codes share 48 words (spec 4.3)
+SET_WORDS = 3 * SET
 
 # FIELDS[bits][half][pair] = (word, bit) of the low column's code. Half 0 is row l of lane l, half 1 is row l + 8.
-# Spec table 4.2. For 3 bits, five fields fill bits 0..14 of a half word; the sixteenth field lies in bit 15 of all three.
-SPREAD = 15
+# Spec table 4.2. For 3 bits, five fields fill bits 1..15 of a half word; the sixteenth field lies in bit 0 of all three.
+SPREAD = 0
 FIELDS: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {
-    2: tuple(tuple((i // 4, 8 * h + 2 * (i % 4)) for i in range(PAIRS)) for h in range(2)),
+    2: tuple(tuple((i % 2, 8 * h + 2 * (i // 2)) for i in range(PAIRS)) for h in range(2)),
     3: (
-        ((0, 0), (2, 0), (0, 3), (2, 3), (1, 9), (0, 6), (2, 6), (1, 12)),
-        ((1, 0), (0, SPREAD), (1, 3), (0, 9), (2, 9), (1, 6), (0, 12), (2, 12)),
+        ((0, 1), (1, 1), (0, 4), (1, 4), (0, 7), (1, 7), (0, 10), (1, 10)),
+        ((2, 1), (0, SPREAD), (2, 4), (2, 10), (2, 7), (2, 13), (0, 13), (1, 13)),
     ),
-    4: tuple(tuple((i // 2, 8 * h + 4 * (i % 2)) for i in range(PAIRS)) for h in range(2)),
+    4: tuple(tuple((2 * (i // 4) + i % 2, 8 * h + 4 * (i // 2 % 2)) for i in range(PAIRS)) for h in range(2)),
 }
 
 
-def _padded(codes: npt.NDArray[np.uint8], rows: int, columns: int) -> npt.NDArray[np.uint32]:
-    out = np.zeros((rows, columns), np.uint32)
-    out[: codes.shape[0], : codes.shape[1]] = codes
-    return out
+def is_spread(bits: int, bit: int) -> bool:
+    """True for the one field of 3 bits that lies in bit SPREAD of three words: of the others none is at that bit."""
+    return bits == 3 and bit == SPREAD
+
+
+def to_stored(grid: npt.NDArray[np.generic]) -> npt.NDArray[np.int32]:
+    """Words of 32 bits [tiles, bits, 8, blocks] to int32 [tiles, 8 * bits * blocks], as M.weight has them (spec 4.2)."""
+    tiles, bits, lanes, blocks = grid.shape
+    stored = np.empty((tiles, bits * lanes * blocks), np.int32)
+    _place(grid.view(np.int32), stored)
+    return stored
+
+
+def _place(grid: npt.NDArray[np.int32], stored: npt.NDArray[np.int32]) -> None:
+    tiles, bits, lanes, blocks = grid.shape
+    whole = blocks // CHUNK * CHUNK
+    cut = whole * bits * lanes
+    # tile, word, lane, chunk, b // 4, b % 4
+    chunks = grid[..., :whole].reshape(tiles, bits, lanes, whole // CHUNK, 4, 4)
+    stored[:, :cut] = chunks.transpose(0, 3, 1, 2, 5, 4).reshape(tiles, cut)
+    stored[:, cut:] = grid[..., whole:].reshape(tiles, -1)
+
+
+def to_grid(stored: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.int32]:
+    """The inverse of `to_stored`: int32 [tiles, 8 * bits * blocks] to int32 [tiles, bits, 8, blocks] (spec 4.2)."""
+    tiles, blocks = stored.shape[0], stored.shape[1] // (bits * LANES)
+    whole = blocks // CHUNK * CHUNK
+    cut = whole * bits * LANES
+    grid = np.empty((tiles, bits, LANES, blocks), np.int32)
+    # tile, chunk, word, lane, b % 4, b // 4
+    chunks = stored[:, :cut].reshape(tiles, whole // CHUNK, bits, LANES, 4, 4)
+    grid[..., :whole] = chunks.transpose(0, 2, 3, 1, 5, 4).reshape(tiles, bits, LANES, whole)
+    grid[..., whole:] = stored[:, cut:].reshape(tiles, bits, LANES, blocks - whole)
+    return grid
 
 
 def pack_codes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
-    """Codes uint8 [out, in], each below 2**bits, to words int32 [tile_rows * 8 * bits, blocks] (spec 4.2)."""
+    """Codes uint8 [out, in], each below 2**bits, to words int32 [tile_rows, 8 * bits * blocks] (spec 4.2)."""
     tiles, blocks = ceil_div(codes.shape[0], TILE), ceil_div(codes.shape[1], TILE)
-    words = np.empty((tiles * LANES * bits, blocks), np.int32)
+    words = np.empty((tiles, LANES * bits * blocks), np.int32)
     for tile in range(0, tiles, PACKED_TILES):  # a few at a time, in the processor's cache
-        last = min(tile + PACKED_TILES, tiles)
-        words[tile * LANES * bits : last * LANES * bits] = _pack_tiles(codes[tile * TILE : last * TILE], bits)
+        part = slice(tile, min(tile + PACKED_TILES, tiles))
+        _place(_pack_tiles(codes[part.start * TILE : part.stop * TILE], bits).view(np.int32), words[part])
     return words
 
 
-def _pack_tiles(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
+def _pack_tiles(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint32]:
+    """Codes of a few tiles to their grid."""
     tiles, blocks = ceil_div(codes.shape[0], TILE), ceil_div(codes.shape[1], TILE)
-    # tile, half, lane, block, pair, column parity
-    q = _padded(codes, tiles * TILE, blocks * TILE).reshape(tiles, 2, LANES, blocks, PAIRS, 2)
-    pairs = q[..., 0] | (q[..., 1] << 16)
+    padded = np.zeros((tiles * TILE, blocks * TILE), np.uint8)
+    padded[: codes.shape[0], : codes.shape[1]] = codes
+    # tile, half, lane, block, pair: the even column in the low byte
+    couples = padded.view("<u2").reshape(tiles, 2, LANES, blocks, PAIRS)
+    # half and pair outermost, so that all that follows runs along whole lanes
+    pairs = couples.transpose(1, 4, 0, 2, 3).astype(np.uint32, order="C")
+    pairs |= pairs << np.uint32(8)
+    pairs &= np.uint32(0x00FF00FF)
     words = np.zeros((tiles, bits, LANES, blocks), np.uint32)
     for half, table in enumerate(FIELDS[bits]):
         for pair, (word, bit) in enumerate(table):
-            value = pairs[:, half, :, :, pair]
-            if bit == SPREAD:
+            value = pairs[half, pair]
+            if is_spread(bits, bit):
                 for k in range(3):
-                    words[:, k] |= ((value >> k) & 0x00010001) << 15
+                    words[:, k] |= ((value >> np.uint32(k)) & np.uint32(0x00010001)) << np.uint32(SPREAD)
             else:
-                words[:, word] |= value << bit
-    return words.reshape(tiles * bits * LANES, blocks).view(np.int32)
+                words[:, word] |= value << np.uint32(bit)
+    return words
 
 
 def unpack_codes(words: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.uint8]:
-    """Words int32 [tile_rows * 8 * bits, blocks] to codes uint8 [tile_rows * 16, blocks * 16], padding included (spec 4.2)."""
-    blocks = words.shape[1]
-    tiles = words.shape[0] // (bits * LANES)
-    w = np.ascontiguousarray(words).view(np.uint32).reshape(tiles, bits, LANES, blocks)
+    """Words int32 [tile_rows, 8 * bits * blocks] to codes uint8 [tile_rows * 16, blocks * 16], padding included
+    (spec 4.2)."""
+    tiles, blocks = words.shape[0], words.shape[1] // (bits * LANES)
+    codes = np.empty((tiles * TILE, blocks * TILE), np.uint8)
+    for tile in range(0, tiles, PACKED_TILES):
+        part = slice(tile, min(tile + PACKED_TILES, tiles))
+        _unpack_tiles(to_grid(words[part], bits), codes[part.start * TILE : part.stop * TILE])
+    return codes
+
+
+def _unpack_tiles(grid: npt.NDArray[np.int32], codes: npt.NDArray[np.uint8]) -> None:
+    """The grid of a few tiles to their codes, all of them."""
+    tiles, bits, _, blocks = grid.shape
+    w = grid.view(np.uint32)
     mask = np.uint32((2**bits - 1) * 0x00010001)
-    q = np.empty((tiles, 2, LANES, blocks, PAIRS, 2), np.uint8)
+    couples = codes.view("<u2").reshape(tiles, 2, LANES, blocks, PAIRS)  # tile, half, lane, block, pair
     for half, table in enumerate(FIELDS[bits]):
         for pair, (word, bit) in enumerate(table):
-            value = (w[:, word] >> bit) & mask
-            if bit == SPREAD:
-                value = sum(((w[:, k] >> 15) & 0x00010001) << k for k in range(3))
-            q[:, half, :, :, pair, 0] = value & 0xFF
-            q[:, half, :, :, pair, 1] = value >> 16
-    return q.reshape(tiles * TILE, blocks * TILE)
+            if is_spread(bits, bit):
+                value = sum(((w[:, k] >> np.uint32(SPREAD)) & np.uint32(0x00010001)) << np.uint32(k) for k in range(3))
+            else:
+                value = (w[:, word] >> np.uint32(bit)) & mask
+            couples[:, half, :, :, pair] = value | value >> np.uint32(8)  # cut to 16 bits: one code a byte
 
 
 def pack_stat_codes(scale_codes: npt.NDArray[np.uint8], zero_codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
-    """3-bit codes uint8 [out, groups] of scales and zeros to words int32 [tile_rows * 3, groups] (spec 4.3).
-
-    A tile's 96 bits hold 12 bits a lane: scale and zero code of row l, then of row l + 8.
-    """
+    """3-bit codes uint8 [out, groups] of scales and zeros to words int32 [tile_rows, 3 * groups] (spec 4.3)."""
     groups = scale_codes.shape[1]
     tiles = ceil_div(scale_codes.shape[0], TILE)
-    sq = _padded(scale_codes, tiles * TILE, groups).reshape(tiles, 2, LANES, groups)
-    zq = _padded(zero_codes, tiles * TILE, groups).reshape(tiles, 2, LANES, groups)
-    lanes = (sq[:, 0] | zq[:, 0] << 3 | sq[:, 1] << 6 | zq[:, 1] << 9).astype(np.uint64)
-    words = np.zeros((tiles, 3, groups), np.uint64)
+    sq, zq = np.zeros((2, tiles * TILE, groups), np.uint16)
+    sq[: len(scale_codes)], zq[: len(zero_codes)] = scale_codes, zero_codes
+    sq, zq = (x.reshape(tiles, 2, LANES, groups) for x in (sq, zq))
+    # v[tile, lane, group]: the 12 bits of two rows
+    v = (sq[:, 0] | zq[:, 0] << 3 | sq[:, 1] << 6 | zq[:, 1] << 9).astype(np.uint32)
+
+    sets = groups // SET
+    words = np.empty((tiles, 3 * groups), np.uint32)
+    # tile, set, lane, quarter p, (half of the set, group of the pair)
+    q = v[..., : SET * sets].reshape(tiles, LANES, sets, 2, 4, 2).transpose(0, 2, 1, 4, 3, 5)
+    found = np.empty((tiles, sets, SET_WORDS), np.uint32)
+    full = q[..., 0, 0] | q[..., 0, 1] << 12 | q[..., 1, 0] << 24  # of the last, the low 8 bits stay
+    found[..., :32] = full.reshape(tiles, sets, 32)
+    rest = (q[..., 1, 0] >> 8 | q[..., 1, 1] << 4).reshape(tiles, sets, 16, 2)
+    found[..., 32:] = rest[..., 0] | rest[..., 1] << 16
+    words[:, : SET_WORDS * sets] = found.reshape(tiles, -1)
+
+    tail = np.zeros((tiles, 3, groups - SET * sets), np.uint32)
     for lane in range(LANES):
         word, bit = divmod(12 * lane, 32)
-        value = lanes[:, lane] << np.uint64(bit)
-        words[:, word] |= value & np.uint64(0xFFFFFFFF)
+        value = v[:, lane, SET * sets :]
+        tail[:, word] |= value << np.uint32(bit)
         if bit > 20:
-            words[:, word + 1] |= value >> np.uint64(32)
-    return words.astype(np.uint32).reshape(tiles * 3, groups).view(np.int32)
+            tail[:, word + 1] |= value >> np.uint32(32 - bit)
+    words[:, SET_WORDS * sets :] = tail.reshape(tiles, -1)
+    return words.view(np.int32)
 
 
 def unpack_stat_codes(words: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Words int32 [tile_rows * 3, groups] to scale and zero codes, each uint8 [tile_rows * 16, groups] (spec 4.3)."""
-    groups = words.shape[1]
-    w = np.ascontiguousarray(words).view(np.uint32).reshape(-1, 3, groups).astype(np.uint64)
-    tiles = w.shape[0]
-    codes = np.empty((2, tiles, 2, LANES, groups), np.uint8)  # scale or zero, tile, half, lane, group
+    """Words int32 [tile_rows, 3 * groups] to scale and zero codes, each uint8 [tile_rows * 16, groups] (spec 4.3)."""
+    tiles, groups = words.shape[0], words.shape[1] // 3
+    sets = groups // SET
+    w = np.ascontiguousarray(words).view(np.uint32)
+    v = np.empty((tiles, LANES, groups), np.uint16)  # of what is written, 12 bits count
+
+    full = w[:, : SET_WORDS * sets].reshape(tiles, sets, SET_WORDS)
+    first = full[..., :32].reshape(tiles, sets, LANES, 4)
+    rest = np.empty((tiles, sets, 16, 2), np.uint32)
+    rest[..., 0], rest[..., 1] = full[..., 32:] & 0xFFFF, full[..., 32:] >> 16
+    rest = rest.reshape(tiles, sets, LANES, 4)
+    parts = np.empty((tiles, LANES, sets, 2, 4, 2), np.uint16)
+    for half, last, value in (
+        (0, 0, first),
+        (0, 1, first >> 12),
+        (1, 0, first >> 24 | rest << 8),
+        (1, 1, rest >> 4),
+    ):
+        parts[:, :, :, half, :, last] = value.transpose(0, 2, 1, 3)
+    v[..., : SET * sets] = parts.reshape(tiles, LANES, -1)
+
+    tail = w[:, SET_WORDS * sets :].reshape(tiles, 3, -1)
     for lane in range(LANES):
         word, bit = divmod(12 * lane, 32)
-        value = w[:, word] >> np.uint64(bit)
+        value = tail[:, word] >> np.uint32(bit)
         if bit > 20:
-            value |= w[:, word + 1] << np.uint64(32 - bit)
+            value |= tail[:, word + 1] << np.uint32(32 - bit)
+        v[:, lane, SET * sets :] = value
+
+    codes = np.empty((2, tiles, 2, LANES, groups), np.uint8)  # scale or zero, tile, half, lane, group
+    for kind in range(2):
         for half in range(2):
-            codes[0, :, half, lane] = (value >> np.uint64(6 * half)) & np.uint64(7)
-            codes[1, :, half, lane] = (value >> np.uint64(6 * half + 3)) & np.uint64(7)
+            codes[kind, :, half] = (v >> np.uint16(6 * half + 3 * kind)) & np.uint16(7)
     scale_codes, zero_codes = codes.reshape(2, tiles * TILE, groups)
     return scale_codes, zero_codes

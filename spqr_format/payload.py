@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SpqrError
-from .layout import TILE, Layout
-from .packing import pack_codes, pack_stat_codes
+from .layout import CHUNK, TILE, Layout
+from .packing import SET, pack_codes, pack_stat_codes
 
 Array = npt.NDArray[np.generic]
 BLOCK = 2**18  # elements that are looked at at a time
@@ -139,48 +139,55 @@ def _padding(layout: Layout, tensors: Mapping[str, Tensor], where: str) -> Itera
     weight, name = tensors["weight"], f"{where}.weight"
     found: list[SpqrError] = []
     if rows:
-        mask = pack_codes(padded_row * most, layout.weight_bits)
-        found += _masked_rows(weight, mask[:, 0].view(np.uint32), name)
+        # one chunk, which the full ones repeat, and the tail
+        full, tail = (
+            pack_codes(np.tile(padded_row * most, blocks), layout.weight_bits) for blocks in (CHUNK, layout.blocks % CHUNK)
+        )
+        found += _masked_last_row(weight, full, tail, name)
     if columns and not found:
-        mask = pack_codes(padded_column * most, layout.weight_bits)
-        found += _masked_last_column(weight, mask[:, 0].view(np.uint32), name)
+        found += _masked_last_block(weight, pack_codes(padded_column * most, layout.weight_bits)[0].view(np.uint32), layout, name)
     yield from found
     if rows and layout.statistics == "bilevel":
-        codes = padded_row[:, :1] * np.uint8(7)
-        mask = pack_stat_codes(codes, codes)
-        yield from _masked_rows(tensors["stat_codes"], mask[:, 0].view(np.uint32), f"{where}.stat_codes")
+        codes = padded_row * np.uint8(7)
+        full, tail = (pack_stat_codes(part, part) for part in (codes, codes[:, : layout.groups % SET]))
+        yield from _masked_last_row(tensors["stat_codes"], full, tail, f"{where}.stat_codes")
 
 
-def _masked_rows(tensor: Tensor, mask: npt.NDArray[np.uint32], where: str) -> Iterator[SpqrError]:
-    """The last `len(mask)` rows of the tensor, row k under mask[k]: the padded rows of the last tile."""
+def _masked_last_row(
+    tensor: Tensor, full: npt.NDArray[np.int32], tail: npt.NDArray[np.int32], where: str
+) -> Iterator[SpqrError]:
+    """The last row of the tensor under the mask `full` again and again, at its end under `tail`: padded rows of the last tile."""
     height, width = tensor.shape
-    for k in np.flatnonzero(mask):
-        row = height - len(mask) + int(k)
-        for start, block in _blocks(tensor, row * width, (row + 1) * width):
-            bad = block.view(np.uint32) & mask[k]
-            if bad.any():
-                place = int((bad != 0).argmax())
-                yield _dirty(where, tensor, start + place, block[place], mask[k], "rows")
-                return
-
-
-def _masked_last_column(tensor: Tensor, mask: npt.NDArray[np.uint32], where: str) -> Iterator[SpqrError]:
-    """The last column of the tensor, its row k under mask[k % len(mask)]: the padded columns of every tile."""
-    height, width = tensor.shape
-    step = max(1, BLOCK // width // len(mask)) * len(mask)  # whole tiles
-    for first in range(0, height, step):
-        rows = range(first, min(first + step, height))
-        if width > 2048:  # then one word a row costs less than the whole row
-            words = np.concatenate([tensor.flat((row + 1) * width - 1, (row + 1) * width) for row in rows])
-        else:
-            words = tensor.flat(first * width, rows.stop * width).reshape(-1, width)[:, -1]
-        words = np.ascontiguousarray(words).view(np.uint32)
-        masks = np.tile(mask, len(rows) // len(mask))
-        bad = words & masks
+    start, cut, end = (height - 1) * width, height * width - tail.size, height * width
+    masks = np.tile(full.reshape(-1), max(1, min(BLOCK, width) // full.size)).view(np.uint32)
+    pieces = [(begin, min(begin + masks.size, cut), masks) for begin in range(start, cut, masks.size)]
+    for begin, last, mask in (*pieces, (cut, end, tail.reshape(-1).view(np.uint32))):
+        words = np.ascontiguousarray(tensor.flat(begin, last)).view(np.uint32)
+        bad = words & mask[: words.size]
         if bad.any():
             place = int((bad != 0).argmax())
-            flat = (first + place + 1) * width - 1
-            yield _dirty(where, tensor, flat, words[place], masks[place], "columns")
+            yield _dirty(where, tensor, begin + place, words[place], mask[place], "rows")
+            return
+
+
+def _masked_last_block(tensor: Tensor, mask: npt.NDArray[np.uint32], layout: Layout, where: str) -> Iterator[SpqrError]:
+    """The words of every tile's last column block, word k of lane l under mask[8 k + l]: padded columns."""
+    height, width = tensor.shape
+    blocks = layout.blocks % CHUNK or CHUNK  # of the last chunk; its last block stands last of each lane's, full or not
+    size = blocks * len(mask)
+    step = max(1, BLOCK // width)
+    for first in range(0, height, step):
+        last = min(first + step, height)
+        if step > 1:
+            ends = tensor.flat(first * width, last * width).reshape(-1, width)[:, width - size :]
+        else:  # one read of a few words, whatever the width
+            ends = tensor.flat(last * width - size, last * width)[None]
+        words = np.ascontiguousarray(ends[:, blocks - 1 :: blocks]).view(np.uint32)
+        bad = words & mask
+        if bad.any():
+            tile, place = divmod(int((bad != 0).reshape(-1).argmax()), len(mask))
+            flat = (first + tile + 1) * width - size + (place + 1) * blocks - 1
+            yield _dirty(where, tensor, flat, words[tile, place], mask[place], "columns")
             return
 
 

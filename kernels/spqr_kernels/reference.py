@@ -7,29 +7,42 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spqr_format.layout import LANES, TILE, Layout
-from spqr_format.packing import FIELDS, PAIRS, SPREAD
+from spqr_format.layout import CHUNK, LANES, TILE, Layout
+from spqr_format.packing import FIELDS, PAIRS, SET, SET_WORDS, SPREAD, is_spread
 
 _PIECE = 1 << 20  # weights that are decoded at a time: 4 MB in float32
 
 
 def _stays(bit: int, bits: int) -> bool:
     """True for a field that is masked where it lies; at bit 15 of a half it would meet the sign of int16."""
-    return bit != SPREAD and bit + bits <= 15
+    return not is_spread(bits, bit) and bit + bits <= 15
+
+
+def to_grid(words: Tensor, bits: int) -> Tensor:
+    """int32 [tile_rows, 8 * bits * blocks], as stored, to int32 [tile_rows, bits, 8, blocks] (spec 4.2)."""
+    tiles, blocks = words.shape[0], words.shape[1] // (bits * LANES)
+    chunks, tail = divmod(blocks, CHUNK)
+    full, rest = words.split([chunks * CHUNK * bits * LANES, tail * bits * LANES], dim=1)
+    grid = torch.empty(tiles, bits, LANES, blocks, dtype=torch.int32, device=words.device)
+    # tile, chunk, word, lane, b % 4, b // 4
+    ordered = full.unflatten(1, (chunks, bits, LANES, 4, 4)).permute(0, 2, 3, 1, 5, 4)
+    grid[..., : chunks * CHUNK].unflatten(-1, (chunks, 4, 4)).copy_(ordered)
+    grid[..., chunks * CHUNK :].copy_(rest.unflatten(1, (bits, LANES, tail)))
+    return grid
 
 
 def unpack_codes(words: Tensor, bits: int) -> Tensor:
-    """int32 [tile_rows * 8 * bits, blocks] to codes int16 [tile_rows * 16, blocks * 16], each still shifted left by its bit
+    """int32 [tile_rows, 8 * bits * blocks] to codes int16 [tile_rows * 16, blocks * 16], each still shifted left by its bit
     position; `positions` undoes it (spec 4.2). A masked word is a pair of neighbouring columns already."""
-    blocks = words.shape[1]
-    w = words.view(-1, bits, LANES, blocks)
+    w = to_grid(words, bits)
+    blocks = w.shape[3]
     pairs = torch.empty(w.shape[0], 2, LANES, blocks, PAIRS, dtype=torch.int32, device=words.device)
     mask = (2**bits - 1) * 0x00010001
     for half, table in enumerate(FIELDS[bits]):
         for pair, (word, bit) in enumerate(table):
             out = pairs[:, half, :, :, pair]
-            if bit == SPREAD:
-                bits_of = [((w[:, k] >> 15) & 0x00010001) << k for k in range(3)]
+            if is_spread(bits, bit):
+                bits_of = [((w[:, k] >> SPREAD) & 0x00010001) << k for k in range(3)]
                 out.copy_(bits_of[0] | bits_of[1] | bits_of[2])
             elif _stays(bit, bits):
                 torch.bitwise_and(w[:, word], mask << bit, out=out)
@@ -48,19 +61,29 @@ def positions(bits: int, device: torch.device) -> Tensor:
 
 
 def unpack_stat_codes(words: Tensor) -> tuple[Tensor, Tensor]:
-    """int32 [tile_rows * 3, groups] to scale and zero codes, each uint8 [tile_rows * 16, groups] (spec 4.3)."""
-    groups = words.shape[1]
-    w = words.view(-1, 3, groups).to(torch.int64) & 0xFFFFFFFF
-    codes = torch.empty(2, w.shape[0], 2, LANES, groups, dtype=torch.uint8, device=words.device)
+    """int32 [tile_rows, 3 * groups] to scale and zero codes, each uint8 [tile_rows * 16, groups] (spec 4.3)."""
+    tiles, groups = words.shape[0], words.shape[1] // 3
+    sets, tail = divmod(groups, SET)
+    full, rest = words.split([sets * SET_WORDS, 3 * tail], dim=1)
+    # v: the 12 bits of rows l and l + 8 of a lane, with others above them
+    v = torch.empty(tiles, LANES, groups, dtype=torch.int32, device=words.device)
+    full = full.unflatten(1, (sets, SET_WORDS))
+    first = full[..., :32].unflatten(2, (LANES, 4))
+    halves = torch.stack([full[..., 32:] & 0xFFFF, full[..., 32:] >> 16], dim=-1).flatten(2).unflatten(2, (LANES, 4))
+    low = torch.stack([first, first >> 12], dim=-1)  # tile, set, lane, pair of groups, group
+    high = torch.stack([(first >> 24) & 0xFF | halves << 8, halves >> 4], dim=-1)
+    in_sets = torch.stack([low, high], dim=3).permute(0, 2, 1, 3, 4, 5)
+    v[..., : sets * SET].unflatten(-1, (sets, 2, 4, 2)).copy_(in_sets)
     for lane in range(LANES):
         word, bit = divmod(12 * lane, 32)
+        w = rest.unflatten(1, (3, tail))
         value = w[:, word] >> bit
         if bit > 20:
-            value = value | (w[:, word + 1] << (32 - bit))
-        for half in range(2):
-            codes[0, :, half, lane] = (value >> (6 * half)) & 7
-            codes[1, :, half, lane] = (value >> (6 * half + 3)) & 7
-    scale_codes, zero_codes = codes.view(2, -1, groups)
+            value = value & ((1 << (32 - bit)) - 1) | w[:, word + 1] << (32 - bit)
+        v[:, lane, sets * SET :] = value
+    codes = torch.stack([v & 7, (v >> 3) & 7, (v >> 6) & 7, (v >> 9) & 7]).to(torch.uint8)
+    codes = codes.view(2, 2, tiles, LANES, groups).permute(1, 2, 0, 3, 4)  # scale or zero, tile, half, lane, group
+    scale_codes, zero_codes = codes.reshape(2, -1, groups)
     return scale_codes, zero_codes
 
 
@@ -102,11 +125,10 @@ def rows_of(tensors: Mapping[str, Tensor], layout: Layout, first: int, last: int
 
     Reads two of the row pointers, which on a GPU waits for it.
     """
-    bits = layout.weight_bits
     rows = slice(first * TILE, min(last * TILE, layout.out_features))
-    part = {"weight": tensors["weight"][first * LANES * bits : last * LANES * bits]}
+    part = {"weight": tensors["weight"][first:last]}
     if layout.statistics == "bilevel":
-        part["stat_codes"] = tensors["stat_codes"][first * 3 : last * 3]
+        part["stat_codes"] = tensors["stat_codes"][first:last]
         part["tile_stats"] = tensors["tile_stats"][first:last]
     else:
         part |= {leaf: tensors[leaf][rows] for leaf in ("group_sc", "group_zp")}

@@ -9,27 +9,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spqr_format import Layout, SpqrError, SpqrMatrix
-from spqr_format.packing import FIELDS, SPREAD, pack_codes, pack_stat_codes, unpack_codes, unpack_stat_codes
+from spqr_format.packing import FIELDS, SPREAD, pack_codes, pack_stat_codes, to_grid, to_stored, unpack_codes, unpack_stat_codes
 
 shapes = st.tuples(st.integers(1, 50), st.integers(1, 70))
+wide = st.tuples(st.integers(1, 34), st.sampled_from([240, 241, 255, 256, 257, 272, 500, 512, 513, 528 + 32, 768]))
 
 
 def bits_of_code(bits: int, row: int, column: int) -> list[tuple[int, int]]:
     """(word, bit) of every bit of a code, from the table of spec 4.2."""
     high = 16 * (column % 2)
     word, bit = FIELDS[bits][row // 8][column // 2]
-    if bit == SPREAD:
-        return [(k, 15 + high) for k in range(3)]
+    if bits == 3 and bit == SPREAD:
+        return [(k, high) for k in range(3)]
     return [(word, bit + high + k) for k in range(bits)]
+
+
+def column_of_word(bits: int, blocks: int, block: int, lane: int, k: int) -> int:
+    """Where in its tile's row of M.weight a word stands, by spec 4.2."""
+    chunks, tail = blocks // 16, blocks % 16
+    if block < 16 * chunks:
+        b = block % 16
+        return block // 16 * 128 * bits + k * 128 + lane * 16 + (b % 4) * 4 + b // 4
+    return chunks * 128 * bits + (k * 8 + lane) * tail + block - 16 * chunks
 
 
 def slow_pack(codes: np.ndarray, bits: int) -> np.ndarray:
     tiles, blocks = -(-codes.shape[0] // 16), -(-codes.shape[1] // 16)
-    words = [[0] * blocks for _ in range(tiles * bits * 8)]
+    words = [[0] * (8 * bits * blocks) for _ in range(tiles)]
     for r, row in enumerate(codes.tolist()):
         for c, code in enumerate(row):
             for k, (word, bit) in enumerate(bits_of_code(bits, r % 16, c % 16)):
-                words[(r // 16 * bits + word) * 8 + r % 8][c // 16] |= (code >> k & 1) << bit
+                words[r // 16][column_of_word(bits, blocks, c // 16, r % 8, word)] |= (code >> k & 1) << bit
     return np.array(words, np.uint32)
 
 
@@ -39,7 +49,32 @@ def test_every_bit_of_a_lane_is_used_once(bits):
     assert sorted(places) == [(word, bit) for word in range(bits) for bit in range(32)]
 
 
-@given(shape=shapes, bits=st.sampled_from([2, 3, 4]), seed=st.integers(0, 2**32))
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_neighbouring_pairs_lie_at_one_position(bits):
+    """But for one shift of the word, which kernels share between the fields of a word."""
+    shift = {2: 8, 3: 6, 4: 8}[bits]
+    for table in FIELDS[bits]:
+        for first, second in zip(table[::2], table[1::2], strict=True):
+            assert (bits == 3 and SPREAD in (first[1], second[1])) or (first[1] - second[1]) % shift == 0
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 15, 16, 17, 31, 32, 35, 48])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_word_stands_once(bits, blocks):
+    places = [
+        column_of_word(bits, blocks, block, lane, k) for block in range(blocks) for lane in range(8) for k in range(bits)
+    ]
+    assert sorted(places) == list(range(8 * bits * blocks))
+    grid = np.arange(2 * len(places), dtype=np.int32).reshape(2, bits, 8, blocks)
+    stored = to_stored(grid)
+    assert np.array_equal(to_grid(stored, bits), grid)
+    for block in range(blocks):
+        for lane in range(8):
+            for k in range(bits):
+                assert stored[1, column_of_word(bits, blocks, block, lane, k)] == grid[1, k, lane, block]
+
+
+@given(shape=shapes | wide, bits=st.sampled_from([2, 3, 4]), seed=st.integers(0, 2**32))
 @settings(max_examples=150, deadline=None)
 def test_codes_lie_where_the_spec_says(shape, bits, seed):
     codes = np.random.default_rng(seed).integers(0, 2**bits, shape, dtype=np.uint8)
@@ -51,30 +86,92 @@ def test_codes_lie_where_the_spec_says(shape, bits, seed):
     assert np.array_equal(reference_decoder.unpack_codes(words.view(np.uint32), bits), unpacked)
 
 
-@given(bits=st.sampled_from([2, 3, 4]), tiles=st.integers(1, 3), blocks=st.integers(1, 3), seed=st.integers(0, 2**32))
+@given(row=st.integers(0, 39), column=st.integers(0, 599), bits=st.sampled_from([2, 3, 4]), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_single_code_sets_its_own_bits(row, column, bits, data):
+    """40 x 600: two full chunks and a tail of 6 blocks."""
+    code = data.draw(st.integers(1, 2**bits - 1))
+    codes = np.zeros((40, 600), np.uint8)
+    codes[row, column] = code
+    expected = {}
+    for k, (word, bit) in enumerate(bits_of_code(bits, row % 16, column % 16)):
+        place = row // 16, column_of_word(bits, 38, column // 16, row % 8, word)
+        expected[place] = expected.get(place, 0) | (code >> k & 1) << bit
+    words = pack_codes(codes, bits).view(np.uint32)
+    assert {(int(t), int(c)): int(words[t, c]) for t, c in np.argwhere(words)} == {k: v for k, v in expected.items() if v}
+
+
+@given(bits=st.sampled_from([2, 3, 4]), tiles=st.integers(1, 3), blocks=st.integers(1, 36), seed=st.integers(0, 2**32))
 @settings(max_examples=100, deadline=None)
 def test_any_words_are_codes(bits, tiles, blocks, seed):
-    words = np.random.default_rng(seed).integers(-(2**31), 2**31, (tiles * bits * 8, blocks), dtype=np.int32)
+    words = np.random.default_rng(seed).integers(-(2**31), 2**31, (tiles, 8 * bits * blocks), dtype=np.int32)
     assert np.array_equal(pack_codes(unpack_codes(words, bits), bits), words)
 
 
-@given(rows=st.integers(1, 50), groups=st.integers(1, 9), seed=st.integers(0, 2**32))
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_rows_and_columns_are_cut_where_the_spec_says(bits):
+    """Whole tiles and whole chunks of a matrix are runs of rows and columns of its words."""
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (80, 1000), dtype=np.uint8)
+    words = pack_codes(codes, bits)
+    assert np.array_equal(pack_codes(codes[32:64], bits), words[2:4])
+    for first, last in ((0, 256), (256, 768), (512, 1000), (768, 1000)):
+        begin, end = (8 * bits * -(-column // 16) for column in (first, last))
+        assert np.array_equal(pack_codes(codes[:, first:last], bits), words[:, begin:end])
+    sq, zq = np.random.default_rng(0).integers(0, 8, (2, 80, 60), dtype=np.uint8)
+    stats = pack_stat_codes(sq, zq)
+    assert np.array_equal(pack_stat_codes(sq[16:48], zq[16:48]), stats[1:3])
+    for first, last in ((0, 16), (16, 48), (32, 60), (48, 60)):
+        assert np.array_equal(pack_stat_codes(sq[:, first:last], zq[:, first:last]), stats[:, 3 * first : 3 * last])
+
+
+def places_of_statistics(groups: int, lane: int, group: int) -> list[tuple[int, int]]:
+    """(column of M.stat_codes, bit) of each of the 12 bits of a lane and group, by spec 4.3."""
+    sets = groups // 16
+    if group >= 16 * sets:
+        n, r = groups % 16, group % 16
+        return [(48 * sets + bit // 32 * n + r, bit % 32) for bit in range(12 * lane, 12 * lane + 12)]
+    start, p, r = 48 * (group // 16), group % 8 // 2, group % 16
+    i = 4 * lane + p
+    half = [(start + 32 + i // 2, 16 * (i % 2) + k) for k in range(16)]
+    if r < 8:
+        return [(start + i, 12 * (r % 2) + k) for k in range(12)]
+    return [(start + i, 24 + k) for k in range(8)] + half[:4] if r % 2 == 0 else half[4:]
+
+
+@pytest.mark.parametrize("groups", [1, 5, 15, 16, 17, 31, 32, 33])
+def test_every_bit_of_the_statistics_is_used_once(groups):
+    places = [place for lane in range(8) for group in range(groups) for place in places_of_statistics(groups, lane, group)]
+    assert sorted(places) == [(column, bit) for column in range(3 * groups) for bit in range(32)]
+
+
+@given(rows=st.integers(1, 50), groups=st.integers(1, 9) | st.sampled_from([15, 16, 17, 32, 33, 47]),
+       seed=st.integers(0, 2**32))  # fmt: skip
 @settings(max_examples=150, deadline=None)
 def test_statistics_codes_lie_where_the_spec_says(rows, groups, seed):
     rng = np.random.default_rng(seed)
     sq, zq = rng.integers(0, 8, (2, rows, groups), dtype=np.uint8)
     words = pack_stat_codes(sq, zq)
-    for tile in range(-(-rows // 16)):
+    expected = [[0] * (3 * groups) for _ in range(-(-rows // 16))]
+    for row in range(rows):
         for group in range(groups):
-            number = 0
-            for row in range(16 * tile, min(16 * tile + 16, rows)):
-                base = 12 * (row % 8) + 6 * (row % 16 // 8)
-                number |= int(sq[row, group]) << base | int(zq[row, group]) << (base + 3)
-            found = [int(word) for word in words.view(np.uint32)[3 * tile : 3 * tile + 3, group]]
-            assert found == [number >> 32 * k & 0xFFFFFFFF for k in range(3)]
+            places = places_of_statistics(groups, row % 8, group)[6 * (row % 16 // 8) :]
+            number = int(sq[row, group]) | int(zq[row, group]) << 3
+            for k in range(6):
+                column, bit = places[k]
+                expected[row // 16][column] |= (number >> k & 1) << bit
+    assert words.view(np.uint32).tolist() == expected
     for got, want in zip(unpack_stat_codes(words), (sq, zq), strict=True):
         assert np.array_equal(got[:rows], want)
         assert not got[rows:].any()
+    for got, want in zip(reference_decoder.unpack_stat_codes(words.view(np.uint32)), (sq, zq), strict=True):
+        assert np.array_equal(got[:rows], want)
+
+
+@given(tiles=st.integers(1, 3), groups=st.integers(1, 40), seed=st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_any_words_are_statistics_codes(tiles, groups, seed):
+    words = np.random.default_rng(seed).integers(-(2**31), 2**31, (tiles, 3 * groups), dtype=np.int32)
+    assert np.array_equal(pack_stat_codes(*unpack_stat_codes(words)), words)
 
 
 def check_round_trip(matrix: SpqrMatrix) -> None:
@@ -92,7 +189,7 @@ def check_round_trip(matrix: SpqrMatrix) -> None:
     assert np.array_equal(reference_decoder.decode(raw, layout.as_dict(), "m").view(np.uint32), weight.view(np.uint32))
 
 
-@given(shape=shapes, bits=st.sampled_from([2, 3, 4]), group=st.sampled_from([16, 32, 64, 128]),
+@given(shape=shapes | wide, bits=st.sampled_from([2, 3, 4]), group=st.sampled_from([16, 32, 64, 128]),
        share=st.sampled_from([0, 0.1, 1]), statistics=st.sampled_from(["bilevel", "direct"]), permuted=st.booleans(),
        seed=st.integers(0, 2**32))  # fmt: skip
 @settings(max_examples=400, deadline=None)

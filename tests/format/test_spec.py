@@ -12,7 +12,7 @@ import pytest
 
 import spqr_format
 from spqr_format import CODES, header, layout, metadata
-from spqr_format.packing import FIELDS, SPREAD, pack_codes, pack_stat_codes
+from spqr_format.packing import FIELDS, SPREAD, pack_codes, pack_stat_codes, to_grid
 
 PACKAGE = Path(spqr_format.__file__).parent
 
@@ -58,7 +58,23 @@ def test_worked_examples(page):
         assert pack_codes(q, bits).view(np.uint32).reshape(bits, 8).tolist() == words(page, f"spqr-weight-{bits}")
     rows = np.arange(16)[:, None]
     packed = pack_stat_codes(((3 * rows + 1) % 8).astype(np.uint8), ((5 * rows * rows + 2) % 8).astype(np.uint8))
-    assert packed.view(np.uint32)[:, 0].tolist() == words(page, "spqr-stats")[0]
+    assert packed.view(np.uint32)[0].tolist() == words(page, "spqr-stats")[0]
+
+
+def test_worked_examples_with_a_chunk_and_a_tail(page):
+    assert "q[r][c] = (r * r + 3 * c + (r * c) // 4 + c // 16) mod 4" in page
+    assert "sq[r][g] = (3 * r + 1 + g) mod 8 and zq[r][g] = (5 * r * r + 2 + 3 * g) mod 8" in page
+    r, c = np.indices((16, 288))
+    packed = pack_codes(((r * r + 3 * c + (r * c) // 4 + c // 16) % 4).astype(np.uint8), 2)
+    (example,) = re.findall(r"```spqr-weight-chunk\n(.+?)```", page, re.DOTALL)
+    lines = [line.split() for line in example.strip().splitlines()]
+    assert len(lines) == 12
+    for line in lines:
+        column, block, lane, k = map(int, line[:4])
+        assert packed.view(np.uint32)[0, column] == int(line[4], 16) == to_grid(packed, 2).view(np.uint32)[0, k, lane, block]
+    r, g = np.indices((16, 18))
+    packed = pack_stat_codes(((3 * r + 1 + g) % 8).astype(np.uint8), ((5 * r * r + 2 + 3 * g) % 8).astype(np.uint8))
+    assert packed.view(np.uint32)[0].tolist() == [word for line in words(page, "spqr-stats-set") for word in line]
 
 
 def test_worked_numbers_of_the_decoding(page):
