@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from spqr_format.layout import TILE, Layout
-from spqr_format.packing import FIELDS, PAIRS, SPREAD
+from spqr_format.packing import FIELDS, PAIRS, is_spread
 
 from . import ptx
 from .lanes import index, load1, load2, load4, row_of_words
@@ -39,8 +39,8 @@ def positions(bits: int, bfloat: bool) -> tuple[int, ...]:
     found = []
     for half in range(2):
         for _, bit in FIELDS[bits][half]:
-            found.append(0 if bit == SPREAD else next(bit - d for d in drops if bit >= d and bit - d + bits <= top))
-    assert found[:PAIRS] == found[PAIRS:]  # rows l and l + 8 lie in the registers of one accumulator
+            found.append(0 if is_spread(bits, bit) else next(bit - d for d in drops if bit >= d and bit - d + bits <= top))
+    # rows l and l + 8 lie in the registers of one accumulator, so the former's places are those of both
     return tuple(found[:PAIRS])
 
 
@@ -49,7 +49,7 @@ _PLACES = {bits + BF16 * bf: positions(bits, bool(bf)) for bits in (2, 3, 4) for
 _FIELD = {
     (flavor * 2 + half) * 8 + pair: (
         word,
-        -1 if bit == SPREAD else bit - place,
+        -1 if is_spread(flavor % BF16, bit) else bit - place,
         (2 ** (flavor % BF16) - 1) * 0x00010001 << place,
     )
     for flavor, places in _PLACES.items()

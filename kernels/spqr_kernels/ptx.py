@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 
-from spqr_format.packing import FIELDS, PAIRS, SPREAD
+from spqr_format.packing import FIELDS, PAIRS, SPREAD, is_spread
 
 
 def _magic(bits: int, shift: int) -> tuple[int, int]:
@@ -22,6 +22,17 @@ def _magic(bits: int, shift: int) -> tuple[int, int]:
 def _half2(value: float) -> int:
     (raw,) = struct.unpack("<H", struct.pack("<e", value))
     return raw << 16 | raw
+
+
+# e: a pair of codes of which bit k is bit 0 of word k, in either half. A multiply-add is one instruction, a shift and an or two.
+assert SPREAD == 0
+_SPREAD_CODE = [
+    "and.b32 e, $16, 0x00010001;",
+    "and.b32 u, $17, 0x00010001;",
+    "mad.lo.u32 e, u, 2, e;",
+    "and.b32 u, $18, 0x00010001;",
+    "mad.lo.u32 e, u, 4, e;",
+]
 
 
 def dequantize_lane(bits: int) -> str:
@@ -41,11 +52,8 @@ def dequantize_lane(bits: int) -> str:
     for half in range(2):
         for pair in range(PAIRS):
             word, bit = FIELDS[bits][half][pair]
-            if bit == SPREAD:
-                # bit k of the code is bit 15 of word k, in either half
-                lines += ["shr.u32 e, $16, 15;", "and.b32 e, e, 0x00010001;"]
-                lines += ["shr.u32 u, $17, 14;", "lop3.b32 e, u, 0x00020002, e, 0xEA;"]
-                lines += ["shr.u32 u, $18, 13;", "lop3.b32 e, u, 0x00040004, e, 0xEA;"]
+            if is_spread(bits, bit):
+                lines += _SPREAD_CODE
                 source, at = "e", 0
             elif bit + bits <= 10:
                 source, at = words[word], bit
@@ -116,10 +124,8 @@ def decode_lane(bits: int, bfloat: bool) -> str:
     for half in range(2):
         for pair in range(PAIRS):
             word, bit = FIELDS[bits][half][pair]
-            if bit == SPREAD:
-                lines += ["shr.u32 e, $16, 15;", "and.b32 e, e, 0x00010001;"]
-                lines += ["shr.u32 u, $17, 14;", "lop3.b32 e, u, 0x00020002, e, 0xEA;"]
-                lines += ["shr.u32 u, $18, 13;", "lop3.b32 e, u, 0x00040004, e, 0xEA;", "shr.u32 f, e, 16;"]
+            if is_spread(bits, bit):
+                lines += [*_SPREAD_CODE, "shr.u32 f, e, 16;"]
                 sources, bit = ("e", "f"), 0
             else:
                 sources = (words[word], f"v{word}")

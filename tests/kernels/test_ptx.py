@@ -11,6 +11,7 @@ import struct
 import numpy as np
 import pytest
 
+from spqr_format.packing import SET, to_grid
 from spqr_kernels import ptx
 
 U32 = np.uint64(0xFFFFFFFF)
@@ -74,6 +75,8 @@ def run(program: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             result = a & b
         elif op == "shr.u32":
             result = a >> b
+        elif op == "mad.lo.u32":
+            result = (a * b + c) & U32
         elif op == "lop3.b32":
             assert names[3] == "0xEA"
             result = (a & b) | c
@@ -101,17 +104,17 @@ def run(program: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def lanes_of(matrix):
-    """Words [tile, word, lane, block] and statistics' words of a packed bilevel matrix, as uint64."""
-    layout, tensors = matrix.layout, matrix.pack()
-    words = tensors["weight"].view(np.uint32).astype(np.uint64)
-    words = words.reshape(layout.tile_rows, layout.weight_bits, 8, layout.blocks)
-    codes = tensors["stat_codes"].view(np.uint32).astype(np.uint64).reshape(layout.tile_rows, 3, layout.groups)
-    second = tensors["tile_stats"].view(np.uint16).astype(np.uint64).reshape(layout.tile_rows, layout.groups, 4)
-    return words, codes, second[..., 0] | second[..., 1] << np.uint64(16), second[..., 2] | second[..., 3] << np.uint64(16)
+    """Words [tile, word, lane, block] of a packed matrix, as uint64."""
+    return to_grid(matrix.pack()["weight"], matrix.layout.weight_bits).view(np.uint32).astype(np.uint64)
 
 
 def statistics_of(matrix, program: str, lane: int) -> list[np.ndarray]:
-    _, codes, first, second = lanes_of(matrix)
+    """With fewer groups than a set has, so that a group's three words hold 12 bits a lane one after the other (spec 4.3)."""
+    layout, tensors = matrix.layout, matrix.pack()
+    assert layout.groups < SET
+    codes = tensors["stat_codes"].view(np.uint32).astype(np.uint64).reshape(layout.tile_rows, 3, layout.groups)
+    stats = tensors["tile_stats"].view(np.uint16).astype(np.uint64).reshape(layout.tile_rows, layout.groups, 4)
+    first, second = stats[..., 0] | stats[..., 1] << np.uint64(16), stats[..., 2] | stats[..., 3] << np.uint64(16)
     word, shift = divmod(12 * lane, 32)
     inputs = {"$4": codes[:, word], "$5": codes[:, min(word + 1, 2)], "$6": np.uint64(shift), "$7": first, "$8": second}
     registers = run(program, inputs)
@@ -140,7 +143,7 @@ def blocks_of(dense: np.ndarray, layout, lane: int, half: int, pair: int, parity
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp16", "bf16"])
 def test_decode_lane_rounds_the_exact_weight_once(random_matrix, bits, bf16):
     matrix = random_matrix(32, 96, weight_bits=bits, outliers=0)
-    words, *_ = lanes_of(matrix)
+    words = lanes_of(matrix)
     dense = matrix.dequantize()
     for lane in range(8):
         inputs = {f"${16 + k}": words[:, k, lane] for k in range(bits)}
@@ -157,8 +160,8 @@ def test_decode_lane_rounds_the_exact_weight_once(random_matrix, bits, bf16):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_dequantize_lane_errs_by_fp16_rounding_only(random_matrix, bits):
-    matrix = random_matrix(64, 256, weight_bits=bits, outliers=0)
-    words, *_ = lanes_of(matrix)
+    matrix = random_matrix(64, 240, weight_bits=bits, outliers=0)
+    words = lanes_of(matrix)
     dense = matrix.dequantize()
     error = total = 0.0
     for lane in range(8):
