@@ -791,8 +791,10 @@ def invalid_payload() -> None:
         ("set_tail", "statistics codes of row 21, group 17", tile + 48 + 12 * 5 // 32 * 2 + 1, 12 * 5 % 32),
     ):
         bad("E202", name, why, flip("a.stat_codes", element, bit, chunks_32), "set_32")
-    bad("E202", "chunks_row", "a code in row 21, chunk 1, block 1 of it", flip("a.weight", 8 * 3 * 35 + 384 + 5 * 16 + 4, 1, chunks_32), "set_32")
-    bad("E202", "tail_column", "a code in column 553, tile 0", flip("a.weight", 2 * 384 + 2 * 3 + 2, 16 + 7, chunks_32), "set_32")
+    row = flip("a.weight", 8 * 3 * 35 + 384 + 5 * 16 + 4, 1, chunks_32)
+    bad("E202", "chunks_row", "a code in row 21, chunk 1, block 1 of it", row, "set_32")
+    column = flip("a.weight", 2 * 384 + 2 * 3 + 2, 16 + 7, chunks_32)
+    bad("E202", "tail_column", "a code in column 553, tile 0", column, "set_32")
     for name, element, value in (
         ("above", 3, 20),
         ("negative", 0, -1),

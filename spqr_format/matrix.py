@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SpqrError
-from .layout import LANES, TILE, Layout, ceil_div
+from .layout import TILE, Layout, ceil_div
 from .packing import pack_codes, pack_stat_codes, unpack_codes, unpack_stat_codes
 
 Array = npt.NDArray[np.generic]
@@ -155,9 +155,7 @@ class PackedMatrix:
         """Rows begin .. end, unpacked: direct statistics without outliers; begin is a multiple of 16."""
         if self.layout.statistics != "direct" or self.layout.outliers or begin % TILE:
             raise ValueError(f"rows {begin} .. {end} of {self.layout}")
-        lines = LANES * self.layout.weight_bits
-        words = self.tensors["weight"][begin // TILE * lines : ceil_div(end, TILE) * lines]
-        part = {**self.tensors, "weight": words}
+        part = {**self.tensors, "weight": self.tensors["weight"][begin // TILE : ceil_div(end, TILE)]}
         for leaf in ("group_sc", "group_zp"):
             part[leaf] = self.tensors[leaf][begin:end]
         fields = {**self.layout.as_dict(), "out_features": end - begin}

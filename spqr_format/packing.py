@@ -43,7 +43,9 @@ def to_stored(grid: npt.NDArray[np.generic]) -> npt.NDArray[np.int32]:
     """Words of 32 bits [tiles, bits, 8, blocks] to int32 [tiles, 8 * bits * blocks], as M.weight has them (spec 4.2)."""
     tiles, bits, lanes, blocks = grid.shape
     stored = np.empty((tiles, bits * lanes * blocks), np.int32)
-    _place(grid.view(np.int32), stored)
+    for tile in range(0, tiles, PACKED_TILES):
+        part = slice(tile, tile + PACKED_TILES)
+        _place(grid[part].view(np.int32), stored[part])
     return stored
 
 

@@ -145,7 +145,8 @@ def _padding(layout: Layout, tensors: Mapping[str, Tensor], where: str) -> Itera
         )
         found += _masked_last_row(weight, full, tail, name)
     if columns and not found:
-        found += _masked_last_block(weight, pack_codes(padded_column * most, layout.weight_bits)[0].view(np.uint32), layout, name)
+        mask = pack_codes(padded_column * most, layout.weight_bits)[0].view(np.uint32)
+        found += _masked_last_block(weight, mask, layout, name)
     yield from found
     if rows and layout.statistics == "bilevel":
         codes = padded_row * np.uint8(7)
@@ -156,7 +157,7 @@ def _padding(layout: Layout, tensors: Mapping[str, Tensor], where: str) -> Itera
 def _masked_last_row(
     tensor: Tensor, full: npt.NDArray[np.int32], tail: npt.NDArray[np.int32], where: str
 ) -> Iterator[SpqrError]:
-    """The last row of the tensor under the mask `full` again and again, at its end under `tail`: padded rows of the last tile."""
+    """The last row of the tensor, under the mask `full` again and again and `tail` at its end: padded rows of the last tile."""
     height, width = tensor.shape
     start, cut, end = (height - 1) * width, height * width - tail.size, height * width
     masks = np.tile(full.reshape(-1), max(1, min(BLOCK, width) // full.size)).view(np.uint32)

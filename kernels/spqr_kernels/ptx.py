@@ -24,7 +24,8 @@ def _half2(value: float) -> int:
     return raw << 16 | raw
 
 
-# e: a pair of codes of which bit k is bit 0 of word k, in either half. A multiply-add is one instruction, a shift and an or two.
+# e: a pair of codes of which bit k is bit 0 of word k, in either half. A multiply-add is one instruction, a shift and
+# an or are two.
 assert SPREAD == 0
 _SPREAD_CODE = [
     "and.b32 e, $16, 0x00010001;",

@@ -33,7 +33,8 @@ def as_awq(q: np.ndarray) -> np.ndarray:
     return found
 
 
-SHAPES = [(16, 16), (16, 48), (32, 16), (272, 32), (16 * 33, 64)]  # one piece, several, and a last one that is shorter
+# one piece, several, and a last one that is shorter; two chunks and a tail
+SHAPES = [(16, 16), (16, 48), (32, 16), (272, 32), (16 * 33, 64), (32, 560)]
 KINDS = {"gptq": (as_gptq, words.from_gptq, words.is_gptq), "awq": (as_awq, words.from_awq, words.is_awq)}
 
 

@@ -61,9 +61,7 @@ def test_neighbouring_pairs_lie_at_one_position(bits):
 @pytest.mark.parametrize("blocks", [1, 3, 15, 16, 17, 31, 32, 35, 48])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_every_word_stands_once(bits, blocks):
-    places = [
-        column_of_word(bits, blocks, block, lane, k) for block in range(blocks) for lane in range(8) for k in range(bits)
-    ]
+    places = [column_of_word(bits, blocks, block, lane, k) for block in range(blocks) for lane in range(8) for k in range(bits)]
     assert sorted(places) == list(range(8 * bits * blocks))
     grid = np.arange(2 * len(places), dtype=np.int32).reshape(2, bits, 8, blocks)
     stored = to_stored(grid)
