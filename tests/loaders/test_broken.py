@@ -35,7 +35,7 @@ def flipped_header_byte(folder: Path) -> None:
 def flipped_digit_of_a_shape(folder: Path) -> None:
     path = shard_of(folder, f"{MODULE}.weight")
     raw = path.read_bytes()
-    path.write_bytes(raw.replace(b'"shape":[384,16]', b'"shape":[385,16]', 1))
+    path.write_bytes(raw.replace(b'"shape":[16,384]', b'"shape":[16,385]', 1))
 
 
 def falling_row_pointer(folder: Path) -> None:
