@@ -24,7 +24,7 @@ from torch import Tensor
 
 from spqr_format.errors import SpqrError
 from spqr_format.layout import TILE, Layout, ceil_div
-from spqr_format.packing import FIELDS, SPREAD
+from spqr_format.packing import FIELDS, is_spread
 
 from . import reference
 
@@ -200,20 +200,16 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 @functools.cache
 def _places(bits: int) -> np.ndarray:
     """int64 [2 halves, 8 pairs, (word, bit)] of the low column's code; word `bits` stands for the field at SPREAD."""
-    return np.array([[(bits, 0) if bit == SPREAD else (word, bit) for word, bit in row] for row in FIELDS[bits]], np.int64)
+    rows = [[(bits, 0) if is_spread(bits, bit) else (word, bit) for word, bit in row] for row in FIELDS[bits]]
+    return np.array(rows, np.int64)
 
 
 @functools.cache
 def _shifts(bits: int) -> np.ndarray:
-    """uint32 [2 halves, bits words, (shift, mask), 16 columns]: a code is the OR of (word >> shift) & mask over the words."""
-    table = np.zeros((2, bits, 2, TILE), np.uint32)
+    """uint32 [2 halves, 2 or 4 words, (shift, mask), 16 columns]: a code is the OR of (word >> shift) & mask over the words."""
+    table = np.zeros((2, 2 if bits == 2 else 4, 2, TILE), np.uint32)
     for half, row in enumerate(FIELDS[bits]):
         for column in range(TILE):
-            word, bit = row[column // 2]
-            high = 16 * (column % 2)
-            if bit == SPREAD:
-                for k in range(bits):
-                    table[half, k, :, column] = SPREAD - k + high, 1 << k
-            else:
-                table[half, word, :, column] = bit + high, 2**bits - 1
+            word, bit = (bits, 0) if is_spread(bits, row[column // 2][1]) else row[column // 2]
+            table[half, word, :, column] = bit + 16 * (column % 2), 2**bits - 1
     return table

@@ -4,9 +4,9 @@ Each is a function of the address of an `ARGUMENTS` record and may run on any nu
 tiles from a common counter until none is left. Every row of W is summed in one fixed order, so that the result has the same
 bits for any number of threads.
 
-The words of neighbouring column blocks lie side by side (spec 4.2). So the loops of `products` that LLVM turns into vector
-code run along blocks: one shift and one mask take the code of one place out of 8 or 16 blocks at a time. They do so for a
-chunk of blocks, so that what is between the steps stays in the nearest cache.
+The words of neighbouring column blocks are brought side by side. So the loops of `products` that LLVM turns into vector
+code run along blocks: one shift and one mask take the code of one place out of 8 or 16 blocks at a time. They do so for CHUNK
+blocks, 8 chunks of the format (spec 4.1), so that what is between the steps stays in the nearest cache.
 
 All that the kernels compute with comes from the record, the places of the codes too: numba keeps compiled code on disk until
 this file changes, and looks at no other. The caller has checked addresses and sizes; stored indices are checked here.
@@ -25,13 +25,15 @@ from numba.np.numpy_support import from_dtype
 
 CHUNK = 128  # column blocks at a time
 CHUNK2, CHUNK4 = 2 * CHUNK, 4 * CHUNK
+CHUNK_SETS = CHUNK + 32  # groups of a chunk in whole sets: up to 15 stand before the first, and behind the last
 
 # All int64; most are addresses, 0 for a tensor that is not there.
 FIELDS = (
     # stored tensors (spec 5.1); CSR indices as rows of 16 bits, wide_* says that two of them make one index
     "weight", "stat_codes", "tile_stats", "group_sc", "group_zp", "crow", "columns", "values", "perm",
     "wide_crow", "wide_columns",
-    # int64 [2 halves, 8 pairs, (word, bit)] for `products`, uint32 [2 halves, words, (shift, mask), 16 columns] for `decode`
+    # int64 [2 halves, 8 pairs, (word, bit)] for `products`, uint32 [2 halves, words, (shift, mask), 16 columns] for `decode`,
+    # with words as `_lane_words` gives them: 4 for 3 bits
     "places",
     # float32 x [batch, in], and scratch [threads, scratch_size]
     "x", "scratch", "scratch_size",
@@ -201,17 +203,70 @@ def _tile_statistics(a, tile, start, count, stats):
 
 
 @inline
+def _lane_words(a, tile, lane, start, count, words):
+    """The lane's words of `count` blocks from `start`, a multiple of CHUNK, on: word k of block b is words[k * CHUNK + b].
+
+    With 3 bits a fourth word has the pair of codes that is spread over bits 0 and 16 of the three (spec 4.2).
+    """
+    stored = _at(_pointer(a.weight, uint32), tile * 8 * a.bits * a.blocks)
+    whole = count // 16
+    rest = count - 16 * whole
+    for k in range(a.bits):
+        for c in range(whole):
+            source = _at(stored, (start // 16 + c) * 128 * a.bits + k * 128 + lane * 16)
+            target = _at(words, k * CHUNK + 16 * c)
+            for j in range(4):
+                for m in range(4):
+                    target[4 * j + m] = source[4 * m + j]
+        source = _at(stored, a.blocks // 16 * 128 * a.bits + (8 * k + lane) * rest)
+        target = _at(words, k * CHUNK + 16 * whole)
+        for b in range(rest):
+            target[b] = source[b]
+    if a.bits == 3:
+        for b in range(count):
+            low, middle, high = words[b], words[CHUNK + b], words[2 * CHUNK + b]
+            words[3 * CHUNK + b] = (
+                (np.uint32(low) & np.uint32(0x00010001))
+                | np.uint32((np.uint32(middle) & np.uint32(0x00010001)) << np.uint32(1))
+                | np.uint32((np.uint32(high) & np.uint32(0x00010001)) << np.uint32(2))
+            )
+
+
+@inline
+def _lane_codes(a, tile, lane, group, groups, codes):
+    """The lane's 12 bits of each of these groups (spec 4.3), with others above them; codes[0] is the first of a set."""
+    stored = _at(_pointer(a.stat_codes, uint32), tile * 3 * a.groups)
+    sets = a.groups // 16
+    first = group // 16
+    for s in range(first, min((group + groups + 15) // 16, sets)):
+        words, found = _at(stored, 48 * s), _at(codes, 16 * (s - first))
+        for p in range(4):
+            i = 4 * lane + p
+            word, half = words[i], _shifted(words[32 + i // 2], 16 * (i % 2))
+            found[2 * p] = word
+            found[2 * p + 1] = _shifted(word, 12)
+            found[8 + 2 * p] = _shifted(word, 24) | np.uint32(np.uint32(half) << np.uint32(8))
+            found[9 + 2 * p] = _shifted(half, 4)
+    rest = a.groups - 16 * sets
+    if group + groups > 16 * sets:
+        low, shift = 12 * lane // 32, np.uint64(12 * lane % 32)
+        words0 = _at(stored, 48 * sets + low * rest)
+        words1 = _at(stored, 48 * sets + min(low + 1, 2) * rest)
+        found = _at(codes, 16 * (sets - first))
+        for r in range(rest):
+            found[r] = np.uint32((np.uint64(words1[r]) << np.uint64(32) | np.uint64(words0[r])) >> shift)
+
+
+@inline
 def _lane_statistics(a, tile, lane, start, count, stats, sz):
     """s and z of row l, then of row l + 8, each CHUNK numbers after the one before (spec 3)."""
     group, groups = _groups(a, start, count)
     if a.bilevel:
-        words = _pointer(a.stat_codes, uint32)
-        low = 12 * lane // 32
-        shift = np.uint64(12 * lane % 32)
-        words0 = _at(words, (3 * tile + low) * a.groups + group)
-        words1 = _at(words, (3 * tile + min(low + 1, 2)) * a.groups + group)
+        room = _room(uint32, CHUNK_SETS)
+        _lane_codes(a, tile, lane, group, groups, room)
+        twelve = _at(room, group % 16)
         for g in range(groups):
-            codes = np.uint32((np.uint64(words1[g]) << np.uint64(32) | np.uint64(words0[g])) >> shift)
+            codes = twelve[g]
             scale, middle = stats[g], stats[CHUNK + g]
             zero_scale, zero_middle = stats[2 * CHUNK + g], stats[3 * CHUNK + g]
             sz[g] = scale * (_code(codes, 0, 7) - middle)
@@ -300,7 +355,7 @@ def products(address):
     y = _at(down, a.batch)
     _prepare(a, x, sums, up, down)
     stats, sz = _room(float32, CHUNK4), _room(float32, CHUNK4)
-    dots, spread = _room(float32, CHUNK2), _room(uint32, CHUNK)
+    dots, words = _room(float32, CHUNK2), _room(uint32, CHUNK4)
     mask = np.uint32((1 << a.bits) - 1)
     tile = a.first + _take(a.taken)
     while tile < a.last:
@@ -314,33 +369,24 @@ def products(address):
             _tile_statistics(a, tile, start, count, stats)
             if a.bilevel and following < a.last:
                 for g in range(group, group + groups, 16):
-                    for k in range(3):
-                        _ask_for(_pointer(a.stat_codes, uint32), (3 * following + k) * a.groups + g)
+                    for k in range(0, 48, 16):
+                        _ask_for(_pointer(a.stat_codes, uint32), 3 * (following * a.groups + g) + k)
                     for k in range(0, 64, 32):
                         _ask_for(_pointer(a.tile_stats, uint16), 4 * (following * a.groups + g) + k)
             for lane in range(8):
                 _lane_statistics(a, tile, lane, start, count, stats, sz)
-                words = _at(_pointer(a.weight, uint32), (tile * a.bits * 8 + lane) * a.blocks + start)
-                if following < a.last:  # in an order that no processor guesses: it would wait for each row of words
-                    ahead = (following * a.bits * 8 + lane) * a.blocks + start
-                    for k in range(a.bits):
-                        for b in range(0, count, 16):
-                            _ask_for(_pointer(a.weight, uint32), ahead + k * 8 * a.blocks + b)
-                if a.bits == 3:  # the pair of codes in bit 15 of the three words, as a fourth word that has it at bit 0
-                    words1, words2 = _at(words, 8 * a.blocks), _at(words, 16 * a.blocks)
-                    for b in range(count):
-                        spread[b] = (
-                            (_shifted(words[b], 15) & np.uint32(0x00010001))
-                            | (_shifted(words1[b], 14) & np.uint32(0x00020002))
-                            | (_shifted(words2[b], 13) & np.uint32(0x00040004))
-                        )
+                _lane_words(a, tile, lane, start, count, words)
+                if following < a.last:  # in an order that no processor guesses: it would wait for each lane's words
+                    ahead = 8 * a.bits * (following * a.blocks + start) + lane * 16
+                    for b in range(0, count, 16):
+                        for k in range(a.bits):
+                            _ask_for(_pointer(a.weight, uint32), ahead + (b * a.bits + 16 * k) * 8)
                 for n in range(a.batch):
                     for i in range(2 * CHUNK):
                         dots[i] = 0
                     for pair in range(8):
                         place0, place1 = places[2 * pair], places[16 + 2 * pair]
-                        word0 = spread if place0 == a.bits else _at(words, 8 * a.blocks * place0)
-                        word1 = spread if place1 == a.bits else _at(words, 8 * a.blocks * place1)
+                        word0, word1 = _at(words, CHUNK * place0), _at(words, CHUNK * place1)
                         bit0, bit1 = places[2 * pair + 1], places[17 + 2 * pair]
                         columns = _at(x, (16 * (n * chunks + chunk) + 2 * pair) * CHUNK)
                         _add_products(word0, bit0, word1, bit1, mask, columns, count, dots)
@@ -358,16 +404,16 @@ def products(address):
 
 
 @intrinsic(prefer_literal=True)
-def _decode_blocks(typing, words, step, number, table, sz, advance, count, row):
+def _decode_blocks(typing, words, number, table, sz, advance, count, row):
     """s (q - z) of `count` blocks of one row: row[16 * count] in float32, each operation on its own (spec 3).
 
     Written as the vector code that it is, along the 16 columns of a block: LLVM would test in each block whether `row` and
-    `table` overlap. A lane has `number` words, `step` apart; table[number, 2, 16] has their shifts and masks, one for each
+    `table` overlap. A lane has `number` words, CHUNK apart; table[number, 2, 16] has their shifts and masks, one for each
     column; s lies at sz[0], z at sz[CHUNK], those of the next block `advance` later.
     """
 
     def generate(context, builder, signature, arguments):
-        words, step, _, table, sz, advance, count, row = arguments
+        words, _, table, sz, advance, count, row = arguments
         word, single = ir.IntType(32), ir.FloatType()
         integers, floats = ir.VectorType(word, 16), ir.VectorType(single, 16)
 
@@ -383,7 +429,7 @@ def _decode_blocks(typing, words, step, number, table, sz, advance, count, row):
         with cgutils.for_range(builder, count) as loop:
             code = None
             for k in range(number.literal_value):
-                place = builder.add(loop.index, builder.mul(step, context.get_constant(types.int64, k)))
+                place = builder.add(loop.index, context.get_constant(types.int64, k * CHUNK))
                 part = builder.lshr(wide(load(words, place, word), integers), rows[2 * k])
                 part = builder.and_(part, rows[2 * k + 1])
                 code = part if code is None else builder.or_(code, part)
@@ -395,7 +441,7 @@ def _decode_blocks(typing, words, step, number, table, sz, advance, count, row):
             builder.store(value, builder.bitcast(address, floats.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.void(words, step, number, table, sz, advance, count, row), generate
+    return types.void(words, number, table, sz, advance, count, row), generate
 
 
 @inline
@@ -405,14 +451,12 @@ def _decode_chunk(a, words, table, sz, start, count, row):
     for g in range(1 if a.group_blocks == 1 else groups):
         first = max((group + g) * a.group_blocks - start, 0)
         number = count if a.group_blocks == 1 else min((group + g + 1) * a.group_blocks - start, count) - first
-        words_g, sz_g, row_g, step = _at(words, first), _at(sz, g), _at(row, 16 * first), 8 * a.blocks
+        words_g, sz_g, row_g = _at(words, first), _at(sz, g), _at(row, 16 * first)
         advance = 1 if a.group_blocks == 1 else 0
         if a.bits == 2:
-            _decode_blocks(words_g, step, 2, table, sz_g, advance, number, row_g)
-        elif a.bits == 3:
-            _decode_blocks(words_g, step, 3, table, sz_g, advance, number, row_g)
+            _decode_blocks(words_g, 2, table, sz_g, advance, number, row_g)
         else:
-            _decode_blocks(words_g, step, 4, table, sz_g, advance, number, row_g)
+            _decode_blocks(words_g, 4, table, sz_g, advance, number, row_g)
 
 
 @inline
@@ -450,6 +494,7 @@ def decode(address):
     rows = _pointer(a.scratch + 4 * a.scratch_size * _take(a.threads), float32)
     ordered = _at(rows, 32 * a.blocks)
     stats, sz, table = _room(float32, CHUNK4), _room(float32, CHUNK4), _pointer(a.places, uint32)
+    words = _room(uint32, CHUNK4)
     tile = a.first + _take(a.taken)
     while tile < a.last:
         for lane in range(8):
@@ -457,10 +502,18 @@ def decode(address):
                 count = min(CHUNK, a.blocks - start)
                 _tile_statistics(a, tile, start, count, stats)
                 _lane_statistics(a, tile, lane, start, count, stats, sz)
-                words = _at(_pointer(a.weight, uint32), (tile * a.bits * 8 + lane) * a.blocks + start)
+                _lane_words(a, tile, lane, start, count, words)
                 for half in range(2):
                     row = _at(rows, 16 * (half * a.blocks + start))
-                    _decode_chunk(a, words, _at(table, 32 * a.bits * half), _at(sz, 2 * half * CHUNK), start, count, row)
+                    _decode_chunk(
+                        a,
+                        words,
+                        _at(table, 32 * (2 if a.bits == 2 else 4) * half),
+                        _at(sz, 2 * half * CHUNK),
+                        start,
+                        count,
+                        row,
+                    )
             for half in range(2):
                 i = 16 * tile + 8 * half + lane
                 if i < a.out:

@@ -25,7 +25,7 @@ BOUND = {torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float32: 1e-5, torch.f
 
 KINDS = st.fixed_dictionaries(
     {
-        "out_features": st.integers(1, 70), "in_features": st.integers(1, 150) | st.integers(2000, 2300),
+        "out_features": st.integers(1, 70), "in_features": st.integers(1, 600) | st.integers(2000, 2300),
         "weight_bits": st.sampled_from([2, 3, 4]), "statistics": st.sampled_from(["bilevel", "direct"]),
         "group_size": st.sampled_from([16, 32, 48, 128, 2064, 4096]), "permuted": st.booleans(),
         "outliers": st.sampled_from([0.0, 0.02, 1.0]), "seed": st.integers(0, 2**32 - 1),
