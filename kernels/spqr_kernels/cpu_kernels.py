@@ -32,8 +32,8 @@ FIELDS = (
     # stored tensors (spec 5.1); CSR indices as rows of 16 bits, wide_* says that two of them make one index
     "weight", "stat_codes", "tile_stats", "group_sc", "group_zp", "crow", "columns", "values", "perm",
     "wide_crow", "wide_columns",
-    # int64 [2 halves, 8 pairs, (word, bit)] for `products`, uint32 [2 halves, words, (shift, mask), 16 columns] for `decode`,
-    # with words as `_lane_words` gives them: 4 for 3 bits
+    # int64 [2 halves, 8 pairs, (word, bit)] for `products`, uint32 [2 halves, words, (shift, mask), 16 columns] for `decode`;
+    # the words are those of `_lane_words`, 4 for 3 bits
     "places",
     # float32 x [batch, in], and scratch [threads, scratch_size]
     "x", "scratch", "scratch_size",
@@ -110,6 +110,21 @@ def _ask_for(typing, pointer, index):
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64), generate
+
+
+@intrinsic
+def _in_order(typing, target, source):
+    """The 16 words of a lane's word k in a chunk, with block b at target[b] (spec 4.2). LLVM finds no shuffle by itself."""
+
+    def generate(context, builder, signature, arguments):
+        words = ir.VectorType(ir.IntType(32), 16)
+        places = ir.Constant(words, [4 * (b % 4) + b // 4 for b in range(16)])
+        stored = builder.load(arguments[1], align=4, typ=words)
+        ordered = builder.shuffle_vector(stored, ir.Constant(words, ir.Undefined), places)
+        builder.store(ordered, builder.bitcast(arguments[0], words.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(target, source), generate
 
 
 # numba's integers become 64 bits wide in every operation: each uint32() brings one back, and with it the vectors' width.
@@ -215,9 +230,7 @@ def _lane_words(a, tile, lane, start, count, words):
         for c in range(whole):
             source = _at(stored, (start // 16 + c) * 128 * a.bits + k * 128 + lane * 16)
             target = _at(words, k * CHUNK + 16 * c)
-            for j in range(4):
-                for m in range(4):
-                    target[4 * j + m] = source[4 * m + j]
+            _in_order(target, source)
         source = _at(stored, a.blocks // 16 * 128 * a.bits + (8 * k + lane) * rest)
         target = _at(words, k * CHUNK + 16 * whole)
         for b in range(rest):
