@@ -50,8 +50,9 @@ SIGNATURE = types.void(types.CPointer(from_dtype(ARGUMENTS)))
 # A product may be summed in any order and with fused operations, W may not (spec 3); NaN and infinity count in both.
 SUM: dict[str, Any] = {"fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
 EXACT: dict[str, Any] = {"error_model": "numpy"}
-inline_sum = njit(forceinline=True, **SUM)
-inline = njit(forceinline=True, **EXACT)
+INLINE: dict[str, Any] = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inline_sum = njit(**INLINE, **SUM)
+inline = njit(**INLINE, **EXACT)
 
 
 @intrinsic
@@ -127,18 +128,30 @@ def _in_order(typing, target, source):
     return types.void(target, source), generate
 
 
-# numba's integers become 64 bits wide in every operation: each uint32() brings one back, and with it the vectors' width.
+# numba's integers become 64 bits wide in every operation, and with them the numbers in a vector: uint32() brings one back.
 
 
-@inline
-def _shifted(word, bit):
-    """word >> bit for bit < 32, which LLVM must see to do it in 32 bits."""
-    return np.uint32(np.uint32(word) >> (np.uint32(bit) & np.uint32(31)))
+@intrinsic
+def _shifted(typing, word, bit):
+    """word >> bit in 32 bits, for bit < 32."""
+
+    def generate(context, builder, signature, arguments):
+        operands = zip(arguments, signature.args, strict=True)
+        return builder.lshr(*(context.cast(builder, value, kind, types.uint32) for value, kind in operands))
+
+    return types.uint32(word, bit), generate
 
 
-@inline
-def _code(word, bit, mask):
-    return np.float32(np.int32(_shifted(word, bit) & np.uint32(mask)))
+@intrinsic
+def _code(typing, word, bit, mask):
+    """The code at this bit of the word, as float32."""
+
+    def generate(context, builder, signature, arguments):
+        operands = zip(arguments, signature.args, strict=True)
+        word, bit, mask = (context.cast(builder, value, kind, types.uint32) for value, kind in operands)
+        return builder.sitofp(builder.and_(builder.lshr(word, bit), mask), ir.FloatType())
+
+    return types.float32(word, bit, mask), generate
 
 
 @inline
