@@ -30,7 +30,7 @@ from . import reference
 
 PRODUCT_BATCH = 4  # largest batch that is multiplied with the codes
 SERIAL = 1 << 18  # products, or weights, up to which one thread is as fast as many
-_PIECE = 1 << 21  # weights that are decoded at a time: 4 MB in bf16
+_PIECE = 1 << 22  # weights that are decoded at a time: 8 MB in bf16
 
 Tensors = Mapping[str, Tensor]
 
@@ -112,18 +112,18 @@ def _products(x: Tensor, tensors: Tensors, layout: Layout) -> Tensor:
     columns = ceil_div(layout.blocks, CHUNK) * CHUNK * TILE
     _run(
         "products", tensors, layout, batch * layout.out_features * layout.in_features, batch * (columns + layout.groups + 18),
-        places=_places(layout.weight_bits).ctypes.data, x=x.data_ptr(), result=y.data_ptr(), batch=batch,
-        last=layout.tile_rows,
+        x=x.data_ptr(), result=y.data_ptr(), batch=batch, last=layout.tile_rows,
     )  # fmt: skip
     return y
 
 
 def _decode(weight: Tensor, first: int, last: int, tensors: Tensors, layout: Layout) -> Tensor:
     """Writes the rows of the row tiles first .. last - 1 into weight, float32 or bf16 [rows, in], contiguous; returns it."""
+    from .cpu_kernels import CHUNK
+
     _run(
-        "decode", tensors, layout, weight.numel(), 3 * TILE * layout.blocks,
-        places=_shifts(layout.weight_bits).ctypes.data, result=weight.data_ptr(), bf16=weight.dtype == torch.bfloat16,
-        first=first, last=last,
+        "decode", tensors, layout, weight.numel(), (3 * TILE + 4) * ceil_div(layout.blocks, CHUNK) * CHUNK,
+        result=weight.data_ptr(), bf16=weight.dtype == torch.bfloat16, first=first, last=last,
     )  # fmt: skip
     return weight
 
@@ -152,6 +152,7 @@ def _run(name: str, tensors: Tensors, layout: Layout, work: int, scratch_size: i
     taken, begun, faults = (counters.ctypes.data + 8 * i for i in range(3))
     arguments |= {_ADDRESSES[leaf]: tensor.data_ptr() for leaf, tensor in tensors.items()}
     arguments |= {
+        "places": _places(layout.weight_bits).ctypes.data,
         "wide_crow": layout.row_pointer_dtype == "I32", "wide_columns": layout.column_dtype == "I32",
         "scratch": scratch.data_ptr(), "scratch_size": scratch_size, "taken": taken, "threads": begun, "faults": faults,
         "out": layout.out_features, "inn": layout.in_features, "blocks": layout.blocks, "groups": layout.groups,
@@ -202,14 +203,3 @@ def _places(bits: int) -> np.ndarray:
     """int64 [2 halves, 8 pairs, (word, bit)] of the low column's code; word `bits` stands for the field at SPREAD."""
     rows = [[(bits, 0) if is_spread(bits, bit) else (word, bit) for word, bit in row] for row in FIELDS[bits]]
     return np.array(rows, np.int64)
-
-
-@functools.cache
-def _shifts(bits: int) -> np.ndarray:
-    """uint32 [2 halves, 2 or 4 words, (shift, mask), 16 columns]: a code is the OR of (word >> shift) & mask over the words."""
-    table = np.zeros((2, 2 if bits == 2 else 4, 2, TILE), np.uint32)
-    for half, row in enumerate(FIELDS[bits]):
-        for column in range(TILE):
-            word, bit = (bits, 0) if is_spread(bits, row[column // 2][1]) else row[column // 2]
-            table[half, word, :, column] = bit + 16 * (column % 2), 2**bits - 1
-    return table

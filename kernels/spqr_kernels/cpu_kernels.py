@@ -32,8 +32,7 @@ FIELDS = (
     # stored tensors (spec 5.1); CSR indices as rows of 16 bits, wide_* says that two of them make one index
     "weight", "stat_codes", "tile_stats", "group_sc", "group_zp", "crow", "columns", "values", "perm",
     "wide_crow", "wide_columns",
-    # int64 [2 halves, 8 pairs, (word, bit)] for `products`, uint32 [2 halves, words, (shift, mask), 16 columns] for `decode`;
-    # the words are those of `_lane_words`, 4 for 3 bits
+    # int64 [2 halves, 8 pairs, (word, bit)] of the codes in the words of `_lane_words`
     "places",
     # float32 x [batch, in], and scratch [threads, scratch_size]
     "x", "scratch", "scratch_size",
@@ -429,60 +428,64 @@ def products(address):
         tile = following
 
 
-@intrinsic(prefer_literal=True)
-def _decode_blocks(typing, words, number, table, sz, advance, count, row):
-    """s (q - z) of `count` blocks of one row: row[16 * count] in float32, each operation on its own (spec 3).
+@intrinsic
+def _decode_row(typing, words, places, mask, sz, count, row):
+    """s (q - z) of one row of `count` blocks, each operation on its own (spec 3): row[256 * ceil(count / 16)] in float32.
 
-    Written as the vector code that it is, along the 16 columns of a block: LLVM would test in each block whether `row` and
-    `table` overlap. A lane has `number` words, CHUNK apart; table[number, 2, 16] has their shifts and masks, one for each
-    column; s lies at sz[0], z at sz[CHUNK], those of the next block `advance` later.
+    Word k of block b is words[k * CHUNK + b]; s and z of block b are sz[b] and sz[CHUNK + b]. Written as the vector code that
+    it is: codes are taken out of 16 blocks at a time, and lie along a row only after a transposition, while they are still
+    pairs. Behind the last block numbers follow that nobody needs.
     """
 
     def generate(context, builder, signature, arguments):
-        words, _, table, sz, advance, count, row = arguments
-        word, single = ir.IntType(32), ir.FloatType()
-        integers, floats = ir.VectorType(word, 16), ir.VectorType(single, 16)
+        words, places, mask, sz, count, row = arguments
+        index, integer, single = ir.IntType(64), ir.IntType(32), ir.FloatType()
+        integers, shorts, singles = ir.VectorType(integer, 16), ir.VectorType(ir.IntType(16), 32), ir.VectorType(single, 16)
 
-        def wide(value, kind):
-            first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, word(0))
-            return builder.shuffle_vector(first, first, ir.Constant(integers, [0] * 16))
+        def load(pointer, place, kind):
+            return builder.load(builder.gep(pointer, [place], source_etype=kind), align=4, typ=kind)
 
-        def load(pointer, index, kind):
-            address = builder.gep(pointer, [index], source_etype=kind)
-            return builder.load(address, align=4, typ=kind)
+        def shuffled(one, other, order):
+            return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(integer, len(order)), order))
 
-        rows = [load(table, context.get_constant(types.int64, i), integers) for i in range(2 * number.literal_value)]
-        with cgutils.for_range(builder, count) as loop:
-            code = None
-            for k in range(number.literal_value):
-                place = builder.add(loop.index, context.get_constant(types.int64, k * CHUNK))
-                part = builder.lshr(wide(load(words, place, word), integers), rows[2 * k])
-                part = builder.and_(part, rows[2 * k + 1])
-                code = part if code is None else builder.or_(code, part)
-            place = builder.mul(loop.index, advance)
-            scale = wide(load(sz, place, single), floats)
-            zero = wide(load(sz, builder.add(place, context.get_constant(types.int64, CHUNK)), single), floats)
-            value = builder.fmul(scale, builder.fsub(builder.sitofp(code, floats), zero))
-            address = builder.gep(row, [loop.index], source_etype=floats)
-            builder.store(value, builder.bitcast(address, floats.as_pointer()), align=4)
+        def everywhere(value, kind):
+            first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, integer(0))
+            return shuffled(first, first, [0] * 16)
+
+        pairs = []  # first word and shift of each
+        for pair in range(8):
+            word = builder.mul(load(places, index(2 * pair), index), index(CHUNK))
+            bit = builder.trunc(load(places, index(2 * pair + 1), index), integer)
+            pairs.append((builder.gep(words, [word], source_etype=integer), everywhere(bit, integers)))
+        masks = everywhere(builder.mul(mask, integer(0x00010001)), integers)
+        low, high = ([n for i in range(first, first + 8) for n in (i, 16 + i)] for first in (0, 8))
+        with cgutils.for_range(builder, builder.udiv(builder.add(count, index(15)), index(16))) as loop:
+            vectors = [builder.and_(builder.lshr(load(first, loop.index, integers), bit), masks) for first, bit in pairs]
+            for _ in range(3):  # pair p of block b goes from vector p, place b to vector b // 2, place 8 (b % 2) + p
+                vectors = [shuffled(vectors[i // 2], vectors[i // 2 + 4], high if i % 2 else low) for i in range(8)]
+            for i in range(16):
+                half = builder.bitcast(vectors[i // 2], shorts)
+                codes = builder.zext(shuffled(half, half, list(range(16 * (i % 2), 16 * (i % 2) + 16))), integers)
+                block = builder.add(builder.mul(loop.index, index(16)), index(i))
+                scale = everywhere(load(sz, block, single), singles)
+                zero = everywhere(load(sz, builder.add(block, index(CHUNK)), single), singles)
+                value = builder.fmul(scale, builder.fsub(builder.sitofp(codes, singles), zero))
+                target = builder.gep(row, [block], source_etype=singles)
+                builder.store(value, builder.bitcast(target, singles.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.void(words, number, table, sz, advance, count, row), generate
+    return types.void(words, places, types.uint32, sz, types.int64, row), generate
 
 
 @inline
-def _decode_chunk(a, words, table, sz, start, count, row):
-    """s (q - z) of one row of `count` blocks from `start` on."""
+def _for_blocks(a, start, count, sz, out):
+    """Statistics of groups, four of each, as those of their blocks."""
     group, groups = _groups(a, start, count)
-    for g in range(1 if a.group_blocks == 1 else groups):
-        first = max((group + g) * a.group_blocks - start, 0)
-        number = count if a.group_blocks == 1 else min((group + g + 1) * a.group_blocks - start, count) - first
-        words_g, sz_g, row_g = _at(words, first), _at(sz, g), _at(row, 16 * first)
-        advance = 1 if a.group_blocks == 1 else 0
-        if a.bits == 2:
-            _decode_blocks(words_g, 2, table, sz_g, advance, number, row_g)
-        else:
-            _decode_blocks(words_g, 4, table, sz_g, advance, number, row_g)
+    for i in range(4):
+        for g in range(groups):
+            first, last = (group + g) * a.group_blocks - start, (group + g + 1) * a.group_blocks - start
+            for b in range(max(first, 0), min(last, count)):
+                out[i * CHUNK + b] = sz[i * CHUNK + g]
 
 
 @inline
@@ -518,32 +521,30 @@ def decode(address):
     """Rows of W in original column order, equal to the spec's decode bit for bit (spec 3), in bf16 its rounded values."""
     a = carray(address, 1)[0]
     rows = _pointer(a.scratch + 4 * a.scratch_size * _take(a.threads), float32)
-    ordered = _at(rows, 32 * a.blocks)
-    stats, sz, table = _room(float32, CHUNK4), _room(float32, CHUNK4), _pointer(a.places, uint32)
-    words = _room(uint32, CHUNK4)
+    width = (a.blocks + 15) // 16 * 256
+    ordered = _at(rows, 2 * width)
+    stats = _at(rows, 3 * width)
+    places, mask = _pointer(a.places, int64), np.uint32((1 << a.bits) - 1)
+    of_groups, of_blocks, words = _room(float32, CHUNK4), _room(float32, CHUNK4), _room(uint32, CHUNK4)
+    sz = of_groups if a.group_blocks == 1 else of_blocks
     tile = a.first + _take(a.taken)
     while tile < a.last:
+        for start in range(0, a.blocks, CHUNK):
+            _tile_statistics(a, tile, start, min(CHUNK, a.blocks - start), _at(stats, 4 * start))
         for lane in range(8):
             for start in range(0, a.blocks, CHUNK):
                 count = min(CHUNK, a.blocks - start)
-                _tile_statistics(a, tile, start, count, stats)
-                _lane_statistics(a, tile, lane, start, count, stats, sz)
+                _lane_statistics(a, tile, lane, start, count, _at(stats, 4 * start), of_groups)
+                if a.group_blocks > 1:
+                    _for_blocks(a, start, count, of_groups, of_blocks)
                 _lane_words(a, tile, lane, start, count, words)
                 for half in range(2):
-                    row = _at(rows, 16 * (half * a.blocks + start))
-                    _decode_chunk(
-                        a,
-                        words,
-                        _at(table, 32 * (2 if a.bits == 2 else 4) * half),
-                        _at(sz, 2 * half * CHUNK),
-                        start,
-                        count,
-                        row,
-                    )
+                    row = _at(rows, half * width + 16 * start)
+                    _decode_row(words, _at(places, 16 * half), mask, _at(sz, 2 * half * CHUNK), count, row)
             for half in range(2):
                 i = 16 * tile + 8 * half + lane
                 if i < a.out:
-                    _finish(a, i, _at(rows, 16 * half * a.blocks), ordered)
+                    _finish(a, i, _at(rows, half * width), ordered)
         tile = a.first + _take(a.taken)
 
 
