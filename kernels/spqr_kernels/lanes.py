@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from . import ptx
+
+# Triton 3.9 renamed it.
+copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+commit_copies = async_copy.commit_group
+wait_copies = async_copy.wait_group
 
 _STREAM4 = gl.constexpr(ptx.load(4, ".L1::no_allocate"))  # weights are read once
 _LOAD4 = gl.constexpr(ptx.load(4))

@@ -1,36 +1,41 @@
 """Matrix-vector kernel for NVIDIA GPUs (sm_80 and newer): y = W x for batch 1, exact codes on tensor cores, outliers fused.
 
-A warp takes 16 rows and, at a time, 256 columns. A lane's words become exact codes in floating point by one mask each,
-and are the A fragment of `mma.m16n8k16` as they stand. At batch 1 seven of the eight columns of B would idle; instead
-each holds x of another group (B is block diagonal), so that one product gives the sums over eight groups apart, sum(q x),
-and a second one, with A all ones, sum(x). Scales and zeros then apply in float32, each (row, group) in one lane only:
-y += s (sum(q x) - z sum(x)). The next words are loaded before the present ones are used. Every sum has one fixed order,
-so results repeat bit for bit.
+A program takes one tile of 16 rows; its warps take the chunks of 256 columns in turn. Chunks arrive in shared memory by
+asynchronous copies, a ring of STAGES ahead, because bytes in flight in registers cost the warps that hide latency.
+
+A lane's words become exact codes in floating point by one mask each, and are the A fragment of `mma.m16n8k16` as they
+stand. At batch 1 seven of the eight columns of B would idle; instead each holds x of another block of 16 columns (B is block
+diagonal: lanes off the diagonal read zeros), so that one product gives the sums over eight groups apart, sum(q x). Scales
+and zeros then apply in float32, each (row, group) in one lane only: y += s (sum(q x) - z sum(x)). Every sum has one fixed
+order, so results repeat bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from itertools import pairwise, permutations
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from spqr_format.layout import TILE, Layout
-from spqr_format.packing import FIELDS, PAIRS, is_spread
+from spqr_format.layout import CHUNK, TILE, Layout
+from spqr_format.packing import FIELDS, is_spread
 
 from . import ptx
-from .lanes import index, load1, load2, load4, row_of_words
+from .lanes import copy_async, commit_copies, index, load2, load4, wait_copies
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
 
 
-def positions(bits: int, bfloat: bool) -> tuple[int, ...]:
-    """Where in a half word the code of each pair is brought, by a shift that several fields of a word share.
+def positions(bits: int, bfloat: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where in a half word each couple of pairs (2c, 2c + 1) is brought, for row l and for row l + 8.
 
-    fp16: a code at bit p < 8 is the subnormal q * 2**(p - 24) as it stands, so one mask is the whole conversion. bf16:
-    subnormals would leave the range of fp32 in the product, so the code goes under an exponent, 128 + q * 2**p, p < 5.
+    One shift of a word serves several of its fields. fp16: a code at bit p < 8 is the subnormal q * 2**(p - 24) as it
+    stands, so one mask is the whole conversion. bf16: subnormals would leave the range of fp32 in the product, so the code
+    goes under an exponent, 128 + q * 2**p, p < 5.
     """
     if bfloat:
         top, drops = 7, {2: (0, 8, 12, 4), 3: (0, 6, 12), 4: (0, 4, 8, 12)}[bits]
@@ -38,39 +43,78 @@ def positions(bits: int, bfloat: bool) -> tuple[int, ...]:
         top, drops = (8 if bits == 2 else 10), {2: (0, 8), 3: (0, 6), 4: (0, 8)}[bits]
     found = []
     for half in range(2):
-        for _, bit in FIELDS[bits][half]:
-            found.append(0 if is_spread(bits, bit) else next(bit - d for d in drops if bit >= d and bit - d + bits <= top))
-    # rows l and l + 8 lie in the registers of one accumulator, so the former's places are those of both
-    return tuple(found[:PAIRS])
+        row = []
+        for word_bit in FIELDS[bits][half]:
+            bit = word_bit[1]
+            spread = is_spread(bits, bit)
+            row.append(1 if spread else next(bit - d for d in drops if bit >= d and bit - d + bits <= top))
+        assert row[::2] == row[1::2]
+        found.append(tuple(row[::2]))
+    return found[0], found[1]
 
 
-_PLACES = {bits + BF16 * bf: positions(bits, bool(bf)) for bits in (2, 3, 4) for bf in (0, 1)}
-# Word, right shift (-1: spread over three words) and mask of a field, by ((flavor * 2) + half) * 8 + pair.
-_FIELD = {
-    (flavor * 2 + half) * 8 + pair: (
-        word,
-        -1 if is_spread(flavor % BF16, bit) else bit - place,
-        (2 ** (flavor % BF16) - 1) * 0x00010001 << place,
-    )
-    for flavor, places in _PLACES.items()
-    for half in range(2)
-    for pair, ((word, bit), place) in enumerate(zip(FIELDS[flavor % BF16][half], places, strict=True))
-}
-_WORD = gl.constexpr({field: word for field, (word, _, _) in _FIELD.items()})
-_SHIFT = gl.constexpr({field: shift for field, (_, shift, _) in _FIELD.items()})
-_MASK = gl.constexpr({field: mask for field, (_, _, mask) in _FIELD.items()})
-# Pairs at one bit position share an accumulator: class of each pair, how many classes, and what a class counts.
-_CLASS = gl.constexpr({flavor: tuple(sorted(set(p)).index(b) for b in p) for flavor, p in _PLACES.items()})
-_CLASSES = gl.constexpr({flavor: len(set(p)) for flavor, p in _PLACES.items()})
-_WEIGHT_OF_CLASS = gl.constexpr({flavor: tuple(2.0**-b for b in sorted(set(p))) for flavor, p in _PLACES.items()})
-_ONES = gl.constexpr({0: 0x00010001, BF16: 0x3F803F80})  # fp16: 2**-24, the unit of the subnormal codes; bf16: 1
+_FLAVORS = {bits + BF16 * bf: positions(bits, bool(bf)) for bits in (2, 3, 4) for bf in (0, 1)}
+_LEAST = {flavor: min(upper + lower) for flavor, (upper, lower) in _FLAVORS.items()}
+# Orders of the couples in which those of one 16-byte half of x follow each other.
+_HALVED = [(a, b, c, d) for a, b, c, d in permutations(range(4)) if a // 2 == b // 2]
+
+
+def _follow(flavor: int, order: tuple[int, ...], half: int) -> list[int]:
+    return [_FLAVORS[flavor][half][c] for c in order] + [_LEAST[flavor]]
+
+
+def _changes(flavor: int, order: tuple[int, ...]) -> int:
+    """How often the sums change their unit on the way."""
+    return sum(a != b for half in range(2) for a, b in pairwise(_follow(flavor, order, half)))
+
+
+_ORDERS = {flavor: min(_HALVED, key=lambda order, f=flavor: _changes(f, order)) for flavor in _FLAVORS}  # type: ignore[misc]
+
+
+def _tables() -> tuple[dict[int, int], dict[int, int], dict[int, int], dict[int, float]]:
+    """Word, right shift (-1: spread over three words) and mask of a field, by ((flavor * 2) + half) * 8 + pair; and what
+    the sums so far are multiplied with after couple n, by ((flavor * 2) + half) * 4 + n."""
+    words, shifts, masks, factors = {}, {}, {}, {}
+    for flavor, places in _FLAVORS.items():
+        bits = flavor % BF16
+        for half in range(2):
+            for pair, (word, bit) in enumerate(FIELDS[bits][half]):
+                field = (flavor * 2 + half) * 8 + pair
+                place = places[half][pair // 2]
+                words[field] = word
+                shifts[field] = -1 if is_spread(bits, bit) else bit - place
+                masks[field] = (2**bits - 1) * 0x00010001 << place
+            follow = _follow(flavor, _ORDERS[flavor], half)
+            for n in range(4):
+                factors[(flavor * 2 + half) * 4 + n] = 2.0 ** (follow[n + 1] - follow[n])
+    return words, shifts, masks, factors
+
+
+_WORDS, _SHIFTS, _MASKS, _FACTORS = _tables()
+_WORD = gl.constexpr(_WORDS)
+_SHIFT = gl.constexpr(_SHIFTS)
+_MASK = gl.constexpr(_MASKS)
+_FACTOR = gl.constexpr(_FACTORS)
+_ORDER = gl.constexpr(_ORDERS)
+# What sums x in the unit of the codes: fp16 2**p as a subnormal, bf16 2**p; and what brings that unit to 1 in the end.
+_ONES = gl.constexpr({f: 0x3F803F80 + 0x00800080 * p if f >= BF16 else 0x00010001 << p for f, p in _LEAST.items()})
+_UNIT = gl.constexpr({f: (1.0 if f >= BF16 else 2.0**24) * 2.0**-p for f, p in _LEAST.items()})
 _UNDO_OR = gl.constexpr(0xC300C300 - 2**32)  # bf16 pair of -128
-_UNIT = gl.constexpr({0: 2.0**24, BF16: 1.0})
+_UNDER_128 = gl.constexpr({mask: f"lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;" for mask in set(_MASKS.values())})
 _MMA = gl.constexpr({0: ptx.MMA, BF16: ptx.MMA_BF16})
 _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
-_STATISTICS = gl.constexpr(ptx.EXACT_STATISTICS)
-_STATISTICS_REGISTERS = gl.constexpr(ptx.EXACT_STATISTICS_CONSTRAINTS)
 _QUAD_SUM = gl.constexpr(ptx.QUAD_SUM)
+_CODE = gl.constexpr({place: ptx.code_under_exponent(place) for place in ptx.STATISTICS_PLACES})
+_EXPONENT = gl.constexpr({place: (150 - place) << 23 for place in ptx.STATISTICS_PLACES})  # float of 2**(23 - place)
+_OFFSET = gl.constexpr({place: 2.0 ** (23 - place) for place in ptx.STATISTICS_PLACES})
+_FOUR_HALVES = gl.constexpr(ptx.FOUR_HALVES)
+WARPS = (1, 2, 4, 8)
+_WARP_BASES = gl.constexpr({1: [], 2: [[1, 0]], 4: [[1, 0], [2, 0]], 8: [[1, 0], [2, 0], [4, 0]]})
+_OUTLIERS = gl.constexpr(
+    {(bf + wide) * 16 + warps: ptx.outlier_sum(bool(bf), bool(wide), 4 * warps)
+     for bf in (0, BF16) for wide in (0, 1) for warps in WARPS}
+)  # fmt: skip
+_OUTLIERS_REGISTERS = gl.constexpr(ptx.OUTLIER_SUM_CONSTRAINTS)
 
 
 @gluon.jit
@@ -78,12 +122,28 @@ def _pair(words, half: gl.constexpr, i: gl.constexpr, BITS: gl.constexpr, BF: gl
     """Codes of column pair i of row l (half 0) or l + 8 in the floating format of the product (see `positions`)."""
     field: gl.constexpr = ((BITS + BF) * 2 + half) * 8 + i
     if _SHIFT[field] < 0:
-        code = (words[0] >> 15) & 0x00010001 | (words[1] >> 14) & 0x00020002 | (words[2] >> 13) & 0x00040004
+        # multiply-adds, because the unit of shifts and logic is the busy one
+        code = _times(words[2] & 0x00010001, 4, _times(words[1] & 0x00010001, 2, words[0] & 0x00010001))
+        code = _times(code, 2, code * 0)
+        if BF:
+            code = code | 0x43004300
+    elif BF:
+        # one operation on a word and two constants, which the compiler would make two
+        code = gl.inline_asm_elementwise(
+            _UNDER_128[_MASK[field]], "=r,r,r", [words[_WORD[field]] >> _SHIFT[field], words[0] * 0 + 0x43004300],
+            dtype=gl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
     else:
         code = (words[_WORD[field]] >> _SHIFT[field]) & _MASK[field]
-    if BF:
-        code = code | 0x43004300
     return code
+
+
+@gluon.jit
+def _times(a, factor: gl.constexpr, b):
+    if factor == 2:
+        return gl.inline_asm_elementwise("mad.lo.u32 $0, $1, 2, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
+    else:
+        return gl.inline_asm_elementwise("mad.lo.u32 $0, $1, 4, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -95,165 +155,150 @@ def _mma(a0, a1, a2, a3, b0, b1, c, BF: gl.constexpr):
 
 
 @gluon.jit
-def _opaque(value):
-    """The same value, of which the compiler knows nothing: a product with it stays a product, and no selection."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=gl.int32, is_pure=True, pack=1)
+def _couple(words, b0, b1, dot, c: gl.constexpr, undo, BITS: gl.constexpr, BF: gl.constexpr):
+    """dot plus the products of the codes of pairs 2c and 2c + 1 with B."""
+    dot = _mma(
+        _pair(words, 0, 2 * c, BITS, BF), _pair(words, 1, 2 * c, BITS, BF), _pair(words, 0, 2 * c + 1, BITS, BF),
+        _pair(words, 1, 2 * c + 1, BITS, BF), b0, b1, dot, BF,
+    )  # fmt: skip
+    if BF:
+        dot = _mma(undo, undo, undo, undo, b0, b1, dot, BF)
+    return dot
 
 
 @gluon.jit
-def _load_chunk(
-    weights, stat_codes, tile_stats, block, mine, low, high, blocks, groups,
-    BITS: gl.constexpr, VECTOR: gl.constexpr, TILE_STATS: gl.constexpr,
-):  # fmt: skip
-    """Words of column blocks `block`..+3, and statistics of blocks `mine`, +1, +4, +5 where a group is one block."""
-    words = ()
-    for k in gl.static_range(BITS):
-        words = words + row_of_words(weights + k * 8 * blocks, block, blocks, VECTOR)
-    if TILE_STATS:
-        if VECTOR:
-            first = gl.minimum(mine, blocks - 2)
-            second = gl.minimum(mine + 4, blocks - 2)
-            words = words + load2(stat_codes + low * groups + first)
-            words = words + load2(stat_codes + low * groups + second)
-            words = words + load2(stat_codes + high * groups + first)
-            words = words + load2(stat_codes + high * groups + second)
-            words = words + load4(tile_stats + 2 * first)
-            words = words + load4(tile_stats + 2 * second)
-        else:
-            for plane in gl.static_range(2):
-                row = stat_codes + (low if plane == 0 else high) * groups
-                for e in gl.static_range(2):
-                    for s in gl.static_range(2):
-                        words = words + (load1(row + gl.minimum(mine + 4 * e + s, blocks - 1)),)
-            for e in gl.static_range(2):
-                for s in gl.static_range(2):
-                    words = words + load2(tile_stats + 2 * gl.minimum(mine + 4 * e + s, blocks - 1))
-    return words
+def _scale(dot, n: gl.constexpr, FLAVOR: gl.constexpr):
+    """dot in the unit of the couple that follows couple n of the order."""
+    upper: gl.constexpr = _FACTOR[FLAVOR * 8 + n]
+    lower: gl.constexpr = _FACTOR[FLAVOR * 8 + 4 + n]
+    if upper != 1.0:
+        dot = (dot[0] * upper, dot[1] * upper, dot[2], dot[3])
+    if lower != 1.0:
+        dot = (dot[0], dot[1], dot[2] * lower, dot[3] * lower)
+    return dot
 
 
 @gluon.jit
-def _load_x(x_dense, block, gid, blocks, VECTOR: gl.constexpr):
-    """x of the two column blocks that this lane brings to B: 4 t + s or 4 t + 2 + s, s = 0, 1, as 16 words."""
-    second = gl.where(gid >= 4, 2, 0)
-    words = ()
-    for s in gl.static_range(2):
-        if VECTOR:
-            at = x_dense + (gl.minimum(block, blocks - 4) + second + s) * 8
-        else:
-            at = x_dense + gl.minimum(block + second + s, blocks - 1) * 8
-        words = words + load4(at) + load4(at + 4)
-    return words
+def _couple_of_both(
+    slots, a, b, c, d, first, second, undo, couple: gl.constexpr, n: gl.constexpr, BITS: gl.constexpr, BF: gl.constexpr
+):
+    """Couple n of the order in both chains; a, b, c, d: the 16-byte halves of x that hold it."""
+    first = _couple(slots[0], a[couple % 2 * 2], a[couple % 2 * 2 + 1], first, couple, undo, BITS, BF)
+    second = _couple(slots[2], c[couple % 2 * 2], c[couple % 2 * 2 + 1], second, couple, undo, BITS, BF)
+    first = _couple(slots[1], b[couple % 2 * 2], b[couple % 2 * 2 + 1], first, couple, undo, BITS, BF)
+    second = _couple(slots[3], d[couple % 2 * 2], d[couple % 2 * 2 + 1], second, couple, undo, BITS, BF)
+    return _scale(first, n, BITS + BF), _scale(second, n, BITS + BF)
 
 
 @gluon.jit
-def _multiply_chunk(
-    chunk, x, GroupSc, GroupZp, stat_codes, tile_stats, block, mine, gid, tid, low, high, shift, row0, row1, blocks,
-    groups, y0, y1,
-    BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, VECTOR: gl.constexpr,
-):  # fmt: skip
-    """y0, y1 (rows l and l + 8) plus what the chunk's 256 columns give, without outliers."""
-    FLAVOR: gl.constexpr = BITS + BF
-    CLASSES: gl.constexpr = _CLASSES[FLAVOR]
-    TILE_STATS: gl.constexpr = BILEVEL and BLOCKS_A_GROUP == 1
-    zero = y0 * 0.0
-    none = gid * 0
-    ones = none + _ONES[BF]
-    undo = none + _UNDO_OR
-    # Column n of B belongs to block 4 t + s (n = t) or 4 t + 2 + s (n = t + 4): lane (gid = n, tid = t) brings its x.
-    second = gl.where(gid >= 4, 2, 0)
-    inside = block < blocks
-    m0 = _opaque(gl.where((gid == tid) & inside, 1, 0))
-    m1 = _opaque(gl.where((gid == tid + 4) & inside, 1, 0))
-    for s in gl.static_range(2):
-        words_a = ()
-        words_b = ()
-        for k in gl.static_range(BITS):
-            words_a = words_a + (chunk[4 * k + s],)
-            words_b = words_b + (chunk[4 * k + 2 + s],)
-        if not VECTOR:
-            there = block + second + s < blocks
-            m0 = _opaque(gl.where((gid == tid) & there, 1, 0))
-            m1 = _opaque(gl.where((gid == tid + 4) & there, 1, 0))
-        sums = ((zero, zero, zero, zero),)
-        for _ in gl.static_range(1, CLASSES):
-            sums = sums + ((zero, zero, zero, zero),)
-        xsum = (zero, zero, zero, zero)
-        for i in gl.static_range(8):
-            # multiplied, not masked: the unit of logic operations is the busy one
-            x0 = x[8 * s + i] * m0
-            x1 = x[8 * s + i] * m1
-            a0 = _pair(words_a, 0, i, BITS, BF)
-            a1 = _pair(words_a, 1, i, BITS, BF)
-            b0 = _pair(words_b, 0, i, BITS, BF)
-            b1 = _pair(words_b, 1, i, BITS, BF)
-            updated = ()
-            for c in gl.static_range(CLASSES):
-                if _CLASS[FLAVOR][i] == c:
-                    total = _mma(a0, a1, b0, b1, x0, x1, sums[c], BF)
-                    if BF:
-                        total = _mma(undo, undo, undo, undo, x0, x1, total, BF)
-                    updated = updated + (total,)
-                else:
-                    updated = updated + (sums[c],)
-            sums = updated
-            xsum = _mma(ones, ones, ones, ones, x0, x1, xsum, BF)
-        for e in gl.static_range(2):
-            dot0 = sums[0][e]
-            dot1 = sums[0][2 + e]
-            for c in gl.static_range(1, CLASSES):
-                dot0 += sums[c][e] * _WEIGHT_OF_CLASS[FLAVOR][c]
-                dot1 += sums[c][2 + e] * _WEIGHT_OF_CLASS[FLAVOR][c]
-            if BILEVEL:
-                if TILE_STATS:
-                    code0 = chunk[4 * BITS + 2 * e + s]
-                    code1 = chunk[4 * BITS + 4 + 2 * e + s]
-                    second0 = chunk[4 * BITS + 8 + 4 * e + 2 * s]
-                    second1 = chunk[4 * BITS + 9 + 4 * e + 2 * s]
-                else:
-                    group = gl.minimum(mine + 4 * e + s, blocks - 1) // BLOCKS_A_GROUP
-                    code0 = load1(stat_codes + low * groups + group)
-                    code1 = load1(stat_codes + high * groups + group)
-                    second0, second1 = load2(tile_stats + 2 * group)
-                scale0, zero0, scale1, zero1 = gl.inline_asm_elementwise(
-                    _STATISTICS, _STATISTICS_REGISTERS, [code0, code1, shift, second0, second1],
-                    dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
-                )  # fmt: skip
-            else:
-                group = gl.minimum(mine + 4 * e + s, blocks - 1) // BLOCKS_A_GROUP
-                at0 = row0 * groups + group
-                at1 = row1 * groups + group
-                scale0 = gl.load(GroupSc + at0).to(gl.float16, bitcast=True).to(gl.float32)
-                scale1 = gl.load(GroupSc + at1).to(gl.float16, bitcast=True).to(gl.float32)
-                zero0 = gl.load(GroupZp + at0).to(gl.float32)
-                zero1 = gl.load(GroupZp + at1).to(gl.float32)
-            y0 += scale0 * (dot0 - zero0 * xsum[e])
-            y1 += scale1 * (dot1 - zero1 * xsum[2 + e])
-    return y0, y1
+def _half_of_x(slots, at0, at1, first, second, undo, PART: gl.constexpr, BITS: gl.constexpr, BF: gl.constexpr):
+    """The couples of one 16-byte half of x of every block."""
+    offset: gl.constexpr = _ORDER[BITS + BF][2 * PART] // 2 * 4
+    a = load4(at0 + offset)
+    b = load4(at1 + offset)
+    c = load4(at0 + (64 + offset))
+    d = load4(at1 + (64 + offset))
+    for n in gl.static_range(2):
+        first, second = _couple_of_both(
+            slots, a, b, c, d, first, second, undo, _ORDER[BITS + BF][2 * PART + n], 2 * PART + n, BITS, BF
+        )
+    return first, second
 
 
 @gluon.jit
-def _entry(Col, Val, at, end, WIDE: gl.constexpr):
-    """Column and value of the outlier at `at`, zeros from `end` on."""
-    there = at < end
-    value = gl.load(Val + at, mask=there, other=0).to(gl.float16, bitcast=True)
-    return index(Col + at, there, WIDE), value.to(gl.float32)
+def _two_products(slots, at0, at1, zero, undo, BITS: gl.constexpr, BF: gl.constexpr):
+    """sum(q x) of the chunk's groups 0..7 and 8..15: D fragments of two chains, side by side for the latency of each.
+
+    at0, at1: where lanes gid = tid and gid = tid + 4 find x of block gid (the other lanes: zeros).
+    """
+    blank = (zero, zero, zero, zero)
+    first, second = _half_of_x(slots, at0, at1, blank, blank, undo, 0, BITS, BF)
+    return _half_of_x(slots, at0, at1, first, second, undo, 1, BITS, BF)
+
+
+@gluon.jit
+def _four(tile, layout: gl.constexpr):
+    """[WARPS, 128] words to four [32 * WARPS]: what each lane holds of its blocks tid, 4 + tid, 8 + tid, 12 + tid."""
+    even, odd = gl.split(gl.reshape(tile, [tile.shape[0] * 32, 2, 2]))
+    w0, w2 = gl.split(even)
+    w1, w3 = gl.split(odd)
+    return (
+        gl.convert_layout(w0, layout, assert_trivial=True), gl.convert_layout(w1, layout, assert_trivial=True),
+        gl.convert_layout(w2, layout, assert_trivial=True), gl.convert_layout(w3, layout, assert_trivial=True),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _for_all_rows(value, layout: gl.constexpr):
+    """[WARPS, 4 tid], equal in all lane groups, to [32 * WARPS]."""
+    WARPS: gl.constexpr = value.shape[0]
+    cube: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
+    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(1, cube), assert_trivial=True), 1)
+    value = value + gl.zeros([WARPS, 8, 4], value.dtype, cube)
+    return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _four_groups(tile, layout: gl.constexpr):
+    """[WARPS, 16 groups] to four [32 * WARPS]: groups 2 tid, 2 tid + 1, 8 + 2 tid, 9 + 2 tid."""
+    even, odd = gl.split(gl.permute(gl.reshape(tile, [tile.shape[0], 2, 4, 2]), [0, 2, 1, 3]))
+    w0, w2 = gl.split(even)
+    w1, w3 = gl.split(odd)
+    return _for_all_rows(w0, layout), _for_all_rows(w1, layout), _for_all_rows(w2, layout), _for_all_rows(w3, layout)
+
+
+@gluon.jit
+def _set_of_codes(codes, lane, layout: gl.constexpr):
+    """Words of spec 4.3 [WARPS, 64] to four [32 * WARPS] with the codes of those groups at STATISTICS_PLACES."""
+    WARPS: gl.constexpr = codes.shape[0]
+    warp_bases: gl.constexpr = _WARP_BASES[WARPS]
+    words: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
+    halves: gl.constexpr = gl.DistributedLinearLayout(
+        [], [[0, 0], [0, 1], [0, 2], [0, 4], [0, 8]], warp_bases, [], [WARPS, 16]
+    )
+    twice: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 16, 2], [WARPS, 1, 1], [2, 1, 0])
+    own = gl.reshape(codes.slice(0, 32, 1).load(words), [32 * WARPS])
+    own = gl.convert_layout(own, layout, assert_trivial=True)
+    half = gl.reshape(codes.slice(32, 16, 1).load(halves), [WARPS, 16, 1])
+    half = gl.convert_layout(half, twice, assert_trivial=True) + gl.zeros([WARPS, 16, 2], gl.int32, twice)
+    half = gl.convert_layout(gl.reshape(half, [32 * WARPS]), layout, assert_trivial=True) >> (lane % 2 * 16)
+    return own << 11, own >> 1, (half << 19) + ((own >> 13) & 0x7FFFF), half << 7
+
+
+@gluon.jit
+def _statistic(t, exponent, offset, P: gl.constexpr):
+    """code - offset', where the code is at bit P of t and offset is offset' + 2**(23 - P)."""
+    code = gl.inline_asm_elementwise(_CODE[P], "=f,r,r", [t, exponent], dtype=gl.float32, is_pure=True, pack=1)
+    return code - offset
 
 
 @gluon.jit
 def matvec_kernel(
-    X, XDense, Weight, StatCodes, TileStats, GroupSc, GroupZp, Crow, Col, Val, Bias, Y,
-    out_features, blocks, groups,
+    X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Crow, Col, Val, Bias, Y, out_features, chunks, groups,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    WIDE_ROWS: gl.constexpr, WIDE_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, VECTOR: gl.constexpr, WARPS: gl.constexpr,
+    WIDE_ROWS: gl.constexpr, WIDE_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Y[o] = sum_i W[o, i] X[i] (+ Bias[o]).
 
-    X [in] is read by the outliers, XDense [blocks * 16] (permuted and padded where need be) by the codes; both fp16, or bf16
-    where BF is 8. Y [out].
+    X [in] is read by the outliers, XDense [chunks * 256], permuted where need be, by the codes; both fp16, or bf16 where BF is
+    8. Zeros: 512 bytes of 0. Y [out]. Statistics: bilevel with groups of 16, or direct. WHOLE: chunks is a multiple of
+    WARPS * STAGES.
     """
-    TILE_STATS: gl.constexpr = BILEVEL and BLOCKS_A_GROUP == 1
-    STEP: gl.constexpr = 16 * WARPS  # column blocks that the program takes at a time
+    FLAVOR: gl.constexpr = BITS + BF
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    warp_bases: gl.constexpr = _WARP_BASES[WARPS]
+    quads: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+    codes_copy: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 0]], warp_bases, [], [WARPS, 64]
+    )
+    tops_copy: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1]], [[0, 2], [0, 4], [0, 8], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
+    )
+    tops_read: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 8]], [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
+    )
+    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     spread: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])  # warp, lane, row half
     inner: gl.constexpr = gl.SliceLayout(0, spread)
     thread = gl.arange(0, 32 * WARPS, layout=layout)
@@ -262,91 +307,157 @@ def matvec_kernel(
     gid = lane // 4
     tid = lane % 4
     tile = gl.program_id(0)
-    low = gid * 12 // 32
-    high = gl.minimum(low + 1, 2)
-    shift = gid * 12 % 32
     tile64 = tile.to(gl.int64)
-    weights = Weight + tile64 * (8 * BITS) * blocks + gid * blocks
-    stat_codes = StatCodes + tile64 * 3 * groups
-    tile_stats = TileStats.to(gl.pointer_type(gl.int32)) + tile64 * 2 * groups
-    x_dense = XDense.to(gl.pointer_type(gl.int32))
     row0 = tile * 16 + gid
     row1 = row0 + 8
-    last0 = gl.minimum(row0, out_features - 1).to(gl.int64)
-    last1 = gl.minimum(row1, out_features - 1).to(gl.int64)
-
-    y0 = gl.zeros([32 * WARPS], gl.float32, layout)
-    y1 = y0
+    zero = gl.zeros([32 * WARPS], gl.float32, layout)
     none = gl.zeros([32 * WARPS], gl.int32, layout)
-    step = 4 * WARPS
-    begin0 = none
-    end0 = none
-    begin1 = none
-    end1 = none
-    column0 = none
-    column1 = none
-    value0 = y0
-    value1 = y0
-    if OUTLIERS:
-        begin0 = index(Crow + row0, row0 < out_features, WIDE_ROWS) + warp * 4 + tid
-        end0 = index(Crow + row0 + 1, row0 < out_features, WIDE_ROWS)
-        begin1 = index(Crow + row1, row1 < out_features, WIDE_ROWS) + warp * 4 + tid
-        end1 = index(Crow + row1 + 1, row1 < out_features, WIDE_ROWS)
-        column0, value0 = _entry(Col, Val, begin0, end0, WIDE_COLUMNS)
-        column1, value1 = _entry(Col, Val, begin1, end1, WIDE_COLUMNS)
+    ones = none + _ONES[FLAVOR]
+    undo = none + _UNDO_OR
 
-    # D gives a lane the columns n = 2 tid and 2 tid + 1: those of blocks mine + s and mine + 4 + s.
-    block = warp * 16 + tid * 4
-    mine = warp * 16 + 8 * (tid % 2) + 2 * (tid // 2)
-    chunk = _load_chunk(weights, stat_codes, tile_stats, block, mine, low, high, blocks, groups, BITS, VECTOR, TILE_STATS)
-    x = _load_x(x_dense, block, gid, blocks, VECTOR)
-    # Two chunks a turn, so that the registers of one are free for the next without a copy.
-    for _first in range(0, blocks, 2 * STEP):
-        for turn in gl.static_range(2):
-            following = _load_chunk(
-                weights, stat_codes, tile_stats, block + STEP, mine + STEP, low, high, blocks, groups,
-                BITS, VECTOR, TILE_STATS,
-            )  # fmt: skip
-            x_following = _load_x(x_dense, block + STEP, gid, blocks, VECTOR)
-            # the outliers of rows l in one turn, of rows l + 8 in the next
-            if OUTLIERS and turn == 0:
-                gathered = gl.load(X + column0).to(gl.float32) * (1.0 / _UNIT[BF])
-                value = value0
-                begin0 += step
-                column0, value0 = _entry(Col, Val, begin0, end0, WIDE_COLUMNS)
-            if OUTLIERS and turn == 1:
-                gathered = gl.load(X + column1).to(gl.float32) * (1.0 / _UNIT[BF])
-                value = value1
-                begin1 += step
-                column1, value1 = _entry(Col, Val, begin1, end1, WIDE_COLUMNS)
-            y0, y1 = _multiply_chunk(
-                chunk, x, GroupSc, GroupZp, stat_codes, tile_stats, block, mine, gid, tid, low, high, shift, last0,
-                last1, blocks, groups, y0, y1, BITS, BF, BILEVEL, BLOCKS_A_GROUP, VECTOR,
-            )  # fmt: skip
-            if OUTLIERS and turn == 0:
-                y0 += value * gathered
-            if OUTLIERS and turn == 1:
-                y1 += value * gathered
-            chunk = following
-            x = x_following
-            block += STEP
-            mine += STEP
+    # Where the copies of this warp's next chunk begin.
+    words_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, quads))[:, None]
+    words_lane = gl.arange(0, 128, layout=gl.SliceLayout(0, quads))[None, :]
+    words_at = Weight + tile64 * (chunks * (128 * BITS)) + (words_warp * (128 * BITS) + words_lane)
+    codes_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, codes_copy))[:, None]
+    codes_lane = gl.arange(0, 64, layout=gl.SliceLayout(0, codes_copy))[None, :]
+    codes_at = StatCodes + tile64 * (chunks * 48) + (codes_warp * 48 + codes_lane)
+    tops_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, tops_copy))[:, None]
+    tops_lane = gl.arange(0, 16, layout=gl.SliceLayout(0, tops_copy))[None, :]
+    tops_at = TileStats.to(gl.pointer_type(gl.int64)) + tile64 * (chunks * 16) + (tops_warp * 16 + tops_lane)
 
-    if OUTLIERS:
-        # rows with more outliers than the loop above had turns
-        left = gl.max(gl.maximum(end0 - begin0, end1 - begin1), axis=0)
-        for _k in range(0, left, step):
-            y0 += value0 * (gl.load(X + column0).to(gl.float32) * (1.0 / _UNIT[BF]))
-            y1 += value1 * (gl.load(X + column1).to(gl.float32) * (1.0 / _UNIT[BF]))
-            begin0 += step
-            begin1 += step
-            column0, value0 = _entry(Col, Val, begin0, end0, WIDE_COLUMNS)
-            column1, value1 = _entry(Col, Val, begin1, end1, WIDE_COLUMNS)
+    ring = ()
+    for _ in gl.static_range(STAGES):
+        stage = ()
+        for _k in gl.static_range(BITS):
+            stage = stage + (gl.allocate_shared_memory(gl.int32, [WARPS, 128], shared),)
+        if BILEVEL:
+            stage = stage + (gl.allocate_shared_memory(gl.int32, [WARPS, 64], shared),)
+            stage = stage + (gl.allocate_shared_memory(gl.int64, [WARPS, 16], shared),)
+        ring = ring + (stage,)
+    for j in gl.static_range(STAGES - 1):
+        for k in gl.static_range(BITS):
+            copy_async(ring[j][k], words_at + 128 * k, mask=WARPS * j + words_warp < chunks)
+        if BILEVEL:
+            copy_async(ring[j][BITS], codes_at, mask=(WARPS * j + codes_warp < chunks) & (codes_lane < 48))
+            copy_async(ring[j][BITS + 1], tops_at, mask=WARPS * j + tops_warp < chunks)
+        commit_copies()
+        words_at += WARPS * 128 * BITS
+        codes_at += WARPS * 48
+        tops_at += WARPS * 16
 
+    # Lane gid = tid (for the second four blocks of a half chunk, gid = tid + 4) brings x of block gid, the others zeros.
+    zeros_at = Zeros.to(gl.pointer_type(gl.int32)) + none
+    x_at = XDense.to(gl.pointer_type(gl.int32)) + (warp * 128 + gid * 8)
+    diagonal0 = gl.where(gid == tid, x_at, zeros_at)
+    diagonal1 = gl.where(gid == tid + 4, x_at, zeros_at)
+    step0 = gl.where(gid == tid, 128 * WARPS, 0)
+    step1 = gl.where(gid == tid + 4, 128 * WARPS, 0)
+    sums_at = x_at + tid * 2
+
+    exponent11 = none + _EXPONENT[11]
+    exponent14 = none + _EXPONENT[14]
+    exponent17 = none + _EXPONENT[17]
+    exponent20 = none + _EXPONENT[20]
+    y0 = zero
+    y1 = zero
+    chunk = warp
+    # Tiles come to their outliers in different turns, so that some wait for memory while others compute.
+    TURN: gl.constexpr = WARPS * STAGES
+    turn_of_outliers = tile % ((chunks + TURN - 1) // TURN) * TURN
+
+    for begin in range(0, chunks, TURN):
+        if OUTLIERS:
+            if begin == turn_of_outliers:
+                first0 = index(Crow + row0, row0 < out_features, WIDE_ROWS) + (warp * 4 + tid)
+                end0 = index(Crow + row0 + 1, row0 < out_features, WIDE_ROWS)
+                first1 = index(Crow + row1, row1 < out_features, WIDE_ROWS) + (warp * 4 + tid)
+                end1 = index(Crow + row1 + 1, row1 < out_features, WIDE_ROWS)
+                sum0, sum1 = gl.inline_asm_elementwise(
+                    _OUTLIERS[(BF + WIDE_COLUMNS) * 16 + WARPS], _OUTLIERS_REGISTERS,
+                    [first0, end0, first1, end1, Col + none, Val + none, X + none],
+                    dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
+                )  # fmt: skip
+                y0 += sum0 * (1.0 / _UNIT[FLAVOR])
+                y1 += sum1 * (1.0 / _UNIT[FLAVOR])
+        for j in gl.static_range(STAGES):
+            wait_copies(STAGES - 2)
+            now = ring[j]
+            then = ring[(j + STAGES - 1) % STAGES]
+            ahead = begin + WARPS * (j + STAGES - 1)
+            if WHOLE:
+                more = ahead < chunks
+                for k in gl.static_range(BITS):
+                    copy_async(then[k], words_at + 128 * k, mask=more)
+                if BILEVEL:
+                    copy_async(then[BITS], codes_at, mask=more & (codes_lane < 48))
+                    copy_async(then[BITS + 1], tops_at, mask=more)
+            else:
+                for k in gl.static_range(BITS):
+                    copy_async(then[k], words_at + 128 * k, mask=ahead + words_warp < chunks)
+                if BILEVEL:
+                    copy_async(then[BITS], codes_at, mask=(ahead + codes_warp < chunks) & (codes_lane < 48))
+                    copy_async(then[BITS + 1], tops_at, mask=ahead + tops_warp < chunks)
+            commit_copies()
+            words_at += WARPS * 128 * BITS
+            codes_at += WARPS * 48
+            tops_at += WARPS * 16
+            if WHOLE:
+                at0 = diagonal0
+                at1 = diagonal1
+                at2 = sums_at
+            else:  # past the end the words are zeros, and so must x be
+                at0 = gl.where(chunk < chunks, diagonal0, zeros_at)
+                at1 = gl.where(chunk < chunks, diagonal1, zeros_at)
+                at2 = gl.where(chunk < chunks, sums_at, zeros_at)
+            diagonal0 += step0
+            diagonal1 += step1
+            sums_at += 128 * WARPS
+            # B with x of block gid in column gid and A of ones: sum(x) of groups 2 tid and 2 tid + 1 in each row of D
+            natural0 = load2(at2)
+            natural1 = load2(at2 + 64)
+            slots = ((), (), (), ())
+            for k in gl.static_range(BITS):
+                four = _four(now[k].load(quads), layout)
+                slots = (slots[0] + (four[0],), slots[1] + (four[1],), slots[2] + (four[2],), slots[3] + (four[3],))
+            dots = _two_products(slots, at0, at1, zero, undo, BITS, BF)
+            blank = (zero, zero, zero, zero)
+            sums0 = _mma(ones, ones, ones, ones, natural0[0], natural0[1], blank, BF)
+            sums1 = _mma(ones, ones, ones, ones, natural1[0], natural1[1], blank, BF)
+            sums = (sums0[0], sums0[1], sums1[0], sums1[1])
+            if BILEVEL:
+                codes = _set_of_codes(now[BITS], lane, layout)
+                tops = _four_groups(now[BITS + 1].load(tops_read), layout)
+            for n in gl.static_range(4):
+                dot0 = dots[n // 2][n % 2]
+                dot1 = dots[n // 2][2 + n % 2]
+                if BILEVEL:
+                    t = codes[n]
+                    ss, sz, zs, zz = gl.inline_asm_elementwise(
+                        _FOUR_HALVES, "=f,=f,=f,=f,l", [tops[n]], dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
+                        is_pure=True, pack=1,
+                    )  # fmt: skip
+                    a = zs * sums[n]
+                    t0 = dot0 - _statistic(t, exponent14, zz + _OFFSET[14], 14) * a
+                    t1 = dot1 - _statistic(t, exponent20, zz + _OFFSET[20], 20) * a
+                    y0 += ss * (_statistic(t, exponent11, sz + _OFFSET[11], 11) * t0)
+                    y1 += ss * (_statistic(t, exponent17, sz + _OFFSET[17], 17) * t1)
+                else:
+                    block = chunk * 16 + (8 * (n // 2) + n % 2) + 2 * tid
+                    group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
+                    place0 = gl.minimum(row0, out_features - 1).to(gl.int64) * groups + group
+                    place1 = gl.minimum(row1, out_features - 1).to(gl.int64) * groups + group
+                    scale0 = gl.load(GroupSc + place0).to(gl.float16, bitcast=True).to(gl.float32)
+                    scale1 = gl.load(GroupSc + place1).to(gl.float16, bitcast=True).to(gl.float32)
+                    y0 += scale0 * (dot0 - gl.load(GroupZp + place0).to(gl.float32) * sums[n])
+                    y1 += scale1 * (dot1 - gl.load(GroupZp + place1).to(gl.float32) * sums[n])
+            chunk += WARPS
+
+    wait_copies(0)
     y0 = gl.inline_asm_elementwise(_QUAD_SUM, "=f,f", [y0], dtype=gl.float32, is_pure=True, pack=1)
     y1 = gl.inline_asm_elementwise(_QUAD_SUM, "=f,f", [y1], dtype=gl.float32, is_pure=True, pack=1)
     by_warp = gl.convert_layout(gl.reshape(gl.join(y0, y1), [WARPS, 32, 2]), spread)
-    total = gl.sum(by_warp, axis=0) * _UNIT[BF]
+    total = gl.sum(by_warp, axis=0) * _UNIT[FLAVOR]
     lane2 = gl.arange(0, 32, layout=gl.SliceLayout(1, inner))[:, None]
     half2 = gl.arange(0, 2, layout=gl.SliceLayout(0, inner))[None, :]
     row = tile * 16 + lane2 // 4 + 8 * half2
@@ -355,39 +466,47 @@ def matvec_kernel(
     gl.store(Y + row, total.to(Y.dtype.element_ty), mask=(row < out_features) & (lane2 % 4 == 0))
 
 
+@lru_cache
+def _zeros(device: torch.device) -> Tensor:
+    return torch.zeros(512, dtype=torch.uint8, device=device)
+
+
+def takes(layout: Layout) -> bool:
+    """True for matrices of whole chunks whose statistics the kernel decodes: bilevel in groups of 16, or direct."""
+    return layout.blocks % CHUNK == 0 and (layout.statistics == "direct" or layout.group_size == TILE)
+
+
 def linear(
-    x: Tensor,
-    tensors: Mapping[str, Tensor],
-    layout: Layout,
-    bias: Tensor | None,
-    warps: int | None = None,
+    x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, warps: int | None = None, stages: int = 2
 ) -> Tensor:
-    """W x + bias for x fp16 or bf16 [1, in], contiguous, checked operands. Returns [1, out] in x's dtype."""
+    """W x + bias for x fp16 or bf16 [1, in], contiguous, and checked operands of a layout that `takes` accepts.
+
+    Returns [1, out] in x's dtype.
+    """
     dense = x if not layout.permuted else x.index_select(1, tensors["perm"])
-    width = layout.blocks * TILE
-    if width != layout.in_features:
-        dense = torch.nn.functional.pad(dense, (0, width - layout.in_features))
+    if layout.in_features % TILE:
+        dense = torch.nn.functional.pad(dense, (0, layout.blocks * TILE - layout.in_features))
     y = torch.empty(1, layout.out_features, dtype=x.dtype, device=x.device)
     warps = warps or matvec_warps(layout)
+    chunks = layout.blocks // CHUNK
     unused = tensors["weight"]
     matvec_kernel[(layout.tile_rows,)](
-        x, dense, tensors["weight"], tensors.get("stat_codes", unused), tensors.get("tile_stats", unused),
+        x, dense, _zeros(x.device), tensors["weight"], tensors.get("stat_codes", unused), tensors.get("tile_stats", unused),
         tensors.get("group_sc", unused), tensors.get("group_zp", unused), tensors.get("crow_indices", unused),
         tensors.get("col_indices", unused), tensors.get("values", unused), unused if bias is None else bias, y,
-        layout.out_features, layout.blocks, layout.groups,
+        layout.out_features, chunks, layout.groups,
         BITS=layout.weight_bits, BF=BF16 if x.dtype == torch.bfloat16 else 0, BILEVEL=layout.statistics == "bilevel",
         BLOCKS_A_GROUP=layout.group_size // TILE, OUTLIERS=layout.outliers > 0,
         WIDE_ROWS=layout.row_pointer_dtype == "I32", WIDE_COLUMNS=layout.column_dtype == "I32",
-        HAS_BIAS=bias is not None, VECTOR=layout.blocks % 4 == 0, WARPS=warps, num_warps=warps,
+        HAS_BIAS=bias is not None, WHOLE=chunks % (warps * stages) == 0, WARPS=warps, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return y
 
 
 def matvec_warps(layout: Layout) -> int:
-    """Warps that share a tile row: enough to fill an H200, each with a run of columns to stream (best of 1, 2, 4, 8)."""
-    wanted = -(-2048 // layout.tile_rows)
-    most = max(1, layout.blocks // 16)
-    warps = 1
-    while warps < wanted and warps < most and warps < 8:
-        warps *= 2
+    """Warps that share a tile: 4, or 8 where tiles are so few that an H200 would not be full (measured)."""
+    most = max(1, layout.blocks // CHUNK)
+    warps = 8 if layout.tile_rows < 512 else 4
+    while warps > most:
+        warps //= 2
     return warps

@@ -193,3 +193,80 @@ def half_statistics(bits: int) -> str:
 
 
 HALF_STATISTICS_CONSTRAINTS = "=&r,=&r,=&r,=&r,r,r,r,r,r"
+
+
+# Places of the four 3-bit codes of spec 4.3 in a word once the lowest is at bit 11: scale and zero of row l, of row l + 8.
+STATISTICS_PLACES = (11, 14, 17, 20)
+
+
+def code_under_exponent(place: int) -> str:
+    """PTX: the code at bit `place` of $1 as the float 2**(23 - place) + code. $2: the bits of 2**(23 - place)."""
+    return f"lop3.b32 $0, $1, {7 << place:#x}, $2, 0xEA;"
+
+
+# Four fp16 of 8 bytes $4 in fp32.
+FOUR_HALVES = """{
+.reg .b16 a, b, c, d;
+mov.b64 {a, b, c, d}, $4;
+cvt.f32.f16 $0, a;
+cvt.f32.f16 $1, b;
+cvt.f32.f16 $2, c;
+cvt.f32.f16 $3, d;
+}"""
+
+# Outputs $0, $1; first and end of the two rows $2..$5; col_indices, values, x $6..$8.
+OUTLIER_SUM_CONSTRAINTS = "=&f,=&f,r,r,r,r,l,l,l"
+
+
+def outlier_sum(bfloat: bool, wide: bool, step: int) -> str:
+    """PTX: sums of values[i] * x[col_indices[i]] in fp32 over i = first, first + step, .. below end, for two rows at once.
+
+    x is fp16, or bf16; columns are unsigned 16-bit integers, or (wide) 32-bit ones. Two entries of a row are in flight at a
+    time. Each lane turns as often as its rows ask for; what lies past an end is not read.
+    """
+    size = 4 if wide else 2
+    lines = [
+        ".reg .pred t, " + ", ".join(f"p{n}" for n in range(4)) + ";",
+        ".reg .b32 i0, i1, j, w, " + ", ".join(f"c{n}" for n in range(4)) + ";",
+        ".reg .b16 zero, " + ", ".join(f"v{n}, x{n}" for n in range(4)) + ";",
+        ".reg .b64 a, k0, k1, u0, u1;",
+        ".reg .f32 f, g;",
+        "mov.f32 $0, 0f00000000;",
+        "mov.f32 $1, 0f00000000;",
+        "mov.b16 zero, 0;",
+    ]
+    for row in range(2):
+        lines += [
+            f"mov.b32 i{row}, ${2 + 2 * row};",
+            f"mad.wide.s32 k{row}, i{row}, {size}, $6;",
+            f"mad.wide.s32 u{row}, i{row}, 2, $7;",
+        ]
+    lines.append("MORE:")
+    for row in range(2):
+        lines += [
+            f"setp.lt.s32 p{2 * row}, i{row}, ${3 + 2 * row};",
+            f"add.s32 j, i{row}, {step};",
+            f"setp.lt.s32 p{2 * row + 1}, j, ${3 + 2 * row};",
+        ]
+    lines += ["or.pred t, p0, p2;", "@!t bra DONE;"]
+    for n in range(4):
+        row, later = divmod(n, 2)
+        lines += [
+            f"mov.b16 v{n}, 0;",
+            f"mov.b16 x{n}, 0;",
+            f"@p{n} ld.global.nc.{'b32' if wide else 'u16'} c{n}, [k{row}+{size * step * later}];",
+            f"@p{n} ld.global.nc.b16 v{n}, [u{row}+{2 * step * later}];",
+        ]
+    for n in range(4):
+        lines += [f"@p{n} mad.wide.u32 a, c{n}, 2, $8;", f"@p{n} ld.global.nc.b16 x{n}, [a];"]
+    for n in range(4):
+        convert = [f"mov.b32 w, {{zero, x{n}}};", "mov.b32 g, w;"] if bfloat else [f"cvt.f32.f16 g, x{n};"]
+        lines += [f"cvt.f32.f16 f, v{n};", *convert, f"fma.rn.f32 ${n // 2}, f, g, ${n // 2};"]
+    for row in range(2):
+        lines += [
+            f"add.s32 i{row}, i{row}, {2 * step};",
+            f"add.s64 k{row}, k{row}, {2 * size * step};",
+            f"add.s64 u{row}, u{row}, {4 * step};",
+        ]
+    lines += ["bra MORE;", "DONE:"]
+    return "{\n" + "\n".join(lines) + "\n}"
