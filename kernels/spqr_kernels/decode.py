@@ -1,8 +1,9 @@
 """Decode kernel for NVIDIA GPUs (sm_80 and newer): y = x W^T for a small batch, on tensor cores, outliers fused.
 
-One program a tile row of 16 rows; its warps share the columns. A lane loads its words of four column blocks with 16-byte loads,
-brings the codes to fp16 weights in registers, and these registers are already the A fragment of `mma.m16n8k16`: no shared
-memory, no shuffles. The batch is the N of the product. Every sum has one fixed order, so results repeat bit for bit.
+A program takes TILES tiles of 16 rows; WARPS / TILES warps share the columns of each. Chunks of 256 columns and the part of x
+that meets them arrive in shared memory by asynchronous copies. A lane brings its words to fp16 weights in registers, and
+these are the A fragment of `mma.m16n8k16` as they stand; the batch is the N of the product, and one 16-byte read of x in
+shared memory is B of two products. Every sum has one fixed order, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -14,24 +15,160 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from spqr_format.layout import TILE, Layout
+from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 
 from . import ptx
-from .lanes import index, load1, load2, load4, load4_or_zero, row_of_words
+from .lanes import commit_copies, copy_async, index, wait_copies
 
+MAX_BATCH = 64
 _LANE = gl.constexpr({bits: ptx.dequantize_lane(bits) for bits in (2, 3, 4)})
 _LANE_REGISTERS = gl.constexpr({bits: ptx.dequantize_lane_constraints(bits) for bits in (2, 3, 4)})
 _BILEVEL = gl.constexpr({bits: ptx.half_statistics(bits) for bits in (2, 3, 4)})
 _BILEVEL_REGISTERS = gl.constexpr(ptx.HALF_STATISTICS_CONSTRAINTS)
 _MMA = gl.constexpr(ptx.MMA)
 _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
-_QUAD_SUM = gl.constexpr(ptx.QUAD_SUM)
 _MIDDLE = gl.constexpr({2: 0x40004000, 3: 0x44004400, 4: 0x48004800})  # half2 of 2, 4, 8
 _DIRECT = gl.constexpr(
     # $0 scale, $1 offset as half2; $2 scale (raw fp16), $3 zero point (integer), $4 half2 of middle
     "{ .reg .b32 z; .reg .b16 h; mov.b32 z, $3; cvt.rn.f16.u32 h, z; mov.b32 z, {h, h};"
     " prmt.b32 $0, $2, $2, 0x1010; sub.rn.f16x2 z, $4, z; mul.rn.f16x2 $1, z, $0; }"
 )
+_OUTLIERS = gl.constexpr({wide * 16 + split: ptx.outlier_batch(bool(wide), 4 * split) for wide in (0, 1) for split in (1, 2, 4, 8)})
+_OUTLIERS_REGISTERS = gl.constexpr(ptx.OUTLIER_BATCH_CONSTRAINTS)
+_SCATTER = gl.constexpr(ptx.QUAD_SCATTER)
+_SCATTER_REGISTERS = gl.constexpr(ptx.QUAD_SCATTER_CONSTRAINTS)
+
+
+def _bases(first: int, last: int, dim: int, rank: int = 2) -> list[list[int]]:
+    """Bases of a linear layout: powers of two from first on and below last, along dim."""
+    found = []
+    while first < last:
+        found.append([first if d == dim else 0 for d in range(rank)])
+        first *= 2
+    return found
+
+
+# Layouts by warps * 16 + tiles: warps along parts of the columns (dim 1, a part is 32 words) but not along tiles.
+_PARTS = gl.constexpr({
+    warps * 16 + tiles: [[0, 0]] * (tiles.bit_length() - 1) + _bases(32, 32 * warps // tiles, 1)
+    for warps in (1, 2, 4, 8, 16) for tiles in (1, 2, 4, 8) if tiles <= warps
+})  # fmt: skip
+_WARP_BASES = gl.constexpr({warps: _bases(1, warps, 0) for warps in (1, 2, 4, 8, 16)})
+_X_SHARED = gl.constexpr({
+    split * 256 + batch: [[0, 1], [0, 2], [0, 8], [0, 16], [1, 0], [2, 0], [4, 0], [0, 4], *_bases(32, 32 * split, 1),
+                          *_bases(8, batch, 0)]
+    for split in (1, 2, 4, 8) for batch in (8, 16, 32, 64)
+})  # fmt: skip
+
+
+@gluon.jit
+def _to_lanes(value, TILES: gl.constexpr, layout: gl.constexpr):
+    """[parts, 8 gid, 4 tid], equal for all tiles, to [32 * WARPS]."""
+    SPLIT: gl.constexpr = value.shape[0]
+    hyper: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1], [1, 1, 8, 4], [SPLIT, TILES, 1, 1], [3, 2, 1, 0])
+    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(1, hyper), assert_trivial=True), 1)
+    value = value + gl.zeros([SPLIT, TILES, 8, 4], value.dtype, hyper)
+    return gl.convert_layout(gl.reshape(value, [32 * SPLIT * TILES]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _eight_of_x(buffer, TILES: gl.constexpr, SPLIT: gl.constexpr, read: gl.constexpr, layout: gl.constexpr):
+    """[8 of the batch, parts * 32] words to the eight of block tid for batch column gid."""
+    t = gl.permute(gl.reshape(buffer.load(read), [8, SPLIT, 4, 2, 2, 2]), [1, 0, 2, 3, 4, 5])
+    even, odd = gl.split(t)
+    w0, w2 = gl.split(even)
+    w1, w3 = gl.split(odd)
+    x0, x4 = gl.split(w0)
+    x1, x5 = gl.split(w1)
+    x2, x6 = gl.split(w2)
+    x3, x7 = gl.split(w3)
+    return (
+        _to_lanes(x0, TILES, layout), _to_lanes(x1, TILES, layout), _to_lanes(x2, TILES, layout),
+        _to_lanes(x3, TILES, layout), _to_lanes(x4, TILES, layout), _to_lanes(x5, TILES, layout),
+        _to_lanes(x6, TILES, layout), _to_lanes(x7, TILES, layout),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _four_words(tile, layout: gl.constexpr):
+    """[WARPS, 128] words to four [32 * WARPS]: what each lane holds of its blocks tid, 4 + tid, 8 + tid, 12 + tid."""
+    even, odd = gl.split(gl.reshape(tile, [tile.shape[0] * 32, 2, 2]))
+    w0, w2 = gl.split(even)
+    w1, w3 = gl.split(odd)
+    return (
+        gl.convert_layout(w0, layout, assert_trivial=True), gl.convert_layout(w1, layout, assert_trivial=True),
+        gl.convert_layout(w2, layout, assert_trivial=True), gl.convert_layout(w3, layout, assert_trivial=True),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _for_all_rows(value, layout: gl.constexpr):
+    """[WARPS, 4 tid], equal in all lane groups, to [32 * WARPS]."""
+    WARPS: gl.constexpr = value.shape[0]
+    cube: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
+    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(1, cube), assert_trivial=True), 1)
+    value = value + gl.zeros([WARPS, 8, 4], value.dtype, cube)
+    return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _four_groups(tile, layout: gl.constexpr):
+    """[WARPS, 16 groups] to four [32 * WARPS]: groups tid, 4 + tid, 8 + tid, 12 + tid."""
+    even, odd = gl.split(gl.permute(gl.reshape(tile, [tile.shape[0], 2, 2, 4]), [0, 3, 1, 2]))
+    w0, w2 = gl.split(even)
+    w1, w3 = gl.split(odd)
+    return _for_all_rows(w0, layout), _for_all_rows(w1, layout), _for_all_rows(w2, layout), _for_all_rows(w3, layout)
+
+
+@gluon.jit
+def _spread_pairs(value, layout: gl.constexpr):
+    """[WARPS, 8 gid, 2], the last dimension tid // 2, to [32 * WARPS]."""
+    WARPS: gl.constexpr = value.shape[0]
+    twice: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1], [1, 8, 2, 2], [WARPS, 1, 1, 1], [3, 2, 1, 0])
+    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(3, twice), assert_trivial=True), 3)
+    value = value + gl.zeros([WARPS, 8, 2, 2], value.dtype, twice)
+    return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _spread_rows(value, layout: gl.constexpr):
+    """[WARPS, 8 gid] to [32 * WARPS]."""
+    WARPS: gl.constexpr = value.shape[0]
+    cube: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
+    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(2, cube), assert_trivial=True), 2)
+    value = value + gl.zeros([WARPS, 8, 4], value.dtype, cube)
+    return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _funnel(low, high, shift):
+    return gl.inline_asm_elementwise(
+        "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _set_of_codes(codes, tid, layout: gl.constexpr):
+    """Words of spec 4.3 [WARPS, 64] to four [32 * WARPS] with the codes of groups tid, 4 + tid, 8 + tid, 12 + tid at bit 0."""
+    WARPS: gl.constexpr = codes.shape[0]
+    warp_bases: gl.constexpr = _WARP_BASES[WARPS]
+    words: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 2]], [[0, 0], [0, 1], [0, 4], [0, 8], [0, 16]], warp_bases, [], [WARPS, 32]
+    )
+    halves: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1]], [[0, 0], [0, 0], [0, 2], [0, 4], [0, 8]], warp_bases, [], [WARPS, 16]
+    )
+    own = gl.permute(gl.reshape(codes.slice(0, 32, 1).load(words), [WARPS, 8, 2, 2]), [0, 1, 3, 2])
+    own0, own1 = gl.split(own)
+    own0 = _spread_pairs(own0, layout)
+    own1 = _spread_pairs(own1, layout)
+    half0, half1 = gl.split(gl.reshape(codes.slice(32, 16, 1).load(halves), [WARPS, 8, 2]))
+    side = tid // 2 * 16
+    half0 = _spread_rows(half0, layout) >> side
+    half1 = _spread_rows(half1, layout) >> side
+    shift = tid % 2 * 12
+    eight = tid * 0 + 24
+    return own0 >> shift, own1 >> shift, _funnel(own0, half0, eight) >> shift, _funnel(own1, half1, eight) >> shift
 
 
 @gluon.jit
@@ -45,240 +182,272 @@ def _dequantize_lane(words, s0, o0, s1, o1, BITS: gl.constexpr):
 
 
 @gluon.jit
-def _mma(a, b, i: gl.constexpr, x, c):
-    return gl.inline_asm_elementwise(
-        _MMA, _MMA_REGISTERS,
-        [a[i], a[8 + i], b[i], b[8 + i], x[0], x[1], c[0], c[1], c[2], c[3]],
-        dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _load_chunk(
-    weights, stat_codes, tile_stats, block, low, high, blocks, groups,
-    BITS: gl.constexpr, VECTOR: gl.constexpr, TILE_STATS: gl.constexpr,
-):  # fmt: skip
-    """Words of column blocks `block`..+3, and their statistics where a group is one block."""
-    words = ()
-    for k in gl.static_range(BITS):
-        words = words + row_of_words(weights + k * 8 * blocks, block, blocks, VECTOR)
-    if TILE_STATS:
-        words = words + row_of_words(stat_codes + low * groups, block, blocks, VECTOR)
-        words = words + row_of_words(stat_codes + high * groups, block, blocks, VECTOR)
-        if VECTOR:
-            at = tile_stats + 2 * gl.minimum(block, blocks - 4)
-            words = words + load4(at) + load4(at + 4)
-        else:
-            for j in gl.static_range(4):
-                words = words + load2(tile_stats + 2 * gl.minimum(block + j, blocks - 1))
-    return words
-
-
-@gluon.jit
-def _multiply_chunk(
-    chunk, XDense, GroupSc, GroupZp, stat_codes, tile_stats, block, gid, low, high, shift, row0, row1, batch, blocks, groups,
-    acc, middle,
-    BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, TILES_N: gl.constexpr,
-):  # fmt: skip
-    """The accumulators plus what the chunk's 256 columns give."""
-    for pair in gl.static_range(2):
-        fragments = ()
-        for e in gl.static_range(2):
-            if BILEVEL:
-                if BLOCKS_A_GROUP == 1:
-                    code0 = chunk[4 * BITS + 2 * pair + e]
-                    code1 = chunk[4 * BITS + 4 + 2 * pair + e]
-                    second0 = chunk[4 * BITS + 8 + 4 * pair + 2 * e]
-                    second1 = chunk[4 * BITS + 9 + 4 * pair + 2 * e]
-                else:
-                    group = gl.minimum(block + 2 * pair + e, blocks - 1) // BLOCKS_A_GROUP
-                    code0 = load1(stat_codes + low * groups + group)
-                    code1 = load1(stat_codes + high * groups + group)
-                    second0, second1 = load2(tile_stats + 2 * group)
-                s0, o0, s1, o1 = gl.inline_asm_elementwise(
-                    _BILEVEL[BITS], _BILEVEL_REGISTERS, [code0, code1, shift, second0, second1],
-                    dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-                )  # fmt: skip
-            else:
-                group = gl.minimum(block + 2 * pair + e, blocks - 1) // BLOCKS_A_GROUP
-                raw0 = gl.load(GroupSc + row0 * groups + group).to(gl.int32)
-                raw1 = gl.load(GroupSc + row1 * groups + group).to(gl.int32)
-                zero0 = gl.load(GroupZp + row0 * groups + group).to(gl.int32)
-                zero1 = gl.load(GroupZp + row1 * groups + group).to(gl.int32)
-                s0, o0 = gl.inline_asm_elementwise(
-                    _DIRECT, "=&r,=&r,r,r,r", [raw0, zero0, middle], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-                )
-                s1, o1 = gl.inline_asm_elementwise(
-                    _DIRECT, "=&r,=&r,r,r,r", [raw1, zero1, middle], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-                )
-            lane_words = ()
-            for k in gl.static_range(BITS):
-                lane_words = lane_words + (chunk[4 * k + 2 * pair + e],)
-            fragments = fragments + (_dequantize_lane(lane_words, s0, o0, s1, o1, BITS),)
-        updated = ()
-        for t in gl.static_range(TILES_N):
-            n = gid + 8 * t
-            c = acc[t]
-            xs = ()
-            for e in gl.static_range(2):
-                column = block + 2 * pair + e
-                there = ((n < batch) & (column < blocks)).to(gl.int32)
-                at = XDense.to(gl.pointer_type(gl.int32)) + (n * blocks + column) * 8
-                xs = xs + (load4_or_zero(at, there) + load4_or_zero(at + 4, there),)
-            for i in gl.static_range(8):
-                c = _mma(fragments[0], fragments[1], i, (xs[0][i], xs[1][i]), c)
-            updated = updated + (c,)
-        acc = updated
-    return acc
+def _multiply(a, x, c):
+    """c plus the product of the weights of one block with x."""
+    for i in gl.static_range(4):
+        c = gl.inline_asm_elementwise(
+            _MMA, _MMA_REGISTERS,
+            [a[2 * i], a[8 + 2 * i], a[2 * i + 1], a[9 + 2 * i], x[2 * i], x[2 * i + 1], c[0], c[1], c[2], c[3]],
+            dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return c
 
 
 @gluon.jit
 def decode_kernel(
-    X, XDense, Weight, StatCodes, TileStats, GroupSc, GroupZp, Crow, Col, Val, Bias, Y,
-    batch, out_features, in_features, blocks, groups,
-    BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    WIDE_ROWS: gl.constexpr, WIDE_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, VECTOR: gl.constexpr,
-    BATCH: gl.constexpr, WARPS: gl.constexpr,
+    X, XT, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Crow, Col, Val, Bias, Y,
+    batch, out_features, tile_rows, chunks, groups,
+    BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr, WIDE_ROWS: gl.constexpr,
+    WIDE_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr,
+    TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Y[n, o] = sum_i X[n, i] W[o, i] (+ Bias[o]), n < batch <= BATCH.
+    """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), n < batch <= BATCH, a multiple of 8.
 
-    X fp16 [batch, in] is read by the outliers, XDense fp16 [batch, blocks * 16], permuted and padded
-    where need be, by the codes.
-    Y [batch, out], contiguous.
+    X fp16 [batch, chunks * 256], permuted where need be, meets the codes; XT fp16 [in, BATCH] the outliers. Scale fp32 [batch]
+    where SCALED. Y [batch, out], contiguous. Statistics: bilevel with groups of 16, or direct.
     """
+    SPLIT: gl.constexpr = WARPS // TILES
+    NT: gl.constexpr = BATCH // 8
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    spread: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])  # warp, lane, value
-    inner: gl.constexpr = gl.SliceLayout(0, spread)
+    warp_bases: gl.constexpr = _WARP_BASES[WARPS]
+    quads: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+    codes_copy: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 0]], warp_bases, [], [WARPS, 64]
+    )
+    tops_copy: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1]], [[0, 2], [0, 4], [0, 8], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
+    )
+    tops_read: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 4], [0, 8]], [[0, 1], [0, 2], [0, 0], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
+    )
+    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    x_copy: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
+    x_shared: gl.constexpr = gl.SharedLinearLayout(_X_SHARED[SPLIT * 256 + BATCH])
+    parts: gl.constexpr = _PARTS[WARPS * 16 + TILES]
+    x_read: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], parts, [], [8, 32 * SPLIT]
+    )
+    spread: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 1, 32, 1], [SPLIT, TILES, 1, 1], [3, 2, 1, 0])
+    final: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
     thread = gl.arange(0, 32 * WARPS, layout=layout)
     lane = thread % 32
     warp = thread // 32
     gid = lane // 4
     tid = lane % 4
-    tile = gl.program_id(0)
-    TILES_N: gl.constexpr = (BATCH + 7) // 8
-    TILE_STATS: gl.constexpr = BILEVEL and BLOCKS_A_GROUP == 1
+    first_tile = gl.program_id(0) * TILES
+    tile = gl.minimum(first_tile + warp % TILES, tile_rows - 1)
+    part = warp // TILES
+    row0 = tile * 16 + gid
+    row1 = row0 + 8
     zero = gl.zeros([32 * WARPS], gl.float32, layout)
-    middle = gl.full([32 * WARPS], _MIDDLE[BITS], gl.int32, layout)
-    first_bit = gid * 12
-    low = first_bit // 32
-    high = gl.minimum(low + 1, 2)
-    shift = first_bit % 32
-    tile64 = tile.to(gl.int64)
-    weights = Weight + tile64 * (8 * BITS) * blocks + gid * blocks
-    stat_codes = StatCodes + tile64 * 3 * groups
-    tile_stats = TileStats.to(gl.pointer_type(gl.int32)) + tile64 * 2 * groups
-    row0 = gl.minimum(tile * 16 + gid, out_features - 1).to(gl.int64)
-    row1 = gl.minimum(tile * 16 + 8 + gid, out_features - 1).to(gl.int64)
+    none = gl.zeros([32 * WARPS], gl.int32, layout)
+    middle = none + _MIDDLE[BITS]
+
+    words_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, quads))[:, None]
+    words_lane = gl.arange(0, 128, layout=gl.SliceLayout(0, quads))[None, :]
+    words_tile = gl.minimum(first_tile + words_warp % TILES, tile_rows - 1).to(gl.int64)
+    words_at = Weight + words_tile * (chunks * (128 * BITS)) + (words_warp // TILES * (128 * BITS) + words_lane)
+    codes_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, codes_copy))[:, None]
+    codes_lane = gl.arange(0, 64, layout=gl.SliceLayout(0, codes_copy))[None, :]
+    codes_tile = gl.minimum(first_tile + codes_warp % TILES, tile_rows - 1).to(gl.int64)
+    codes_at = StatCodes + codes_tile * (chunks * 48) + (codes_warp // TILES * 48 + codes_lane)
+    tops_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, tops_copy))[:, None]
+    tops_lane = gl.arange(0, 16, layout=gl.SliceLayout(0, tops_copy))[None, :]
+    tops_tile = gl.minimum(first_tile + tops_warp % TILES, tile_rows - 1).to(gl.int64)
+    tops_at = TileStats.to(gl.pointer_type(gl.int64)) + tops_tile * (chunks * 16) + (tops_warp // TILES * 16 + tops_lane)
+    x_row = gl.arange(0, BATCH, layout=gl.SliceLayout(1, x_copy))[:, None]
+    x_word = gl.arange(0, 32 * SPLIT, layout=gl.SliceLayout(0, x_copy))[None, :]
+    x_part = x_word // 32
+    x_at = X.to(gl.pointer_type(gl.int32)) + x_row.to(gl.int64) * (chunks * 128) + (x_part * 128 + x_word % 32)
+
+    ring = ()
+    x_ring = ()
+    for _ in gl.static_range(STAGES):
+        stage = ()
+        for _k in gl.static_range(BITS):
+            stage = stage + (gl.allocate_shared_memory(gl.int32, [WARPS, 128], shared),)
+        if BILEVEL:
+            stage = stage + (gl.allocate_shared_memory(gl.int32, [WARPS, 64], shared),)
+            stage = stage + (gl.allocate_shared_memory(gl.int64, [WARPS, 16], shared),)
+        ring = ring + (stage,)
+        blocks = ()
+        for _j in gl.static_range(4):
+            blocks = blocks + (gl.allocate_shared_memory(gl.int32, [BATCH, 32 * SPLIT], x_shared),)
+        x_ring = x_ring + (blocks,)
+    for j in gl.static_range(STAGES - 1):
+        for k in gl.static_range(BITS):
+            copy_async(ring[j][k], words_at + 128 * k, mask=SPLIT * j + words_warp // TILES < chunks)
+        if BILEVEL:
+            copy_async(ring[j][BITS], codes_at, mask=(SPLIT * j + codes_warp // TILES < chunks) & (codes_lane < 48))
+            copy_async(ring[j][BITS + 1], tops_at, mask=SPLIT * j + tops_warp // TILES < chunks)
+        for k in gl.static_range(4):
+            copy_async(x_ring[j][k], x_at + 32 * k, mask=(SPLIT * j + x_part < chunks) & (x_row < batch))
+        commit_copies()
+        words_at += SPLIT * 128 * BITS
+        codes_at += SPLIT * 48
+        tops_at += SPLIT * 16
+        x_at += SPLIT * 128
 
     acc = ((zero, zero, zero, zero),)
-    for t in gl.static_range(1, TILES_N):
+    for _ in gl.static_range(1, NT):
         acc = acc + ((zero, zero, zero, zero),)
-
-    block = warp * 16 + tid * 4
-    chunk = _load_chunk(weights, stat_codes, tile_stats, block, low, high, blocks, groups, BITS, VECTOR, TILE_STATS)
-    # Two chunks a turn, so that the registers of one are free for the next without a copy.
-    for _first in range(0, blocks, 32 * WARPS):
-        for turn in gl.static_range(2):
-            following = _load_chunk(
-                weights, stat_codes, tile_stats, block + 16 * WARPS, low, high, blocks, groups, BITS, VECTOR, TILE_STATS
-            )
-            acc = _multiply_chunk(
-                chunk, XDense, GroupSc, GroupZp, stat_codes, tile_stats, block, gid, low, high, shift, row0, row1, batch,
-                blocks, groups, acc, middle, BITS, BILEVEL, BLOCKS_A_GROUP, TILES_N,
-            )  # fmt: skip
-            chunk = following
-            block += 16 * WARPS
-
-    if OUTLIERS:
-        rows = Crow + tile * 16 + gid
-        begin0 = index(rows, tile * 16 + gid < out_features, WIDE_ROWS)
-        end0 = index(rows + 1, tile * 16 + gid < out_features, WIDE_ROWS)
-        begin1 = index(rows + 8, tile * 16 + 8 + gid < out_features, WIDE_ROWS)
-        end1 = index(rows + 9, tile * 16 + 8 + gid < out_features, WIDE_ROWS)
-        begins = (begin0, begin1)
-        ends = (end0, end1)
-        longest = gl.max(gl.maximum(end0 - begin0, end1 - begin1), axis=0)
-        for h in gl.static_range(2):
-            sums = (zero,)
-            for n in gl.static_range(1, BATCH):
-                sums = sums + (zero,)
-            for k in range(0, longest, 4 * WARPS):
-                at = begins[h] + k + warp * 4 + tid
-                there = at < ends[h]
-                column = index(Col + at, there, WIDE_COLUMNS)
-                value = gl.load(Val + at, mask=there, other=0).to(gl.float16, bitcast=True).to(gl.float32)
-                more = ()
-                for n in gl.static_range(BATCH):
-                    xv = gl.load(X + n * in_features + column, mask=there & (n < batch), other=0).to(gl.float32)
-                    more = more + (sums[n] + value * xv,)
-                sums = more
-            updated = ()
-            for t in gl.static_range(TILES_N):
-                c = acc[t]
-                extra = (zero, zero)
-                for n in gl.static_range(8):
-                    if 8 * t + n < BATCH:
-                        total = gl.inline_asm_elementwise(
-                            _QUAD_SUM, "=f,f", [sums[8 * t + n]], dtype=gl.float32, is_pure=True, pack=1
-                        )
-                        mine = gl.where(tid == n // 2, total, 0.0)
-                        if n % 2 == 0:
-                            extra = (extra[0] + mine, extra[1])
-                        else:
-                            extra = (extra[0], extra[1] + mine)
-                if h == 0:
-                    updated = updated + ((c[0] + extra[0], c[1] + extra[1], c[2], c[3]),)
+    chunk = part
+    for begin in range(0, chunks, SPLIT * STAGES):
+        for j in gl.static_range(STAGES):
+            wait_copies(STAGES - 2)
+            now = ring[j]
+            x_now = x_ring[j]
+            then = ring[(j + STAGES - 1) % STAGES]
+            x_then = x_ring[(j + STAGES - 1) % STAGES]
+            ahead = begin + SPLIT * (j + STAGES - 1)
+            for k in gl.static_range(BITS):
+                copy_async(then[k], words_at + 128 * k, mask=ahead + words_warp // TILES < chunks)
+            if BILEVEL:
+                copy_async(then[BITS], codes_at, mask=(ahead + codes_warp // TILES < chunks) & (codes_lane < 48))
+                copy_async(then[BITS + 1], tops_at, mask=ahead + tops_warp // TILES < chunks)
+            for k in gl.static_range(4):
+                copy_async(x_then[k], x_at + 32 * k, mask=(ahead + x_part < chunks) & (x_row < batch))
+            commit_copies()
+            words_at += SPLIT * 128 * BITS
+            codes_at += SPLIT * 48
+            tops_at += SPLIT * 16
+            x_at += SPLIT * 128
+            slots = ((), (), (), ())
+            for k in gl.static_range(BITS):
+                four = _four_words(now[k].load(quads), layout)
+                slots = (slots[0] + (four[0],), slots[1] + (four[1],), slots[2] + (four[2],), slots[3] + (four[3],))
+            if BILEVEL:
+                codes = _set_of_codes(now[BITS], tid, layout)
+                tops = _four_groups(now[BITS + 1].load(tops_read), layout)
+            for k in gl.static_range(4):
+                if BILEVEL:
+                    top0, top1 = gl.inline_asm_elementwise(
+                        "mov.b64 {$0, $1}, $2;", "=r,=r,l", [tops[k]], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+                    )
+                    s0, o0, s1, o1 = gl.inline_asm_elementwise(
+                        _BILEVEL[BITS], _BILEVEL_REGISTERS, [codes[k], codes[k], none, top0, top1],
+                        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+                    )  # fmt: skip
                 else:
-                    updated = updated + ((c[0], c[1], c[2] + extra[0], c[3] + extra[1]),)
+                    group = gl.minimum((chunk * 16 + 4 * k + tid) // BLOCKS_A_GROUP, groups - 1)
+                    at0 = gl.minimum(row0, out_features - 1).to(gl.int64) * groups + group
+                    at1 = gl.minimum(row1, out_features - 1).to(gl.int64) * groups + group
+                    raw0 = gl.load(GroupSc + at0).to(gl.int32)
+                    raw1 = gl.load(GroupSc + at1).to(gl.int32)
+                    zero0 = gl.load(GroupZp + at0).to(gl.int32)
+                    zero1 = gl.load(GroupZp + at1).to(gl.int32)
+                    s0, o0 = gl.inline_asm_elementwise(
+                        _DIRECT, "=&r,=&r,r,r,r", [raw0, zero0, middle], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+                    )
+                    s1, o1 = gl.inline_asm_elementwise(
+                        _DIRECT, "=&r,=&r,r,r,r", [raw1, zero1, middle], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+                    )
+                weights = _dequantize_lane(slots[k], s0, o0, s1, o1, BITS)
+                updated = ()
+                for t in gl.static_range(NT):
+                    x = _eight_of_x(x_now[k].slice(8 * t, 8, 0), TILES, SPLIT, x_read, layout)
+                    updated = updated + (_multiply(weights, x, acc[t]),)
+                acc = updated
+            chunk += SPLIT
+
+    wait_copies(0)
+    if OUTLIERS:
+        for h in gl.static_range(2):
+            row = row0 if h == 0 else row1
+            first = index(Crow + row, row < out_features, WIDE_ROWS) + (part * 4 + tid)
+            end = index(Crow + row + 1, row < out_features, WIDE_ROWS)
+            updated = ()
+            for t in gl.static_range(NT):
+                sums = gl.inline_asm_elementwise(
+                    _OUTLIERS[WIDE_COLUMNS * 16 + SPLIT], _OUTLIERS_REGISTERS,
+                    [first, end, Col + none, Val + none, XT + (none + 8 * t), none + 2 * BATCH],
+                    dtype=(gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32),
+                    is_pure=True, pack=1,
+                )  # fmt: skip
+                extra0, extra1 = gl.inline_asm_elementwise(
+                    _SCATTER, _SCATTER_REGISTERS,
+                    [sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7], tid],
+                    dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
+                )  # fmt: skip
+                c = acc[t]
+                if h == 0:
+                    updated = updated + ((c[0] + extra0, c[1] + extra1, c[2], c[3]),)
+                else:
+                    updated = updated + ((c[0], c[1], c[2] + extra0, c[3] + extra1),)
             acc = updated
 
-    for t in gl.static_range(TILES_N):
+    lane2 = gl.arange(0, 32 * TILES, layout=gl.SliceLayout(1, final))[:, None]
+    value2 = gl.arange(0, 4, layout=gl.SliceLayout(0, final))[None, :]
+    out_row = (first_tile + lane2 // 32) * 16 + lane2 % 32 // 4 + 8 * (value2 // 2)
+    for t in gl.static_range(NT):
         c = acc[t]
-        # [threads, row half, batch parity]
-        values = gl.join(gl.join(c[0], c[2]), gl.join(c[1], c[3]))
-        by_warp = gl.convert_layout(gl.reshape(values, [WARPS, 32, 4]), spread)
-        sums4 = gl.sum(by_warp, axis=0)
-        lane2 = gl.arange(0, 32, layout=gl.SliceLayout(1, inner))[:, None]
-        e2 = gl.arange(0, 4, layout=gl.SliceLayout(0, inner))[None, :]
-        row = tile * 16 + lane2 // 4 + 8 * (e2 // 2)
-        n = 8 * t + 2 * (lane2 % 4) + e2 % 2
+        # [parts, tiles, lanes, row half, batch parity]
+        values = gl.reshape(gl.join(gl.join(c[0], c[2]), gl.join(c[1], c[3])), [SPLIT, TILES, 32, 4])
+        total = gl.reshape(gl.sum(gl.convert_layout(values, spread), axis=0), [TILES * 32, 4])
+        total = gl.convert_layout(total, final)
+        n = 8 * t + 2 * (lane2 % 4) + value2 % 2
+        there = (out_row < out_features) & (n < batch)
+        if SCALED:
+            total *= gl.load(Scale + n, mask=n < batch, other=0)
         if HAS_BIAS:
-            sums4 += gl.load(Bias + row, mask=row < out_features, other=0).to(gl.float32)
-        gl.store(
-            Y + n.to(gl.int64) * out_features + row,
-            sums4.to(Y.dtype.element_ty),
-            mask=(row < out_features) & (n < batch),
-        )
+            total += gl.load(Bias + out_row, mask=out_row < out_features, other=0).to(gl.float32)
+        gl.store(Y + n.to(gl.int64) * out_features + out_row, total.to(Y.dtype.element_ty), mask=there)
 
 
-def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, warps: int | None = None) -> Tensor:
-    """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, batch 1..16, checked operands. Returns [batch, out]."""
+def takes(layout: Layout) -> bool:
+    """True for matrices of whole chunks whose statistics the kernel decodes: bilevel in groups of 16, or direct."""
+    return layout.blocks % CHUNK == 0 and (layout.statistics == "direct" or layout.group_size == TILE)
+
+
+def tiles_and_warps(layout: Layout, batch: int) -> tuple[int, int]:
+    """Tiles of a program and its warps: few tiles fill the GPU, many read x less often (measured on an H200)."""
+    chunks = layout.blocks // CHUNK
+    tiles = 8 if batch > 16 and layout.tile_rows >= 8 * 132 else 4 if layout.tile_rows >= 2 * 132 else 2
+    warps = 8
+    if layout.tile_rows < tiles * 2 * 132 and chunks >= 16:
+        warps = 16
+    while warps > tiles and warps // tiles > chunks:
+        warps //= 2
+    return tiles, warps
+
+
+def linear(
+    x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, tiles: int | None = None,
+    warps: int | None = None, stages: int = 2,
+) -> Tensor:  # fmt: skip
+    """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, batch 1..64, and checked operands of a layout that `takes`
+    accepts. Returns [batch, out] in x's dtype."""
     out_dtype = x.dtype
     batch = x.shape[0]
-    exponent = None
+    scale = None
     if x.dtype == torch.bfloat16:
         # Weights are exact enough in fp16 but not in bf16, so x goes to fp16 by a power of two for each row: exact for all
         # that is within 2**-29 of the row's largest.
         exponent = torch.frexp(x.abs().amax(dim=1, keepdim=True).float()).exponent
+        scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 15)
         x = torch.ldexp(x.float(), 15 - exponent).to(torch.float16)
     dense = x if not layout.permuted else x.index_select(1, tensors["perm"])
-    width = layout.blocks * TILE
-    if width != layout.in_features:
-        dense = torch.nn.functional.pad(dense, (0, width - layout.in_features))
-    y = torch.empty(batch, layout.out_features, dtype=torch.float32 if exponent is not None else out_dtype, device=x.device)
-    warps = warps or (8 if layout.blocks >= 128 else 4 if layout.blocks >= 64 else 2)
+    if layout.in_features % TILE:
+        dense = torch.nn.functional.pad(dense, (0, layout.blocks * TILE - layout.in_features))
+    padded = 8
+    while padded < batch:
+        padded *= 2
+    by_column = dense
+    if layout.outliers:
+        by_column = x.new_zeros(layout.in_features, padded) if padded != batch else x.new_empty(layout.in_features, padded)
+        by_column[:, :batch].copy_(x.t())
+    y = torch.empty(batch, layout.out_features, dtype=out_dtype, device=x.device)
+    chosen = tiles_and_warps(layout, batch)
+    tiles, warps = tiles or chosen[0], warps or chosen[1]
     unused = tensors["weight"]
-    decode_kernel[(layout.tile_rows,)](
-        x, dense, tensors["weight"], tensors.get("stat_codes", unused), tensors.get("tile_stats", unused),
-        tensors.get("group_sc", unused), tensors.get("group_zp", unused), tensors.get("crow_indices", unused),
-        tensors.get("col_indices", unused), tensors.get("values", unused), unused if bias is None else bias, y,
-        batch, layout.out_features, layout.in_features, layout.blocks, layout.groups,
+    decode_kernel[(ceil_div(layout.tile_rows, tiles),)](
+        dense, by_column, unused if scale is None else scale, tensors["weight"], tensors.get("stat_codes", unused),
+        tensors.get("tile_stats", unused), tensors.get("group_sc", unused), tensors.get("group_zp", unused),
+        tensors.get("crow_indices", unused), tensors.get("col_indices", unused), tensors.get("values", unused),
+        unused if bias is None else bias, y, batch, layout.out_features, layout.tile_rows, layout.blocks // CHUNK, layout.groups,
         BITS=layout.weight_bits, BILEVEL=layout.statistics == "bilevel", BLOCKS_A_GROUP=layout.group_size // TILE,
         OUTLIERS=layout.outliers > 0, WIDE_ROWS=layout.row_pointer_dtype == "I32",
-        WIDE_COLUMNS=layout.column_dtype == "I32", HAS_BIAS=bias is not None and exponent is None,
-        VECTOR=layout.blocks % 4 == 0, BATCH=1 << (batch - 1).bit_length(), WARPS=warps, num_warps=warps,
+        WIDE_COLUMNS=layout.column_dtype == "I32", HAS_BIAS=bias is not None, SCALED=scale is not None, BATCH=padded,
+        WARPS=warps, TILES=tiles, STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    if exponent is not None:
-        y = torch.ldexp(y, exponent - 15)
-        y = (y if bias is None else y + bias).to(out_dtype)
     return y

@@ -270,3 +270,80 @@ def outlier_sum(bfloat: bool, wide: bool, step: int) -> str:
         ]
     lines += ["bra MORE;", "DONE:"]
     return "{\n" + "\n".join(lines) + "\n}"
+
+
+# Outputs $0..$7; first and end of the row $8, $9; col_indices, values, x $10..$12; bytes from one column of x to the next $13.
+OUTLIER_BATCH_CONSTRAINTS = ",".join(["=&f"] * 8 + ["r"] * 2 + ["l"] * 3 + ["r"])
+
+
+def outlier_batch(wide: bool, step: int) -> str:
+    """PTX: sums of values[i] * x[col_indices[i], n] in fp32 for n = 0..7 over i = first, first + step, .. below end.
+
+    x is fp16 with its columns first, eight of a column at a 16-byte boundary. Two entries are in flight at a time.
+    """
+    size = 4 if wide else 2
+    lines = [
+        ".reg .pred p0, p1;",
+        ".reg .b32 i, j, w, " + ", ".join(f"c{e}" for e in range(2)) + ", "
+        + ", ".join(f"x{e}{n}" for e in range(2) for n in range(4)) + ";",
+        ".reg .b16 v0, v1, lo, hi;",
+        ".reg .b64 a, k, u;",
+        ".reg .f32 f, g;",
+        "mov.b32 i, $8;",
+        f"mad.wide.s32 k, i, {size}, $10;",
+        "mad.wide.s32 u, i, 2, $11;",
+        *(f"mov.f32 ${n}, 0f00000000;" for n in range(8)),
+        "MORE:",
+        "setp.lt.s32 p0, i, $9;",
+        f"add.s32 j, i, {step};",
+        "setp.lt.s32 p1, j, $9;",
+        "@!p0 bra DONE;",
+    ]  # fmt: skip
+    for e in range(2):
+        lines += [
+            f"mov.b16 v{e}, 0;",
+            *(f"mov.b32 x{e}{n}, 0;" for n in range(4)),
+            f"@p{e} ld.global.nc.{'b32' if wide else 'u16'} c{e}, [k+{size * step * e}];",
+            f"@p{e} ld.global.nc.b16 v{e}, [u+{2 * step * e}];",
+        ]
+    for e in range(2):
+        lines += [
+            f"@p{e} mad.wide.u32 a, c{e}, $13, $12;",
+            f"@p{e} ld.global.nc.v4.b32 {{x{e}0, x{e}1, x{e}2, x{e}3}}, [a];",
+        ]
+    for e in range(2):
+        lines.append(f"cvt.f32.f16 f, v{e};")
+        for n in range(4):
+            lines.append(f"mov.b32 {{lo, hi}}, x{e}{n};")
+            for half, out in (("lo", 2 * n), ("hi", 2 * n + 1)):
+                lines += [f"cvt.f32.f16 g, {half};", f"fma.rn.f32 ${out}, f, g, ${out};"]
+    lines += [
+        f"add.s32 i, i, {2 * step};", f"add.s64 k, k, {2 * size * step};", f"add.s64 u, u, {4 * step};", "bra MORE;", "DONE:",
+    ]  # fmt: skip
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+# Sums over the four lanes of a quad of $2..$9, of which lane t keeps those of 2 t and 2 t + 1 in $0, $1. $10: t.
+QUAD_SCATTER = "{\n" + "\n".join(
+    [
+        ".reg .pred h, g;", ".reg .b32 b;", ".reg .f32 s, q, r, k0, k1, k2, k3;",
+        "and.b32 b, $10, 2;", "setp.ne.b32 h, b, 0;", "and.b32 b, $10, 1;", "setp.ne.b32 g, b, 0;",
+    ]
+    + [
+        line
+        for n in range(4)
+        for line in (
+            f"selp.f32 s, ${2 + n}, ${6 + n}, h;", f"selp.f32 q, ${6 + n}, ${2 + n}, h;",
+            "shfl.sync.bfly.b32 r, s, 2, 31, -1;", f"add.f32 k{n}, q, r;",
+        )
+    ]
+    + [
+        line
+        for n in range(2)
+        for line in (
+            f"selp.f32 s, k{n}, k{2 + n}, g;", f"selp.f32 q, k{2 + n}, k{n}, g;",
+            "shfl.sync.bfly.b32 r, s, 1, 31, -1;", f"add.f32 ${n}, q, r;",
+        )
+    ]
+) + "\n}"  # fmt: skip
+QUAD_SCATTER_CONSTRAINTS = ",".join(["=&f"] * 2 + ["f"] * 8 + ["r"])
