@@ -28,6 +28,7 @@ NVIDIA = (80, 89, 90)
 AMD = ("gfx942",)
 
 _STORED = {"Weight": "*i32", "StatCodes": "*i32", "TileStats": "*i16", "GroupSc": "*i16", "GroupZp": "*u8"}
+_UNALIGNED = ("batch", "out_features", "tile_rows", "chunks", "groups")
 _CSR = {"Crow": "*i32", "Col": "*i16", "Val": "*i16"}
 
 
@@ -50,7 +51,7 @@ class Variant:
         """The compiled kernel; its `.asm` holds every stage."""
         signature = self.arguments | dict.fromkeys(self.constants, "constexpr")
         aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
-                   if kind != "constexpr" and name not in ("batch", "out_features")}  # fmt: skip
+                   if kind != "constexpr" and name not in _UNALIGNED}  # fmt: skip
         source = (ASTSource if self.portable else GluonASTSource)(self.kernel, signature, self.constants, aligned)
         return triton.compile(source, target=target, options={"num_warps": self.warps})
 
@@ -59,25 +60,26 @@ def variants() -> list[Variant]:
     """What is compiled: every kernel, with the kinds of weights that differ in code."""
     kinds = {
         "3-bit bilevel": {"BITS": 3, "BILEVEL": True, "BLOCKS_A_GROUP": 1},
-        "2-bit bilevel g32": {"BITS": 2, "BILEVEL": True, "BLOCKS_A_GROUP": 2},
+        "2-bit bilevel": {"BITS": 2, "BILEVEL": True, "BLOCKS_A_GROUP": 1},
         "4-bit direct g128": {"BITS": 4, "BILEVEL": False, "BLOCKS_A_GROUP": 8},
     }
     found = []
-    sparse = {"OUTLIERS": True, "WIDE_ROWS": True, "WIDE_COLUMNS": False, "HAS_BIAS": False, "VECTOR": True}
-    sizes = {"out_features": "i32", "blocks": "i32", "groups": "i32"}
+    sparse = {"OUTLIERS": True, "WIDE_ROWS": True, "WIDE_COLUMNS": False, "HAS_BIAS": False}
     for title, kind in kinds.items():
         for flavor, dtype in ((0, "*fp16"), (matvec.BF16, "*bf16")):
-            operands = {"X": dtype, "XDense": dtype} | _STORED | _CSR | {"Bias": dtype, "Y": dtype} | sizes
-            constants = kind | sparse | {"BF": flavor, "WARPS": 4}
-            found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands, constants, 4))
-        batch = {"batch": "i32", "out_features": "i32", "in_features": "i32", "blocks": "i32", "groups": "i32"}
-        operands = {"X": "*fp16", "XDense": "*fp16"} | _STORED | _CSR | {"Bias": "*fp16", "Y": "*fp16"} | batch
-        for rows in (2, 16):
-            constants = kind | sparse | {"BATCH": rows, "WARPS": 4}
-            found.append(Variant(f"decode {title} batch {rows}", decode.decode_kernel, operands, constants, 4))
-        shape = {"out_features": "i32", "in_features": "i32", "blocks": "i32", "groups": "i32"}
-        operands = _STORED | {"Out": "*fp16"} | shape
+            operands = {"X": dtype, "XDense": dtype, "Zeros": "*u8"} | _STORED | _CSR | {"Bias": dtype, "Y": dtype}
+            sizes = {"out_features": "i32", "chunks": "i32", "groups": "i32"}
+            constants = kind | sparse | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2}
+            found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4))
+        operands = {"X": "*fp16", "XT": "*fp16", "Scale": "*fp32"} | _STORED | _CSR | {"Bias": "*fp16", "Y": "*fp16"}
+        sizes = {"batch": "i32", "out_features": "i32", "tile_rows": "i32", "chunks": "i32", "groups": "i32"}
+        for batch, tiles, warps in ((8, 4, 16), (16, 4, 8), (64, 8, 8)):
+            constants = kind | sparse | {"SCALED": False, "BATCH": batch, "WARPS": warps, "TILES": tiles, "STAGES": 2}
+            found.append(Variant(f"decode {title} batch {batch}", decode.decode_kernel, operands | sizes, constants, warps))
+        sizes = {"out_features": "i32", "in_features": "i32", "chunks": "i32", "groups": "i32"}
+        operands = _STORED | {"Out": "*fp16"} | sizes
         found.append(Variant(f"unpack {title}", unpack.unpack_kernel, operands, kind | {"BF": 0, "WARPS": 4}, 4))
+        shape = {"out_features": "i32", "in_features": "i32", "blocks": "i32", "groups": "i32"}
         words, bits_at = dequant.field_constants(kind["BITS"])
         constants = {
             "WORDS": words, "BITS_AT": bits_at, "BITS": kind["BITS"], "SPREAD_BIT": SPREAD,

@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 
 from . import ptx
-from .lanes import commit_copies, copy_async, index, wait_copies
+from .lanes import commit_copies, copy_async, funnel, index, wait_copies
 
 MAX_BATCH = 64
 _LANE = gl.constexpr({bits: ptx.dequantize_lane(bits) for bits in (2, 3, 4)})
@@ -141,13 +141,6 @@ def _spread_rows(value, layout: gl.constexpr):
 
 
 @gluon.jit
-def _funnel(low, high, shift):
-    return gl.inline_asm_elementwise(
-        "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
 def _set_of_codes(codes, tid, layout: gl.constexpr):
     """Words of spec 4.3 [WARPS, 64] to four [32 * WARPS] with the codes of groups tid, 4 + tid, 8 + tid, 12 + tid at bit 0."""
     WARPS: gl.constexpr = codes.shape[0]
@@ -168,7 +161,7 @@ def _set_of_codes(codes, tid, layout: gl.constexpr):
     half1 = _spread_rows(half1, layout) >> side
     shift = tid % 2 * 12
     eight = tid * 0 + 24
-    return own0 >> shift, own1 >> shift, _funnel(own0, half0, eight) >> shift, _funnel(own1, half1, eight) >> shift
+    return own0 >> shift, own1 >> shift, funnel(own0, half0, eight) >> shift, funnel(own1, half1, eight) >> shift
 
 
 @gluon.jit
@@ -394,11 +387,6 @@ def decode_kernel(
         gl.store(Y + n.to(gl.int64) * out_features + out_row, total.to(Y.dtype.element_ty), mask=there)
 
 
-def takes(layout: Layout) -> bool:
-    """True for matrices of whole chunks whose statistics the kernel decodes: bilevel in groups of 16, or direct."""
-    return layout.blocks % CHUNK == 0 and (layout.statistics == "direct" or layout.group_size == TILE)
-
-
 def tiles_and_warps(layout: Layout, batch: int) -> tuple[int, int]:
     """Tiles of a program and its warps: few tiles fill the GPU, many read x less often (measured on an H200)."""
     chunks = layout.blocks // CHUNK
@@ -415,8 +403,8 @@ def linear(
     x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, tiles: int | None = None,
     warps: int | None = None, stages: int = 2,
 ) -> Tensor:  # fmt: skip
-    """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, batch 1..64, and checked operands of a layout that `takes`
-    accepts. Returns [batch, out] in x's dtype."""
+    """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, batch 1..64, and checked operands of a layout of
+    whole chunks. Returns [batch, out] in x's dtype."""
     out_dtype = x.dtype
     batch = x.shape[0]
     scale = None

@@ -186,7 +186,10 @@ def dequantize(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype
         "WORDS": words, "BITS_AT": bits_at, "BITS": layout.weight_bits, "SPREAD_BIT": SPREAD, "GROUP": layout.group_size,
         "BILEVEL": layout.statistics == "bilevel", "PERMUTED": layout.permuted,
     }  # fmt: skip
-    if device.type == "cuda" and not layout.permuted and layout.in_features % (4 * TILE) == 0 and dtype.itemsize == 2:
+    from .dispatch import has_tensor_cores, whole_chunks  # here, because that module imports this one
+
+    fast = whole_chunks(layout) and layout.in_features % TILE == 0 and not layout.permuted and dtype.itemsize == 2
+    if fast and has_tensor_cores(device):
         from . import unpack
 
         unpack.dense(weight, tensors, layout)

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812, its name everywhere
 from torch import Tensor
 
-from spqr_format.layout import Layout
+from spqr_format.layout import CHUNK, TILE, Layout
 
 from . import cpu, reference
 
-DECODE_BATCH = 16  # largest batch of the decode kernel
+DECODE_BATCH = 64  # largest batch of the decode kernel
 
 Tensors = Mapping[str, Tensor]
 
@@ -28,6 +28,11 @@ def has_tensor_cores(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None or not has_triton(device):
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def whole_chunks(layout: Layout) -> bool:
+    """True for matrices that the tensor-core kernels take: whole chunks, statistics direct or bilevel in groups of 16."""
+    return layout.blocks % CHUNK == 0 and (layout.statistics == "direct" or layout.group_size == TILE)
 
 
 def dequantize(tensors: Tensors, layout: Layout, dtype: torch.dtype) -> Tensor:
@@ -48,7 +53,8 @@ def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> 
     if batch == 0:
         return x.new_empty(*x.shape[:-1], layout.out_features)
     device = x.device
-    if batch <= DECODE_BATCH and x.dtype in (torch.float16, torch.bfloat16) and has_tensor_cores(device):
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if batch <= DECODE_BATCH and half and whole_chunks(layout) and has_tensor_cores(device):
         from . import decode, matvec
 
         y = (matvec if batch == 1 else decode).linear(rows.contiguous(), tensors, layout, bias)

@@ -16,8 +16,6 @@ wait_copies = async_copy.wait_group
 _STREAM4 = gl.constexpr(ptx.load(4, ".L1::no_allocate"))  # weights are read once
 _LOAD4 = gl.constexpr(ptx.load(4))
 _LOAD4_REGISTERS = gl.constexpr(ptx.load_constraints(4))
-_LOAD4_OR_ZERO = gl.constexpr(ptx.LOAD4_OR_ZERO)
-_LOAD4_OR_ZERO_REGISTERS = gl.constexpr(ptx.LOAD4_OR_ZERO_CONSTRAINTS)
 _LOAD2 = gl.constexpr(ptx.load(2))
 _LOAD2_REGISTERS = gl.constexpr(ptx.load_constraints(2))
 _LOAD1 = gl.constexpr(ptx.load(1))
@@ -41,15 +39,6 @@ def load4(pointer):
 
 
 @gluon.jit
-def load4_or_zero(pointer, mask):
-    """Four words at a 16-byte boundary, zeros where the mask is 0."""
-    return gl.inline_asm_elementwise(
-        _LOAD4_OR_ZERO, _LOAD4_OR_ZERO_REGISTERS, [pointer, mask],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def load2(pointer):
     """Two words at an 8-byte boundary."""
     return gl.inline_asm_elementwise(_LOAD2, _LOAD2_REGISTERS, [pointer], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
@@ -62,22 +51,6 @@ def load1(pointer):
 
 
 @gluon.jit
-def row_of_words(row, block, blocks, VECTOR: gl.constexpr):
-    """The words of column blocks `block`..`block` + 3 of a row; past its end, words of blocks inside.
-
-    With VECTOR a row has a multiple of four blocks and so has `block`. What lies past the end meets zeros of x.
-    """
-    if VECTOR:
-        return stream4(row + gl.minimum(block, blocks - 4))
-    else:
-        w0 = load1(row + gl.minimum(block, blocks - 1))
-        w1 = load1(row + gl.minimum(block + 1, blocks - 1))
-        w2 = load1(row + gl.minimum(block + 2, blocks - 1))
-        w3 = load1(row + gl.minimum(block + 3, blocks - 1))
-        return w0, w1, w2, w3
-
-
-@gluon.jit
 def index(pointer, mask, WIDE: gl.constexpr):
     """A CSR index; narrow ones are unsigned 16-bit integers."""
     value = gl.load(pointer, mask=mask, other=0)
@@ -85,3 +58,11 @@ def index(pointer, mask, WIDE: gl.constexpr):
         return value
     else:
         return value.to(gl.int32) & 0xFFFF
+
+
+@gluon.jit
+def funnel(low, high, shift):
+    """Bits shift .. shift + 31 of (high, low), shift below 32."""
+    return gl.inline_asm_elementwise(
+        "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], dtype=gl.int32, is_pure=True, pack=1
+    )

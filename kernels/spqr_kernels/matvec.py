@@ -471,15 +471,10 @@ def _zeros(device: torch.device) -> Tensor:
     return torch.zeros(512, dtype=torch.uint8, device=device)
 
 
-def takes(layout: Layout) -> bool:
-    """True for matrices of whole chunks whose statistics the kernel decodes: bilevel in groups of 16, or direct."""
-    return layout.blocks % CHUNK == 0 and (layout.statistics == "direct" or layout.group_size == TILE)
-
-
 def linear(
     x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, warps: int | None = None, stages: int = 2
 ) -> Tensor:
-    """W x + bias for x fp16 or bf16 [1, in], contiguous, and checked operands of a layout that `takes` accepts.
+    """W x + bias for x fp16 or bf16 [1, in], contiguous, and checked operands of a layout of whole chunks.
 
     Returns [1, out] in x's dtype.
     """

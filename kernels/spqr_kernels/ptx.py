@@ -91,15 +91,6 @@ def load_constraints(words: int) -> str:
     return ",".join(["=r"] * words + ["l"])
 
 
-# Four words at a 16-byte boundary, zeros where the mask is 0. $0..$3; $4 pointer, $5 mask.
-LOAD4_OR_ZERO = """{
-.reg .pred p;
-setp.ne.b32 p, $5, 0;
-mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
-@p ld.global.nc.v4.b32 {$0,$1,$2,$3}, [$4];
-}"""
-LOAD4_OR_ZERO_CONSTRAINTS = "=&r,=&r,=&r,=&r,l,r"
-
 # Sum of $1 over the four lanes of a quad.
 QUAD_SUM = """{
 .reg .f32 t, u;

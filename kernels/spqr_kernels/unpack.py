@@ -1,7 +1,7 @@
 """Dequantize kernel for NVIDIA GPUs (sm_80 and newer): the dense part of W in fp16 or bf16, at the speed of the writes.
 
-A lane decodes the words of four column blocks in registers; the result is turned through shared memory so that a warp
-writes 512 contiguous bytes of a row.
+A warp takes a chunk of 256 columns of a tile. A lane decodes the words of four column blocks in registers; the result is
+turned through shared memory so that a warp writes 512 contiguous bytes of a row.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from spqr_format.layout import TILE, Layout, ceil_div
+from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 
 from . import ptx
-from .lanes import load1, load2, row_of_words
+from .lanes import funnel, load1, load2, stream4
 
 BF16 = 8  # flavor: weight_bits for fp16, weight_bits + 8 for bf16
 WARPS = 4
@@ -46,10 +46,10 @@ def _interleave(values):
 
 @gluon.jit
 def unpack_kernel(
-    Weight, StatCodes, TileStats, GroupSc, GroupZp, Out, out_features, in_features, blocks, groups,
+    Weight, StatCodes, TileStats, GroupSc, GroupZp, Out, out_features, in_features, chunks, groups,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Out[row, column] = s (q - z) for one tile row and WARPS x 256 columns; in_features is a multiple of 64."""
+    """Out[row, column] = s (q - z) for one tile row and WARPS x 256 columns; in_features is chunks * 256."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     # warp, row of the half tile, 32-bit word of the row
     rows: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [WARPS, 1, 1], [2, 1, 0])
@@ -61,28 +61,37 @@ def unpack_kernel(
     tid = lane % 4
     tile = gl.program_id(0)
     first = gl.program_id(1) * (16 * WARPS)
-    block = first + warp * 16 + tid * 4
-    low = gid * 12 // 32
-    high = gl.minimum(low + 1, 2)
-    shift = gid * 12 % 32
+    chunk = gl.minimum(gl.program_id(1) * WARPS + warp, chunks - 1)
     tile64 = tile.to(gl.int64)
-    weights = Weight + tile64 * (8 * BITS) * blocks + gid * blocks
-    stat_codes = StatCodes + tile64 * 3 * groups
-    tile_stats = TileStats.to(gl.pointer_type(gl.int32)) + tile64 * 2 * groups
+    weights = Weight + tile64 * (chunks * (128 * BITS)) + (chunk * (128 * BITS) + lane * 4)
     row0 = gl.minimum(tile * 16 + gid, out_features - 1).to(gl.int64) * groups
     row1 = gl.minimum(tile * 16 + 8 + gid, out_features - 1).to(gl.int64) * groups
     words = ()
     for k in gl.static_range(BITS):
-        words = words + (row_of_words(weights + k * 8 * blocks, block, blocks, True),)
+        words = words + (stream4(weights + 128 * k),)
+    none = gid * 0
+    codes = (none, none, none, none)
+    if BILEVEL:
+        # the set of spec 4.3 that goes with the chunk: groups tid, 4 + tid, 8 + tid, 12 + tid
+        stat_codes = StatCodes + tile64 * (chunks * 48) + chunk * 48
+        own0 = load1(stat_codes + gid * 4 + tid // 2)
+        own1 = load1(stat_codes + gid * 4 + tid // 2 + 2)
+        half0 = load1(stat_codes + 32 + gid * 2) >> (tid // 2 * 16)
+        half1 = load1(stat_codes + 33 + gid * 2) >> (tid // 2 * 16)
+        shift = tid % 2 * 12
+        codes = (
+            own0 >> shift, own1 >> shift, funnel(own0, half0, none + 24) >> shift, funnel(own1, half1, none + 24) >> shift
+        )  # fmt: skip
+    tile_stats = TileStats.to(gl.pointer_type(gl.int32)) + tile64 * 2 * groups
     upper = ()
     lower = ()
     for j in gl.static_range(4):
-        group = gl.minimum(block + j, blocks - 1) // BLOCKS_A_GROUP
+        block = chunk * 16 + 4 * j + tid
+        group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
         if BILEVEL:
             second0, second1 = load2(tile_stats + 2 * group)
             scale0, zero0, scale1, zero1 = gl.inline_asm_elementwise(
-                _STATISTICS, _STATISTICS_REGISTERS,
-                [load1(stat_codes + low * groups + group), load1(stat_codes + high * groups + group), shift, second0, second1],
+                _STATISTICS, _STATISTICS_REGISTERS, [codes[j], codes[j], none, second0, second1],
                 dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
             )  # fmt: skip
         else:
@@ -108,7 +117,9 @@ def unpack_kernel(
     word = gl.arange(0, 128, layout=gl.SliceLayout(0, gl.SliceLayout(1, rows)))
     word2 = gl.expand_dims(gl.expand_dims(word, 0), 1)
     for half in gl.static_range(2):
-        values = gl.reshape(_interleave(upper if half == 0 else lower), [WARPS, 8, 128])
+        # warp, row, tid, j, word of a block: the block is 4 j + tid
+        values = gl.reshape(_interleave(upper if half == 0 else lower), [WARPS, 8, 4, 4, 8])
+        values = gl.reshape(gl.permute(values, [0, 1, 3, 2, 4]), [WARPS, 8, 128])
         row = tile * 16 + 8 * half + row2
         start = gl.expand_dims(row.to(gl.int64) * (in_features // 2) + (first * 8 + warp2 * 128), 2)
         column = gl.expand_dims(first * 8 + warp2 * 128 + 0 * row2, 2) + word2
@@ -117,12 +128,13 @@ def unpack_kernel(
 
 
 def dense(weight: Tensor, tensors: Mapping[str, Tensor], layout: Layout) -> None:
-    """Write s (q - z) into weight fp16 or bf16 [out, in], contiguous; in_features a multiple of 64, no permutation."""
+    """Write s (q - z) into weight fp16 or bf16 [out, in], contiguous; in_features a multiple of 256, groups of 16 if
+    bilevel, no permutation."""
     unused = tensors["weight"]
-    unpack_kernel[(layout.tile_rows, ceil_div(layout.blocks, 16 * WARPS))](
+    unpack_kernel[(layout.tile_rows, ceil_div(layout.blocks, CHUNK * WARPS))](
         tensors["weight"], tensors.get("stat_codes", unused), tensors.get("tile_stats", unused),
         tensors.get("group_sc", unused), tensors.get("group_zp", unused), weight,
-        layout.out_features, layout.in_features, layout.blocks, layout.groups,
+        layout.out_features, layout.in_features, layout.blocks // CHUNK, layout.groups,
         BITS=layout.weight_bits, BF=BF16 if weight.dtype == torch.bfloat16 else 0,
         BILEVEL=layout.statistics == "bilevel", BLOCKS_A_GROUP=layout.group_size // TILE, WARPS=WARPS, num_warps=WARPS,
     )  # fmt: skip

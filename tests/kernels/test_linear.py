@@ -28,6 +28,8 @@ KINDS = [
     {"weight_bits": 3, "statistics": "bilevel"},
     {"weight_bits": 3, "statistics": "bilevel", "permuted": True},
     {"weight_bits": 2, "statistics": "bilevel", "group_size": 32, "outliers": 0.0},
+    {"weight_bits": 2, "statistics": "bilevel", "outliers": 0.02},
+    {"weight_bits": 4, "statistics": "bilevel"},
     {"weight_bits": 4, "statistics": "direct", "group_size": 128},
     {"weight_bits": 3, "statistics": "direct", "group_size": 64, "permuted": True},
 ]
@@ -70,7 +72,7 @@ def test_linear_matches_float64(random_matrix, device, shape, kind):
     bias = torch.randn(shape[0], dtype=torch.float32).half()
     generator = torch.Generator().manual_seed(1)
     for dtype in (torch.float16, torch.bfloat16, torch.float32) if shape not in LARGE else (torch.float16, torch.bfloat16):
-        for batch in (0, 1, 2, 7, 33) if device == "cuda" else (0, 1, 7):
+        for batch in (0, 1, 2, 7, 16, 33) if device == "cuda" else (0, 1, 7):
             x = torch.randn(batch, shape[1], generator=generator).to(dtype)
             y = linear(x.to(device), tensors, matrix.layout, bias.to(device, dtype))
             assert y.shape == (batch, shape[0])
