@@ -73,8 +73,8 @@ def variants() -> list[Variant]:
             found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4))
         operands = {"X": "*fp16", "XT": "*fp16", "Scale": "*fp32"} | _STORED | _CSR | {"Bias": "*fp16", "Y": "*fp16"}
         sizes = {"batch": "i32", "out_features": "i32", "tile_rows": "i32", "chunks": "i32", "groups": "i32"}
-        for batch, tiles, warps in ((8, 4, 16), (16, 4, 8), (64, 8, 8)):
-            constants = kind | sparse | {"SCALED": False, "BATCH": batch, "WARPS": warps, "TILES": tiles, "STAGES": 2}
+        for batch, tiles, warps in ((8, 4, 8), (16, 8, 8), (64, 8, 8)):
+            constants = kind | sparse | {"SCALED": False, "WHOLE": True, "BATCH": batch, "WARPS": warps, "TILES": tiles, "STAGES": 2}
             found.append(Variant(f"decode {title} batch {batch}", decode.decode_kernel, operands | sizes, constants, warps))
         sizes = {"out_features": "i32", "in_features": "i32", "chunks": "i32", "groups": "i32"}
         operands = _STORED | {"Out": "*fp16"} | sizes

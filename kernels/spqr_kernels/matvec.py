@@ -179,30 +179,21 @@ def _scale(dot, n: gl.constexpr, FLAVOR: gl.constexpr):
 
 
 @gluon.jit
-def _couple_of_both(
-    slots, a, b, c, d, first, second, undo, couple: gl.constexpr, n: gl.constexpr, BITS: gl.constexpr, BF: gl.constexpr
-):
-    """Couple n of the order in both chains; a, b, c, d: the 16-byte halves of x that hold it."""
-    first = _couple(slots[0], a[couple % 2 * 2], a[couple % 2 * 2 + 1], first, couple, undo, BITS, BF)
-    second = _couple(slots[2], c[couple % 2 * 2], c[couple % 2 * 2 + 1], second, couple, undo, BITS, BF)
-    first = _couple(slots[1], b[couple % 2 * 2], b[couple % 2 * 2 + 1], first, couple, undo, BITS, BF)
-    second = _couple(slots[3], d[couple % 2 * 2], d[couple % 2 * 2 + 1], second, couple, undo, BITS, BF)
-    return _scale(first, n, BITS + BF), _scale(second, n, BITS + BF)
+def _half_of_x(at0, at1, FLAVOR: gl.constexpr, PART: gl.constexpr):
+    """The 16-byte half of x of every block that couples 2 PART and 2 PART + 1 of the order need."""
+    offset: gl.constexpr = _ORDER[FLAVOR][2 * PART] // 2 * 4
+    return load4(at0 + offset), load4(at1 + offset), load4(at0 + (64 + offset)), load4(at1 + (64 + offset))
 
 
 @gluon.jit
-def _half_of_x(slots, at0, at1, first, second, undo, PART: gl.constexpr, BITS: gl.constexpr, BF: gl.constexpr):
-    """The couples of one 16-byte half of x of every block."""
-    offset: gl.constexpr = _ORDER[BITS + BF][2 * PART] // 2 * 4
-    a = load4(at0 + offset)
-    b = load4(at1 + offset)
-    c = load4(at0 + (64 + offset))
-    d = load4(at1 + (64 + offset))
-    for n in gl.static_range(2):
-        first, second = _couple_of_both(
-            slots, a, b, c, d, first, second, undo, _ORDER[BITS + BF][2 * PART + n], 2 * PART + n, BITS, BF
-        )
-    return first, second
+def _couple_of_both(slots, x, first, second, undo, couple: gl.constexpr, n: gl.constexpr, BITS: gl.constexpr, BF: gl.constexpr):
+    """Couple n of the order in both chains."""
+    i: gl.constexpr = couple % 2 * 2
+    first = _couple(slots[0], x[0][i], x[0][i + 1], first, couple, undo, BITS, BF)
+    second = _couple(slots[2], x[2][i], x[2][i + 1], second, couple, undo, BITS, BF)
+    first = _couple(slots[1], x[1][i], x[1][i + 1], first, couple, undo, BITS, BF)
+    second = _couple(slots[3], x[3][i], x[3][i + 1], second, couple, undo, BITS, BF)
+    return _scale(first, n, BITS + BF), _scale(second, n, BITS + BF)
 
 
 @gluon.jit
@@ -211,9 +202,15 @@ def _two_products(slots, at0, at1, zero, undo, BITS: gl.constexpr, BF: gl.conste
 
     at0, at1: where lanes gid = tid and gid = tid + 4 find x of block gid (the other lanes: zeros).
     """
-    blank = (zero, zero, zero, zero)
-    first, second = _half_of_x(slots, at0, at1, blank, blank, undo, 0, BITS, BF)
-    return _half_of_x(slots, at0, at1, first, second, undo, 1, BITS, BF)
+    F: gl.constexpr = BITS + BF
+    first = (zero, zero, zero, zero)
+    second = (zero, zero, zero, zero)
+    x = _half_of_x(at0, at1, F, 0)
+    first, second = _couple_of_both(slots, x, first, second, undo, _ORDER[F][0], 0, BITS, BF)
+    later = _half_of_x(at0, at1, F, 1)
+    first, second = _couple_of_both(slots, x, first, second, undo, _ORDER[F][1], 1, BITS, BF)
+    first, second = _couple_of_both(slots, later, first, second, undo, _ORDER[F][2], 2, BITS, BF)
+    return _couple_of_both(slots, later, first, second, undo, _ORDER[F][3], 3, BITS, BF)
 
 
 @gluon.jit
