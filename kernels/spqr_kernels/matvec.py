@@ -110,9 +110,10 @@ _OFFSET = gl.constexpr({place: 2.0 ** (23 - place) for place in ptx.STATISTICS_P
 _FOUR_HALVES = gl.constexpr(ptx.FOUR_HALVES)
 WARPS = (1, 2, 4, 8)
 _WARP_BASES = gl.constexpr({1: [], 2: [[1, 0]], 4: [[1, 0], [2, 0]], 8: [[1, 0], [2, 0], [4, 0]]})
+UNROLLS = (2, 4, 8)
 _OUTLIERS = gl.constexpr(
-    {(bf + wide) * 16 + warps: ptx.outlier_sum(bool(bf), bool(wide), 4 * warps)
-     for bf in (0, BF16) for wide in (0, 1) for warps in WARPS}
+    {((bf + wide) * 16 + warps) * 16 + unroll: ptx.outlier_sum(bool(bf), bool(wide), 4 * warps, unroll)
+     for bf in (0, BF16) for wide in (0, 1) for warps in WARPS for unroll in UNROLLS}
 )  # fmt: skip
 _OUTLIERS_REGISTERS = gl.constexpr(ptx.OUTLIER_SUM_CONSTRAINTS)
 
@@ -274,7 +275,7 @@ def matvec_kernel(
     X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Crow, Col, Val, Bias, Y, out_features, chunks, groups,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     WIDE_ROWS: gl.constexpr, WIDE_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, UNROLL: gl.constexpr,
 ):  # fmt: skip
     """Y[o] = sum_i W[o, i] X[i] (+ Bias[o]).
 
@@ -359,24 +360,7 @@ def matvec_kernel(
     y0 = zero
     y1 = zero
     chunk = warp
-    # Tiles come to their outliers in different turns, so that some wait for memory while others compute.
-    TURN: gl.constexpr = WARPS * STAGES
-    turn_of_outliers = tile % ((chunks + TURN - 1) // TURN) * TURN
-
-    for begin in range(0, chunks, TURN):
-        if OUTLIERS:
-            if begin == turn_of_outliers:
-                first0 = index(Crow + row0, row0 < out_features, WIDE_ROWS) + (warp * 4 + tid)
-                end0 = index(Crow + row0 + 1, row0 < out_features, WIDE_ROWS)
-                first1 = index(Crow + row1, row1 < out_features, WIDE_ROWS) + (warp * 4 + tid)
-                end1 = index(Crow + row1 + 1, row1 < out_features, WIDE_ROWS)
-                sum0, sum1 = gl.inline_asm_elementwise(
-                    _OUTLIERS[(BF + WIDE_COLUMNS) * 16 + WARPS], _OUTLIERS_REGISTERS,
-                    [first0, end0, first1, end1, Col + none, Val + none, X + none],
-                    dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
-                )  # fmt: skip
-                y0 += sum0 * (1.0 / _UNIT[FLAVOR])
-                y1 += sum1 * (1.0 / _UNIT[FLAVOR])
+    for begin in range(0, chunks, WARPS * STAGES):
         for j in gl.static_range(STAGES):
             wait_copies(STAGES - 2)
             now = ring[j]
@@ -451,6 +435,17 @@ def matvec_kernel(
             chunk += WARPS
 
     wait_copies(0)
+    if OUTLIERS:
+        first0 = index(Crow + row0, row0 < out_features, WIDE_ROWS) + (warp * 4 + tid)
+        end0 = index(Crow + row0 + 1, row0 < out_features, WIDE_ROWS)
+        first1 = index(Crow + row1, row1 < out_features, WIDE_ROWS) + (warp * 4 + tid)
+        end1 = index(Crow + row1 + 1, row1 < out_features, WIDE_ROWS)
+        sum0, sum1 = gl.inline_asm_elementwise(
+            _OUTLIERS[((BF + WIDE_COLUMNS) * 16 + WARPS) * 16 + UNROLL], _OUTLIERS_REGISTERS,
+            [first0, end0, first1, end1, Col + none, Val + none, X + none], dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+        y0 += sum0 * (1.0 / _UNIT[FLAVOR])
+        y1 += sum1 * (1.0 / _UNIT[FLAVOR])
     y0 = gl.inline_asm_elementwise(_QUAD_SUM, "=f,f", [y0], dtype=gl.float32, is_pure=True, pack=1)
     y1 = gl.inline_asm_elementwise(_QUAD_SUM, "=f,f", [y1], dtype=gl.float32, is_pure=True, pack=1)
     by_warp = gl.convert_layout(gl.reshape(gl.join(y0, y1), [WARPS, 32, 2]), spread)
@@ -469,7 +464,8 @@ def _zeros(device: torch.device) -> Tensor:
 
 
 def linear(
-    x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, warps: int | None = None, stages: int = 2
+    x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, warps: int | None = None, stages: int = 2,
+    unroll: int | None = None,
 ) -> Tensor:
     """W x + bias for x fp16 or bf16 [1, in], contiguous, and checked operands of a layout of whole chunks.
 
@@ -490,7 +486,8 @@ def linear(
         BITS=layout.weight_bits, BF=BF16 if x.dtype == torch.bfloat16 else 0, BILEVEL=layout.statistics == "bilevel",
         BLOCKS_A_GROUP=layout.group_size // TILE, OUTLIERS=layout.outliers > 0,
         WIDE_ROWS=layout.row_pointer_dtype == "I32", WIDE_COLUMNS=layout.column_dtype == "I32",
-        HAS_BIAS=bias is not None, WHOLE=chunks % (warps * stages) == 0, WARPS=warps, STAGES=stages, num_warps=warps,
+        HAS_BIAS=bias is not None, WHOLE=chunks % (warps * stages) == 0, WARPS=warps, STAGES=stages,
+        UNROLL=unroll or outliers_at_once(layout, warps), num_warps=warps,
     )  # fmt: skip
     return y
 
@@ -502,3 +499,9 @@ def matvec_warps(layout: Layout) -> int:
     while warps > most:
         warps //= 2
     return warps
+
+
+def outliers_at_once(layout: Layout, warps: int) -> int:
+    """Outliers of a row that a lane has in flight: enough for a row of a third more than the mean."""
+    share = 4 / 3 * layout.outliers / layout.out_features / (4 * warps)
+    return next((unroll for unroll in UNROLLS if unroll >= share), UNROLLS[-1])
