@@ -74,7 +74,7 @@ def variants() -> list[Variant]:
         operands = {"X": "*fp16", "XT": "*fp16", "Scale": "*fp32"} | _STORED | _CSR | {"Bias": "*fp16", "Y": "*fp16"}
         sizes = {"batch": "i32", "out_features": "i32", "tile_rows": "i32", "chunks": "i32", "groups": "i32"}
         for batch, tiles, warps in ((8, 4, 8), (16, 8, 8), (64, 8, 8)):
-            constants = kind | sparse | {"SCALED": False, "WHOLE": True, "BATCH": batch, "WARPS": warps, "TILES": tiles, "STAGES": 2}
+            constants = kind | sparse | {"SCALED": False, "WHOLE": True, "FULL": True, "BATCH": batch, "WARPS": warps, "TILES": tiles, "STAGES": 2}
             found.append(Variant(f"decode {title} batch {batch}", decode.decode_kernel, operands | sizes, constants, warps))
         sizes = {"out_features": "i32", "in_features": "i32", "chunks": "i32", "groups": "i32"}
         operands = _STORED | {"Out": "*fp16"} | sizes

@@ -191,14 +191,14 @@ def decode_kernel(
     X, XT, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Crow, Col, Val, Bias, Y,
     batch, out_features, tile_rows, chunks, groups,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr, WIDE_ROWS: gl.constexpr,
-    WIDE_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, WHOLE: gl.constexpr, BATCH: gl.constexpr,
-    WARPS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    WIDE_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, WHOLE: gl.constexpr, FULL: gl.constexpr,
+    BATCH: gl.constexpr, WARPS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), n < batch <= BATCH, a multiple of 8.
 
     X fp16 [batch, chunks * 256], permuted where need be, meets the codes; XT fp16 [in, BATCH] the outliers. Scale fp32 [batch]
     where SCALED. Y [batch, out], contiguous. Statistics: bilevel with groups of 16, or direct. WHOLE: chunks is a multiple of
-    STAGES * WARPS / TILES.
+    STAGES * WARPS / TILES. FULL: batch is BATCH.
     """
     SPLIT: gl.constexpr = WARPS // TILES
     NT: gl.constexpr = BATCH // 8
@@ -252,9 +252,7 @@ def decode_kernel(
     x_row = gl.arange(0, BATCH, layout=gl.SliceLayout(1, x_copy))[:, None]
     x_word = gl.arange(0, 32 * SPLIT, layout=gl.SliceLayout(0, x_copy))[None, :]
     x_part = x_word // 32
-    # rows past the batch repeat its last one: what they give is not stored
-    x_from = gl.minimum(x_row, batch - 1).to(gl.int64) * (chunks * 128)
-    x_at = X.to(gl.pointer_type(gl.int32)) + x_from + (x_part * 128 + x_word % 32)
+    x_at = X.to(gl.pointer_type(gl.int32)) + x_row.to(gl.int64) * (chunks * 128) + (x_part * 128 + x_word % 32)
 
     ring = ()
     x_ring = ()
@@ -277,7 +275,7 @@ def decode_kernel(
             copy_async(ring[j][BITS], codes_at, mask=(SPLIT * j + codes_warp // TILES < chunks) & (codes_lane < 48))
             copy_async(ring[j][BITS + 1], tops_at, mask=SPLIT * j + tops_warp // TILES < chunks)
         for k in gl.static_range(4):
-            copy_async(x_ring[j][k], x_at + 32 * k, mask=SPLIT * j + x_part + 0 * x_row < chunks)
+            copy_async(x_ring[j][k], x_at + 32 * k, mask=(SPLIT * j + x_part < chunks) & (x_row < batch))
         commit_copies()
         words_at += SPLIT * 128 * BITS
         codes_at += SPLIT * 48
@@ -304,7 +302,10 @@ def decode_kernel(
                     copy_async(then[BITS], codes_at, mask=more & (codes_lane < 48))
                     copy_async(then[BITS + 1], tops_at, mask=more)
                 for k in gl.static_range(4):
-                    copy_async(x_then[k], x_at + 32 * k, mask=more)
+                    if FULL:
+                        copy_async(x_then[k], x_at + 32 * k, mask=more)
+                    else:
+                        copy_async(x_then[k], x_at + 32 * k, mask=more & (x_row < batch))
             else:
                 for k in gl.static_range(BITS):
                     copy_async(then[k], words_at + 128 * k, mask=ahead + words_warp // TILES < chunks)
@@ -312,7 +313,7 @@ def decode_kernel(
                     copy_async(then[BITS], codes_at, mask=(ahead + codes_warp // TILES < chunks) & (codes_lane < 48))
                     copy_async(then[BITS + 1], tops_at, mask=ahead + tops_warp // TILES < chunks)
                 for k in gl.static_range(4):
-                    copy_async(x_then[k], x_at + 32 * k, mask=ahead + x_part + 0 * x_row < chunks)
+                    copy_async(x_then[k], x_at + 32 * k, mask=(ahead + x_part < chunks) & (x_row < batch))
             commit_copies()
             words_at += SPLIT * 128 * BITS
             codes_at += SPLIT * 48
@@ -447,6 +448,6 @@ def linear(
         BITS=layout.weight_bits, BILEVEL=layout.statistics == "bilevel", BLOCKS_A_GROUP=layout.group_size // TILE,
         OUTLIERS=layout.outliers > 0, WIDE_ROWS=layout.row_pointer_dtype == "I32",
         WIDE_COLUMNS=layout.column_dtype == "I32", HAS_BIAS=bias is not None, SCALED=scale is not None,
-        WHOLE=chunks % (warps // tiles * stages) == 0, BATCH=padded, WARPS=warps, TILES=tiles, STAGES=stages, num_warps=warps,
+        WHOLE=chunks % (warps // tiles * stages) == 0, FULL=padded == batch, BATCH=padded, WARPS=warps, TILES=tiles, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return y
