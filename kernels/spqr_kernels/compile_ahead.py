@@ -41,6 +41,7 @@ class Variant:
     arguments: dict[str, str]
     constants: dict[str, Any]
     warps: int
+    registers: int | None = None  # a thread's limit, where the compiler's own choice spills
 
     @property
     def portable(self) -> bool:
@@ -53,7 +54,8 @@ class Variant:
         aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
                    if kind != "constexpr" and name not in _UNALIGNED}  # fmt: skip
         source = (ASTSource if self.portable else GluonASTSource)(self.kernel, signature, self.constants, aligned)
-        return triton.compile(source, target=target, options={"num_warps": self.warps})
+        options = {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
+        return triton.compile(source, target=target, options=options)
 
 
 def variants() -> list[Variant]:
@@ -73,9 +75,23 @@ def variants() -> list[Variant]:
             found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4))
         operands = {"X": "*fp16", "XT": "*fp16", "Scale": "*fp32"} | _STORED | _CSR | {"Bias": "*fp16", "Y": "*fp16"}
         sizes = {"batch": "i32", "out_features": "i32", "tile_rows": "i32", "chunks": "i32", "groups": "i32"}
-        for batch, tiles, warps in ((8, 4, 8), (16, 8, 8), (64, 8, 8)):
-            constants = kind | sparse | {"SCALED": False, "WHOLE": True, "FULL": True, "BATCH": batch, "WARPS": warps, "TILES": tiles, "STAGES": 2}
-            found.append(Variant(f"decode {title} batch {batch}", decode.decode_kernel, operands | sizes, constants, warps))
+        for batch, tiles, warps, outliers in ((8, 4, 8, True), (32, 8, 8, True), (64, 8, 8, False)):
+            constants = (
+                kind
+                | sparse
+                | {
+                    "OUTLIERS": outliers,
+                    "SCALED": False,
+                    "WHOLE": True,
+                    "FULL": True,
+                    "BATCH": batch,
+                    "WARPS": warps,
+                    "TILES": tiles,
+                    "STAGES": 2,
+                }
+            )
+            found.append(Variant(f"decode {title} batch {batch}", decode.decode_kernel, operands | sizes, constants, warps,
+                                 decode.REGISTERS.get(batch)))  # fmt: skip
         sizes = {"out_features": "i32", "in_features": "i32", "chunks": "i32", "groups": "i32"}
         operands = _STORED | {"Out": "*fp16"} | sizes
         found.append(Variant(f"unpack {title}", unpack.unpack_kernel, operands, kind | {"BF": 0, "WARPS": 4}, 4))

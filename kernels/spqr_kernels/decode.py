@@ -21,6 +21,7 @@ from . import ptx
 from .lanes import commit_copies, copy_async, funnel, index, wait_copies
 
 MAX_BATCH = 64
+REGISTERS = {64: 255}  # limit for a thread by padded batch, where the compiler's own choice spills
 _LANE = gl.constexpr({bits: ptx.dequantize_lane(bits) for bits in (2, 3, 4)})
 _LANE_REGISTERS = gl.constexpr({bits: ptx.dequantize_lane_constraints(bits) for bits in (2, 3, 4)})
 _BILEVEL = gl.constexpr({bits: ptx.half_statistics(bits) for bits in (2, 3, 4)})
@@ -33,7 +34,9 @@ _DIRECT = gl.constexpr(
     "{ .reg .b32 z; .reg .b16 h; mov.b32 z, $3; cvt.rn.f16.u32 h, z; mov.b32 z, {h, h};"
     " prmt.b32 $0, $2, $2, 0x1010; sub.rn.f16x2 z, $4, z; mul.rn.f16x2 $1, z, $0; }"
 )
-_OUTLIERS = gl.constexpr({wide * 16 + split: ptx.outlier_batch(bool(wide), 4 * split) for wide in (0, 1) for split in (1, 2, 4, 8)})
+_OUTLIERS = gl.constexpr(
+    {wide * 16 + split: ptx.outlier_batch(bool(wide), 4 * split) for wide in (0, 1) for split in (1, 2, 4, 8)}
+)
 _OUTLIERS_REGISTERS = gl.constexpr(ptx.OUTLIER_BATCH_CONSTRAINTS)
 _SCATTER = gl.constexpr(ptx.QUAD_SCATTER)
 _SCATTER_REGISTERS = gl.constexpr(ptx.QUAD_SCATTER_CONSTRAINTS)
@@ -439,6 +442,7 @@ def linear(
     chosen = tiles_and_warps(layout, batch)
     tiles, warps = tiles or chosen[0], warps or chosen[1]
     chunks = layout.blocks // CHUNK
+    limit = {"maxnreg": REGISTERS[padded]} if padded in REGISTERS else {}
     unused = tensors["weight"]
     decode_kernel[(ceil_div(layout.tile_rows, tiles),)](
         dense, by_column, unused if scale is None else scale, tensors["weight"], tensors.get("stat_codes", unused),
@@ -448,6 +452,8 @@ def linear(
         BITS=layout.weight_bits, BILEVEL=layout.statistics == "bilevel", BLOCKS_A_GROUP=layout.group_size // TILE,
         OUTLIERS=layout.outliers > 0, WIDE_ROWS=layout.row_pointer_dtype == "I32",
         WIDE_COLUMNS=layout.column_dtype == "I32", HAS_BIAS=bias is not None, SCALED=scale is not None,
-        WHOLE=chunks % (warps // tiles * stages) == 0, FULL=padded == batch, BATCH=padded, WARPS=warps, TILES=tiles, STAGES=stages, num_warps=warps,
+        WHOLE=chunks % (warps // tiles * stages) == 0, FULL=padded == batch, BATCH=padded, WARPS=warps, TILES=tiles,
+        STAGES=stages, num_warps=warps,
+        **limit,
     )  # fmt: skip
     return y

@@ -25,7 +25,7 @@ from spqr_format.layout import CHUNK, TILE, Layout
 from spqr_format.packing import FIELDS, is_spread
 
 from . import ptx
-from .lanes import copy_async, commit_copies, index, load2, load4, wait_copies
+from .lanes import commit_copies, copy_async, index, load2, load4, wait_copies
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
 
@@ -251,9 +251,7 @@ def _set_of_codes(codes, lane, layout: gl.constexpr):
     WARPS: gl.constexpr = codes.shape[0]
     warp_bases: gl.constexpr = _WARP_BASES[WARPS]
     words: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
-    halves: gl.constexpr = gl.DistributedLinearLayout(
-        [], [[0, 0], [0, 1], [0, 2], [0, 4], [0, 8]], warp_bases, [], [WARPS, 16]
-    )
+    halves: gl.constexpr = gl.DistributedLinearLayout([], [[0, 0], [0, 1], [0, 2], [0, 4], [0, 8]], warp_bases, [], [WARPS, 16])
     twice: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 16, 2], [WARPS, 1, 1], [2, 1, 0])
     own = gl.reshape(codes.slice(0, 32, 1).load(words), [32 * WARPS])
     own = gl.convert_layout(own, layout, assert_trivial=True)
@@ -442,7 +440,8 @@ def matvec_kernel(
         end1 = index(Crow + row1 + 1, row1 < out_features, WIDE_ROWS)
         sum0, sum1 = gl.inline_asm_elementwise(
             _OUTLIERS[((BF + WIDE_COLUMNS) * 16 + WARPS) * 16 + UNROLL], _OUTLIERS_REGISTERS,
-            [first0, end0, first1, end1, Col + none, Val + none, X + none], dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
+            [first0, end0, first1, end1, Col + none, Val + none, X + none],
+            dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
         )  # fmt: skip
         y0 += sum0 * (1.0 / _UNIT[FLAVOR])
         y1 += sum1 * (1.0 / _UNIT[FLAVOR])
@@ -464,7 +463,12 @@ def _zeros(device: torch.device) -> Tensor:
 
 
 def linear(
-    x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, warps: int | None = None, stages: int = 2,
+    x: Tensor,
+    tensors: Mapping[str, Tensor],
+    layout: Layout,
+    bias: Tensor | None,
+    warps: int | None = None,
+    stages: int = 2,
     unroll: int | None = None,
 ) -> Tensor:
     """W x + bias for x fp16 or bf16 [1, in], contiguous, and checked operands of a layout of whole chunks.

@@ -3,7 +3,8 @@
     PYTHONPATH=.:kernels:loaders:kernels/benchmarks python loaders/benchmarks/generate.py [--layers 32] [--outliers 0.0045]
 
 The model has the shape of LLaMA-2-7B and random weights; both run in this process, one after the other, with a static cache
-under CUDA graphs as transformers compiles them. Speed and memory do not depend on what the weights are; quality is not looked at.
+under CUDA graphs as transformers compiles them. Speed and memory do not depend on what the weights are; quality is not
+looked at.
 """
 
 from __future__ import annotations
