@@ -28,7 +28,7 @@ NVIDIA = (80, 89, 90)
 AMD = ("gfx942",)
 
 _STORED = {"Weight": "*i32", "StatCodes": "*i32", "TileStats": "*i16", "GroupSc": "*i16", "GroupZp": "*u8"}
-_UNALIGNED = ("batch", "out_features", "tile_rows", "chunks", "groups")
+_UNALIGNED = ("batch", "out_features", "tile_rows", "chunks", "groups", "outliers")
 _CSR = {"Crow": "*i32", "Col": "*i16", "Val": "*i16"}
 
 
@@ -70,8 +70,8 @@ def variants() -> list[Variant]:
     for title, kind in kinds.items():
         for flavor, dtype in ((0, "*fp16"), (matvec.BF16, "*bf16")):
             operands = {"X": dtype, "XDense": dtype, "Zeros": "*u8"} | _STORED | _CSR | {"Bias": dtype, "Y": dtype}
-            sizes = {"out_features": "i32", "chunks": "i32", "groups": "i32"}
-            constants = kind | sparse | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2, "UNROLL": 8}
+            sizes = {"out_features": "i32", "chunks": "i32", "groups": "i32", "outliers": "i32"}
+            constants = kind | sparse | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2, "UNROLL": 4}
             found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4))
         operands = {"X": "*fp16", "XT": "*fp16", "Scale": "*fp32"} | _STORED | _CSR | {"Bias": "*fp16", "Y": "*fp16"}
         sizes = {"batch": "i32", "out_features": "i32", "tile_rows": "i32", "chunks": "i32", "groups": "i32"}

@@ -110,12 +110,9 @@ _OFFSET = gl.constexpr({place: 2.0 ** (23 - place) for place in ptx.STATISTICS_P
 _FOUR_HALVES = gl.constexpr(ptx.FOUR_HALVES)
 WARPS = (1, 2, 4, 8)
 _WARP_BASES = gl.constexpr({1: [], 2: [[1, 0]], 4: [[1, 0], [2, 0]], 8: [[1, 0], [2, 0], [4, 0]]})
-UNROLLS = (2, 4, 8)
-_OUTLIERS = gl.constexpr(
-    {((bf + wide) * 16 + warps) * 16 + unroll: ptx.outlier_sum(bool(bf), bool(wide), 4 * warps, unroll)
-     for bf in (0, BF16) for wide in (0, 1) for warps in WARPS for unroll in UNROLLS}
-)  # fmt: skip
-_OUTLIERS_REGISTERS = gl.constexpr(ptx.OUTLIER_SUM_CONSTRAINTS)
+UNROLLS = (1, 2, 4)
+_HALVES = gl.constexpr("{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }")
+_PAIR_OF = gl.constexpr(ptx.PAIR_OF_16_BITS)
 
 
 @gluon.jit
@@ -269,8 +266,40 @@ def _statistic(t, exponent, offset, P: gl.constexpr):
 
 
 @gluon.jit
+def _outlier_pair(Col, Val, at, outliers, WIDE: gl.constexpr):
+    """Columns of the outliers at `at`, even, and `at` + 1, and both their values in a word; 0 where there is none."""
+    values = gl.inline_asm_elementwise(
+        _PAIR_OF, "=&r,l,r,r", [Val + at, at, outliers + at * 0], dtype=gl.int32, is_pure=True, pack=1
+    )
+    if WIDE:
+        low = gl.load(Col + at, mask=at < outliers, other=0)
+        high = gl.load(Col + at + 1, mask=at + 1 < outliers, other=0)
+    else:
+        both = gl.inline_asm_elementwise(
+            _PAIR_OF, "=&r,l,r,r", [Col + at, at, outliers + at * 0], dtype=gl.int32, is_pure=True, pack=1
+        )
+        low = both & 0xFFFF
+        high = (both >> 16) & 0xFFFF
+    return low, high, values
+
+
+@gluon.jit
+def _gather(X, pair, at, begin, end):
+    """x of the pair's columns in fp32, 0 for what belongs to another row."""
+    low = gl.load(X + pair[0], mask=(at >= begin) & (at < end), other=0).to(gl.float32)
+    high = gl.load(X + pair[1], mask=(at + 1 >= begin) & (at + 1 < end), other=0).to(gl.float32)
+    return low, high
+
+
+@gluon.jit
+def _products(values, x):
+    low, high = gl.inline_asm_elementwise(_HALVES, "=f,=f,r", [values], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)
+    return low * x[0] + high * x[1]
+
+
+@gluon.jit
 def matvec_kernel(
-    X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Crow, Col, Val, Bias, Y, out_features, chunks, groups,
+    X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Crow, Col, Val, Bias, Y, out_features, chunks, groups, outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     WIDE_ROWS: gl.constexpr, WIDE_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr,
     STAGES: gl.constexpr, UNROLL: gl.constexpr,
@@ -434,15 +463,31 @@ def matvec_kernel(
 
     wait_copies(0)
     if OUTLIERS:
-        first0 = index(Crow + row0, row0 < out_features, WIDE_ROWS) + (warp * 4 + tid)
+        begin0 = index(Crow + row0, row0 < out_features, WIDE_ROWS)
         end0 = index(Crow + row0 + 1, row0 < out_features, WIDE_ROWS)
-        first1 = index(Crow + row1, row1 < out_features, WIDE_ROWS) + (warp * 4 + tid)
+        begin1 = index(Crow + row1, row1 < out_features, WIDE_ROWS)
         end1 = index(Crow + row1 + 1, row1 < out_features, WIDE_ROWS)
-        sum0, sum1 = gl.inline_asm_elementwise(
-            _OUTLIERS[((BF + WIDE_COLUMNS) * 16 + WARPS) * 16 + UNROLL], _OUTLIERS_REGISTERS,
-            [first0, end0, first1, end1, Col + none, Val + none, X + none],
-            dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
-        )  # fmt: skip
+        # a lane takes two at a time, at an even place
+        at0 = begin0 // 2 * 2 + (warp * 4 + tid) * 2
+        at1 = begin1 // 2 * 2 + (warp * 4 + tid) * 2
+        sum0 = zero
+        sum1 = zero
+        longest = gl.max(gl.maximum(end0 - begin0, end1 - begin1), axis=0) + 1
+        for _done in range(0, longest, 8 * WARPS * UNROLL):
+            # all loads of a kind before the first use: two latencies a turn
+            read = ()
+            for u in gl.static_range(UNROLL):
+                read = read + (_outlier_pair(Col, Val, at0 + 8 * WARPS * u, outliers, WIDE_COLUMNS),)
+                read = read + (_outlier_pair(Col, Val, at1 + 8 * WARPS * u, outliers, WIDE_COLUMNS),)
+            found = ()
+            for u in gl.static_range(UNROLL):
+                found = found + (_gather(X, read[2 * u], at0 + 8 * WARPS * u, begin0, end0),)
+                found = found + (_gather(X, read[2 * u + 1], at1 + 8 * WARPS * u, begin1, end1),)
+            for u in gl.static_range(UNROLL):
+                sum0 += _products(read[2 * u][2], found[2 * u])
+                sum1 += _products(read[2 * u + 1][2], found[2 * u + 1])
+            at0 += 8 * WARPS * UNROLL
+            at1 += 8 * WARPS * UNROLL
         y0 += sum0 * (1.0 / _UNIT[FLAVOR])
         y1 += sum1 * (1.0 / _UNIT[FLAVOR])
     y0 = gl.inline_asm_elementwise(_QUAD_SUM, "=f,f", [y0], dtype=gl.float32, is_pure=True, pack=1)
@@ -486,7 +531,7 @@ def linear(
         x, dense, _zeros(x.device), tensors["weight"], tensors.get("stat_codes", unused), tensors.get("tile_stats", unused),
         tensors.get("group_sc", unused), tensors.get("group_zp", unused), tensors.get("crow_indices", unused),
         tensors.get("col_indices", unused), tensors.get("values", unused), unused if bias is None else bias, y,
-        layout.out_features, chunks, layout.groups,
+        layout.out_features, chunks, layout.groups, layout.outliers,
         BITS=layout.weight_bits, BF=BF16 if x.dtype == torch.bfloat16 else 0, BILEVEL=layout.statistics == "bilevel",
         BLOCKS_A_GROUP=layout.group_size // TILE, OUTLIERS=layout.outliers > 0,
         WIDE_ROWS=layout.row_pointer_dtype == "I32", WIDE_COLUMNS=layout.column_dtype == "I32",
@@ -506,6 +551,6 @@ def matvec_warps(layout: Layout) -> int:
 
 
 def outliers_at_once(layout: Layout, warps: int) -> int:
-    """Outliers of a row that a lane has in flight: enough for a row of a third more than the mean."""
-    share = 4 / 3 * layout.outliers / layout.out_features / (4 * warps)
+    """Pairs of outliers of a row that a lane has in flight: enough for a row of a quarter more than the mean."""
+    share = 5 / 4 * layout.outliers / layout.out_features / (8 * warps)
     return next((unroll for unroll in UNROLLS if unroll >= share), UNROLLS[-1])

@@ -205,57 +205,17 @@ cvt.f32.f16 $2, c;
 cvt.f32.f16 $3, d;
 }"""
 
-# Outputs $0, $1; first and end of the two rows $2..$5; col_indices, values, x $6..$8.
-OUTLIER_SUM_CONSTRAINTS = "=&f,=&f,r,r,r,r,l,l,l"
-
-
-def outlier_sum(bfloat: bool, wide: bool, step: int, unroll: int) -> str:
-    """PTX: sums of values[i] * x[col_indices[i]] in fp32 over i = first, first + step, .. below end, for two rows at once.
-
-    x is fp16, or bf16; columns are unsigned 16-bit integers, or (wide) 32-bit ones. `unroll` entries of each row are in
-    flight at a time. A lane turns as often as its rows ask for; what lies past an end is not read.
-    """
-    size = 4 if wide else 2
-    slots = [(row, entry) for row in range(2) for entry in range(unroll)]
-    names = [f"{row}_{entry}" for row, entry in slots]
-    lines = [
-        ".reg .pred t, " + ", ".join(f"p{n}" for n in names) + ";",
-        ".reg .b32 i0, i1, j, w, " + ", ".join(f"c{n}" for n in names) + ";",
-        ".reg .b16 zero, " + ", ".join(f"v{n}, x{n}" for n in names) + ";",
-        ".reg .b64 a, k0, k1, u0, u1;",
-        ".reg .f32 f, g;",
-        "mov.f32 $0, 0f00000000;",
-        "mov.f32 $1, 0f00000000;",
-        "mov.b16 zero, 0;",
-    ]
-    for row in range(2):
-        lines += [
-            f"mov.b32 i{row}, ${2 + 2 * row};",
-            f"mad.wide.s32 k{row}, i{row}, {size}, $6;",
-            f"mad.wide.s32 u{row}, i{row}, 2, $7;",
-        ]
-    lines += ["MORE:", "setp.lt.s32 p0_0, i0, $3;", "setp.lt.s32 p1_0, i1, $5;", "or.pred t, p0_0, p1_0;", "@!t bra DONE;"]
-    for (row, entry), n in zip(slots, names, strict=True):
-        if entry:
-            lines += [f"add.s32 j, i{row}, {step * entry};", f"setp.lt.s32 p{n}, j, ${3 + 2 * row};"]
-        lines += [
-            f"@p{n} ld.global.nc.{'b32' if wide else 'u16'} c{n}, [k{row}+{size * step * entry}];",
-            f"@p{n} ld.global.nc.b16 v{n}, [u{row}+{2 * step * entry}];",
-        ]
-    for n in names:
-        lines += [f"@p{n} mad.wide.u32 a, c{n}, 2, $8;", f"@p{n} ld.global.nc.b16 x{n}, [a];"]
-    for (row, _), n in zip(slots, names, strict=True):
-        convert = [f"mov.b32 w, {{zero, x{n}}};", "mov.b32 g, w;"] if bfloat else [f"@p{n} cvt.f32.f16 g, x{n};"]
-        lines += [f"@p{n} cvt.f32.f16 f, v{n};", *convert, f"@p{n} fma.rn.f32 ${row}, f, g, ${row};"]
-    for row in range(2):
-        lines += [
-            f"add.s32 i{row}, i{row}, {unroll * step};",
-            f"add.s64 k{row}, k{row}, {unroll * size * step};",
-            f"add.s64 u{row}, u{row}, {unroll * 2 * step};",
-        ]
-    lines += ["bra MORE;", "DONE:"]
-    return "{\n" + "\n".join(lines) + "\n}"
-
+# Two 16-bit numbers at a 4-byte boundary of an array: $0 of places $2, even, and $2 + 1 at pointer $1; 0 from place $3 on.
+PAIR_OF_16_BITS = """{
+.reg .pred p, q;
+.reg .b32 n;
+mov.b32 $0, 0;
+add.s32 n, $2, 1;
+setp.lt.s32 p, n, $3;
+setp.eq.s32 q, n, $3;
+@p ld.global.nc.b32 $0, [$1];
+@q ld.global.nc.u16 $0, [$1];
+}"""
 
 # Outputs $0..$7; first and end of the row $8, $9; col_indices, values, x $10..$12; bytes from one column of x to the next $13.
 OUTLIER_BATCH_CONSTRAINTS = ",".join(["=&f"] * 8 + ["r"] * 2 + ["l"] * 3 + ["r"])

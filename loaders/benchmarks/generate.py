@@ -82,7 +82,7 @@ def main() -> None:
     print(f"fp16: {dense}", flush=True)
     pack(model, arguments.outliers)
     torch._dynamo.reset()
-    model._compiled_call = None
+    model.__dict__.pop("_compiled_call", None)
     torch.cuda.empty_cache()
     packed = measure(model, arguments.tokens, arguments.repeats)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.layers} layers, {arguments.tokens} tokens")
