@@ -71,7 +71,11 @@ def variants() -> list[Variant]:
         for flavor, dtype in ((0, "*fp16"), (matvec.BF16, "*bf16")):
             operands = {"X": dtype, "XDense": dtype, "Zeros": "*u8"} | _STORED | _CSR | {"Bias": dtype, "Y": dtype}
             sizes = {"out_features": "i32", "chunks": "i32", "groups": "i32", "outliers": "i32"}
-            constants = kind | sparse | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2, "UNROLL": 4}
+            constants = (
+                kind
+                | sparse
+                | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2, "UNROLL": matvec.UNROLLS[kind["BILEVEL"]][-1]}
+            )
             found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4))
         operands = {"X": "*fp16", "XT": "*fp16", "Scale": "*fp32"} | _STORED | _CSR | {"Bias": "*fp16", "Y": "*fp16"}
         sizes = {"batch": "i32", "out_features": "i32", "tile_rows": "i32", "chunks": "i32", "groups": "i32"}

@@ -110,7 +110,8 @@ _OFFSET = gl.constexpr({place: 2.0 ** (23 - place) for place in ptx.STATISTICS_P
 _FOUR_HALVES = gl.constexpr(ptx.FOUR_HALVES)
 WARPS = (1, 2, 4, 8)
 _WARP_BASES = gl.constexpr({1: [], 2: [[1, 0]], 4: [[1, 0], [2, 0]], 8: [[1, 0], [2, 0], [4, 0]]})
-UNROLLS = (1, 2, 4)
+# Pairs of outliers in flight, by whether statistics are bilevel; more would spill registers.
+UNROLLS = {True: (1, 2, 4), False: (1, 2)}
 _HALVES = gl.constexpr("{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }")
 _PAIR_OF = gl.constexpr(ptx.PAIR_OF_16_BITS)
 
@@ -299,7 +300,8 @@ def _products(values, x):
 
 @gluon.jit
 def matvec_kernel(
-    X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Crow, Col, Val, Bias, Y, out_features, chunks, groups, outliers,
+    X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Crow, Col, Val, Bias, Y,
+    out_features, chunks, groups, outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     WIDE_ROWS: gl.constexpr, WIDE_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr,
     STAGES: gl.constexpr, UNROLL: gl.constexpr,
@@ -553,4 +555,5 @@ def matvec_warps(layout: Layout) -> int:
 def outliers_at_once(layout: Layout, warps: int) -> int:
     """Pairs of outliers of a row that a lane has in flight: enough for a row of a quarter more than the mean."""
     share = 5 / 4 * layout.outliers / layout.out_features / (8 * warps)
-    return next((unroll for unroll in UNROLLS if unroll >= share), UNROLLS[-1])
+    unrolls = UNROLLS[layout.statistics == "bilevel"]
+    return next((unroll for unroll in unrolls if unroll >= share), unrolls[-1])
