@@ -11,7 +11,8 @@ from .outliers import choose, leave_one_out
 from .solution import Solution, check_finite, padded_rows
 from .statistics import FITS, GroupFit, to_half
 
-_ROWS_AT_ONCE = 1 << 16
+# Rows that are fitted together: what stays in a processor's cache; on a GPU what hides the cost of its launches.
+_ROWS_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 20}
 
 
 def quantize(weight: torch.Tensor, options: SolverOptions | None = None, name: str = "weight") -> SpqrMatrix:
@@ -32,7 +33,7 @@ def solve(weight: torch.Tensor, options: SolverOptions, name: str = "weight") ->
     n, rows = w.shape
     size = options.group_size
     # Groups of full width are independent and alike: many are solved as rows of one.
-    at_once = max(1, _ROWS_AT_ONCE // rows)
+    at_once = max(1, _ROWS_AT_ONCE.get(weight.device.type, 1 << 20) // rows)
     full = n // size
     chunks = [range(first, min(first + at_once, full)) for first in range(0, full, at_once)]
     if n % size:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from itertools import pairwise, permutations
+from threading import Thread
 
 import torch
 from torch import Tensor
@@ -506,7 +507,21 @@ def matvec_kernel(
 
 @lru_cache
 def _zeros(device: torch.device) -> Tensor:
-    return torch.zeros(512, dtype=torch.uint8, device=device)
+    """512 bytes of 0 that live as long as the process.
+
+    Made by a thread of its own: torch.compile's CUDA graphs give the memory that the calling thread allocates to their pool,
+    where nothing may stay alive between runs.
+    """
+    made: list[Tensor] = []
+
+    def make() -> None:
+        made.append(torch.zeros(512, dtype=torch.uint8, device=device))
+        torch.cuda.current_stream(device).synchronize()
+
+    thread = Thread(target=make)
+    thread.start()
+    thread.join()
+    return made[0]
 
 
 def linear(

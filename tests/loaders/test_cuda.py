@@ -14,6 +14,9 @@ from .conftest import IDS, column_out_of_range, layers
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
+matvec = pytest.importorskip("spqr_kernels.matvec", reason="no Triton")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_loaded_on_the_gpu(tiny, dtype):
     model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=dtype, device_map="cuda")
@@ -30,6 +33,15 @@ def test_loaded_on_the_gpu(tiny, dtype):
     if dtype == torch.float32:
         kwargs = {"max_new_tokens": 32, "do_sample": False}
         assert torch.equal(model.generate(ids, **kwargs), dense.generate(ids, **kwargs))
+
+
+def test_static_cache_compiles_as_the_first_thing(tiny):
+    # What a kernel keeps between calls must not lie in the memory of the CUDA graphs that are being recorded.
+    matvec._zeros.cache_clear()
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float16, device_map="cuda")
+    kwargs = {"max_new_tokens": 24, "do_sample": False, "cache_implementation": "static"}
+    first = model.generate(IDS.cuda(), **kwargs)
+    assert torch.equal(first, model.generate(IDS.cuda(), **kwargs))
 
 
 def test_static_cache_compiles(tiny):
