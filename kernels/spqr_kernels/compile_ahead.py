@@ -74,7 +74,7 @@ def variants() -> list[Variant]:
             constants = (
                 kind
                 | sparse
-                | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2, "UNROLL": matvec.UNROLLS[kind["BILEVEL"]][-1]}
+                | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2, "UNROLL": matvec.UNROLLS[bool(kind["BILEVEL"])][-1]}
             )
             found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4))
         operands = {"X": "*fp16", "XT": "*fp16", "Scale": "*fp32"} | _STORED | _CSR | {"Bias": "*fp16", "Y": "*fp16"}
