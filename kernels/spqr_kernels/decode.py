@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 
 from . import ptx
-from .lanes import commit_copies, copy_async, funnel, index, wait_copies
+from .lanes import WARP_BASES, commit_copies, copy_async, for_all_rows, four_words, funnel, index, wait_copies
 
 MAX_BATCH = 64
 REGISTERS = {64: 255}  # limit for a thread by padded batch, where the compiler's own choice spills
@@ -56,7 +56,6 @@ _PARTS = gl.constexpr({
     warps * 16 + tiles: [[0, 0]] * (tiles.bit_length() - 1) + _bases(32, 32 * warps // tiles, 1)
     for warps in (1, 2, 4, 8, 16) for tiles in (1, 2, 4, 8) if tiles <= warps
 })  # fmt: skip
-_WARP_BASES = gl.constexpr({warps: _bases(1, warps, 0) for warps in (1, 2, 4, 8, 16)})
 _X_SHARED = gl.constexpr({
     split * 256 + batch: [[0, 1], [0, 2], [0, 8], [0, 16], [1, 0], [2, 0], [4, 0], [0, 4], *_bases(32, 32 * split, 1),
                           *_bases(8, batch, 0)]
@@ -93,34 +92,12 @@ def _eight_of_x(buffer, TILES: gl.constexpr, SPLIT: gl.constexpr, read: gl.const
 
 
 @gluon.jit
-def _four_words(tile, layout: gl.constexpr):
-    """[WARPS, 128] words to four [32 * WARPS]: what each lane holds of its blocks tid, 4 + tid, 8 + tid, 12 + tid."""
-    even, odd = gl.split(gl.reshape(tile, [tile.shape[0] * 32, 2, 2]))
-    w0, w2 = gl.split(even)
-    w1, w3 = gl.split(odd)
-    return (
-        gl.convert_layout(w0, layout, assert_trivial=True), gl.convert_layout(w1, layout, assert_trivial=True),
-        gl.convert_layout(w2, layout, assert_trivial=True), gl.convert_layout(w3, layout, assert_trivial=True),
-    )  # fmt: skip
-
-
-@gluon.jit
-def _for_all_rows(value, layout: gl.constexpr):
-    """[WARPS, 4 tid], equal in all lane groups, to [32 * WARPS]."""
-    WARPS: gl.constexpr = value.shape[0]
-    cube: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
-    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(1, cube), assert_trivial=True), 1)
-    value = value + gl.zeros([WARPS, 8, 4], value.dtype, cube)
-    return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
-
-
-@gluon.jit
 def _four_groups(tile, layout: gl.constexpr):
     """[WARPS, 16 groups] to four [32 * WARPS]: groups tid, 4 + tid, 8 + tid, 12 + tid."""
     even, odd = gl.split(gl.permute(gl.reshape(tile, [tile.shape[0], 2, 2, 4]), [0, 3, 1, 2]))
     w0, w2 = gl.split(even)
     w1, w3 = gl.split(odd)
-    return _for_all_rows(w0, layout), _for_all_rows(w1, layout), _for_all_rows(w2, layout), _for_all_rows(w3, layout)
+    return for_all_rows(w0, layout), for_all_rows(w1, layout), for_all_rows(w2, layout), for_all_rows(w3, layout)
 
 
 @gluon.jit
@@ -147,7 +124,7 @@ def _spread_rows(value, layout: gl.constexpr):
 def _set_of_codes(codes, tid, layout: gl.constexpr):
     """Words of spec 4.3 [WARPS, 64] to four [32 * WARPS] with the codes of groups tid, 4 + tid, 8 + tid, 12 + tid at bit 0."""
     WARPS: gl.constexpr = codes.shape[0]
-    warp_bases: gl.constexpr = _WARP_BASES[WARPS]
+    warp_bases: gl.constexpr = WARP_BASES[WARPS]
     words: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 2]], [[0, 0], [0, 1], [0, 4], [0, 8], [0, 16]], warp_bases, [], [WARPS, 32]
     )
@@ -206,7 +183,7 @@ def decode_kernel(
     SPLIT: gl.constexpr = WARPS // TILES
     NT: gl.constexpr = BATCH // 8
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    warp_bases: gl.constexpr = _WARP_BASES[WARPS]
+    warp_bases: gl.constexpr = WARP_BASES[WARPS]
     quads: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     codes_copy: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 0]], warp_bases, [], [WARPS, 64]
@@ -324,7 +301,7 @@ def decode_kernel(
             x_at += SPLIT * 128
             slots = ((), (), (), ())
             for k in gl.static_range(BITS):
-                four = _four_words(now[k].load(quads), layout)
+                four = four_words(now[k].load(quads), layout)
                 slots = (slots[0] + (four[0],), slots[1] + (four[1],), slots[2] + (four[2],), slots[3] + (four[3],))
             if BILEVEL:
                 codes = _set_of_codes(now[BITS], tid, layout)

@@ -1,4 +1,4 @@
-"""What a lane of the tensor-core kernels loads: aligned words, straight into registers."""
+"""How the lanes of the tensor-core kernels come by what they compute with: words into registers, copies into shared memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from . import ptx
 copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 commit_copies = async_copy.commit_group
 wait_copies = async_copy.wait_group
+
+# Bases of a linear layout [warps, ..] along its warps.
+WARP_BASES = gl.constexpr(
+    {1: [], 2: [[1, 0]], 4: [[1, 0], [2, 0]], 8: [[1, 0], [2, 0], [4, 0]], 16: [[1, 0], [2, 0], [4, 0], [8, 0]]}
+)
 
 _STREAM4 = gl.constexpr(ptx.load(4, ".L1::no_allocate"))  # weights are read once
 _LOAD4 = gl.constexpr(ptx.load(4))
@@ -66,3 +71,25 @@ def funnel(low, high, shift):
     return gl.inline_asm_elementwise(
         "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], dtype=gl.int32, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def four_words(tile, layout: gl.constexpr):
+    """[WARPS, 128] words to four [32 * WARPS]: what each lane holds of its blocks tid, 4 + tid, 8 + tid, 12 + tid."""
+    even, odd = gl.split(gl.reshape(tile, [tile.shape[0] * 32, 2, 2]))
+    w0, w2 = gl.split(even)
+    w1, w3 = gl.split(odd)
+    return (
+        gl.convert_layout(w0, layout, assert_trivial=True), gl.convert_layout(w1, layout, assert_trivial=True),
+        gl.convert_layout(w2, layout, assert_trivial=True), gl.convert_layout(w3, layout, assert_trivial=True),
+    )  # fmt: skip
+
+
+@gluon.jit
+def for_all_rows(value, layout: gl.constexpr):
+    """[WARPS, 4 tid], equal in all lane groups, to [32 * WARPS]."""
+    WARPS: gl.constexpr = value.shape[0]
+    cube: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
+    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(1, cube), assert_trivial=True), 1)
+    value = value + gl.zeros([WARPS, 8, 4], value.dtype, cube)
+    return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)

@@ -26,7 +26,7 @@ from spqr_format.layout import CHUNK, TILE, Layout
 from spqr_format.packing import FIELDS, is_spread
 
 from . import ptx
-from .lanes import commit_copies, copy_async, index, load2, load4, wait_copies
+from .lanes import WARP_BASES, commit_copies, copy_async, for_all_rows, four_words, index, load2, load4, wait_copies
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
 
@@ -110,7 +110,6 @@ _EXPONENT = gl.constexpr({place: (150 - place) << 23 for place in ptx.STATISTICS
 _OFFSET = gl.constexpr({place: 2.0 ** (23 - place) for place in ptx.STATISTICS_PLACES})
 _FOUR_HALVES = gl.constexpr(ptx.FOUR_HALVES)
 WARPS = (1, 2, 4, 8)
-_WARP_BASES = gl.constexpr({1: [], 2: [[1, 0]], 4: [[1, 0], [2, 0]], 8: [[1, 0], [2, 0], [4, 0]]})
 # Pairs of outliers in flight, by whether statistics are bilevel; more would spill registers.
 UNROLLS = {True: (1, 2, 4), False: (1, 2)}
 _HALVES = gl.constexpr("{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }")
@@ -214,41 +213,19 @@ def _two_products(slots, at0, at1, zero, undo, BITS: gl.constexpr, BF: gl.conste
 
 
 @gluon.jit
-def _four(tile, layout: gl.constexpr):
-    """[WARPS, 128] words to four [32 * WARPS]: what each lane holds of its blocks tid, 4 + tid, 8 + tid, 12 + tid."""
-    even, odd = gl.split(gl.reshape(tile, [tile.shape[0] * 32, 2, 2]))
-    w0, w2 = gl.split(even)
-    w1, w3 = gl.split(odd)
-    return (
-        gl.convert_layout(w0, layout, assert_trivial=True), gl.convert_layout(w1, layout, assert_trivial=True),
-        gl.convert_layout(w2, layout, assert_trivial=True), gl.convert_layout(w3, layout, assert_trivial=True),
-    )  # fmt: skip
-
-
-@gluon.jit
-def _for_all_rows(value, layout: gl.constexpr):
-    """[WARPS, 4 tid], equal in all lane groups, to [32 * WARPS]."""
-    WARPS: gl.constexpr = value.shape[0]
-    cube: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
-    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(1, cube), assert_trivial=True), 1)
-    value = value + gl.zeros([WARPS, 8, 4], value.dtype, cube)
-    return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
-
-
-@gluon.jit
 def _four_groups(tile, layout: gl.constexpr):
     """[WARPS, 16 groups] to four [32 * WARPS]: groups 2 tid, 2 tid + 1, 8 + 2 tid, 9 + 2 tid."""
     even, odd = gl.split(gl.permute(gl.reshape(tile, [tile.shape[0], 2, 4, 2]), [0, 2, 1, 3]))
     w0, w2 = gl.split(even)
     w1, w3 = gl.split(odd)
-    return _for_all_rows(w0, layout), _for_all_rows(w1, layout), _for_all_rows(w2, layout), _for_all_rows(w3, layout)
+    return for_all_rows(w0, layout), for_all_rows(w1, layout), for_all_rows(w2, layout), for_all_rows(w3, layout)
 
 
 @gluon.jit
 def _set_of_codes(codes, lane, layout: gl.constexpr):
     """Words of spec 4.3 [WARPS, 64] to four [32 * WARPS] with the codes of those groups at STATISTICS_PLACES."""
     WARPS: gl.constexpr = codes.shape[0]
-    warp_bases: gl.constexpr = _WARP_BASES[WARPS]
+    warp_bases: gl.constexpr = WARP_BASES[WARPS]
     words: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
     halves: gl.constexpr = gl.DistributedLinearLayout([], [[0, 0], [0, 1], [0, 2], [0, 4], [0, 8]], warp_bases, [], [WARPS, 16])
     twice: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 16, 2], [WARPS, 1, 1], [2, 1, 0])
@@ -315,7 +292,7 @@ def matvec_kernel(
     """
     FLAVOR: gl.constexpr = BITS + BF
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    warp_bases: gl.constexpr = _WARP_BASES[WARPS]
+    warp_bases: gl.constexpr = WARP_BASES[WARPS]
     quads: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     codes_copy: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 0]], warp_bases, [], [WARPS, 64]
@@ -429,7 +406,7 @@ def matvec_kernel(
             natural1 = load2(at2 + 64)
             slots = ((), (), (), ())
             for k in gl.static_range(BITS):
-                four = _four(now[k].load(quads), layout)
+                four = four_words(now[k].load(quads), layout)
                 slots = (slots[0] + (four[0],), slots[1] + (four[1],), slots[2] + (four[2],), slots[3] + (four[3],))
             dots = _two_products(slots, at0, at1, zero, undo, BITS, BF)
             blank = (zero, zero, zero, zero)
@@ -466,6 +443,9 @@ def matvec_kernel(
 
     wait_copies(0)
     if OUTLIERS:
+        # made anew, for the loop above to have their registers: 80 are 6 programs of 4 warps, 86 are 5
+        row0 = tile * 16 + gl.arange(0, 32 * WARPS, layout=layout) % 32 // 4
+        row1 = row0 + 8
         begin0 = index(Crow + row0, row0 < out_features, WIDE_ROWS)
         end0 = index(Crow + row0 + 1, row0 < out_features, WIDE_ROWS)
         begin1 = index(Crow + row1, row1 < out_features, WIDE_ROWS)
