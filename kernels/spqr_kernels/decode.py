@@ -383,7 +383,7 @@ def decode_kernel(
 
 def tiles_and_warps(layout: Layout, batch: int) -> tuple[int, int]:
     """Tiles of a program and its warps: few tiles fill the GPU, many read x less often (measured on an H200)."""
-    tiles = 8 if batch > 8 and layout.tile_rows >= 600 else 4
+    tiles = 8 if batch > 4 and layout.tile_rows >= 600 else 4
     warps = 8 if batch > 32 or layout.tile_rows >= 600 or layout.blocks < 512 else 16
     while warps > tiles and warps // tiles > max(1, layout.blocks // CHUNK):
         warps //= 2
