@@ -49,3 +49,8 @@ def check_operand(x: Tensor, bias: Tensor | None, layout: Layout, device: torch.
         raise SpqrError("E509", f"{where}.x", f"on {x.device}, the weight is on {device}")
     if bias is not None and (tuple(bias.shape) != (layout.out_features,) or bias.device != device):
         raise SpqrError("E509", f"{where}.bias", f"shape {tuple(bias.shape)} on {bias.device}")
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it where it is a view that does not begin at 16 bytes, which vector loads need."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -18,6 +18,7 @@ from triton.experimental.gluon import language as gl
 from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 
 from . import ptx
+from .checks import aligned
 from .lanes import WARP_BASES, commit_copies, copy_async, for_all_rows, four_words, funnel, index, wait_copies
 
 MAX_BATCH = 64
@@ -405,7 +406,7 @@ def linear(
         exponent = torch.frexp(x.abs().amax(dim=1, keepdim=True).float()).exponent
         scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 15)
         x = torch.ldexp(x.float(), 15 - exponent).to(torch.float16)
-    dense = x if not layout.permuted else x.index_select(1, tensors["perm"])
+    dense = aligned(x) if not layout.permuted else x.index_select(1, tensors["perm"])
     if layout.in_features % TILE:
         dense = torch.nn.functional.pad(dense, (0, layout.blocks * TILE - layout.in_features))
     padded = 8

@@ -22,10 +22,12 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from spqr_format.errors import SpqrError
 from spqr_format.layout import CHUNK, TILE, Layout
 from spqr_format.packing import FIELDS, is_spread
 
 from . import ptx
+from .checks import aligned
 from .lanes import WARP_BASES, commit_copies, copy_async, for_all_rows, four_words, index, load2, load4, wait_copies
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
@@ -487,11 +489,14 @@ def matvec_kernel(
 
 @lru_cache
 def _zeros(device: torch.device) -> Tensor:
-    """512 bytes of 0 that live as long as the process.
+    """512 bytes of 0 that live as long as the process. SpqrError E509 while a CUDA graph is captured: they would be zeros only
+    once it has run, so the first product of a process must come before.
 
     Made by a thread of its own: torch.compile's CUDA graphs give the memory that the calling thread allocates to their pool,
     where nothing may stay alive between runs.
     """
+    if torch.cuda.is_current_stream_capturing():
+        raise SpqrError("E509", "linear", "a CUDA graph is being captured: run a product once before")
     made: list[Tensor] = []
 
     def make() -> None:
@@ -517,6 +522,7 @@ def linear(
 
     Returns [1, out] in x's dtype.
     """
+    x = aligned(x)
     dense = x if not layout.permuted else x.index_select(1, tensors["perm"])
     if layout.in_features % TILE:
         dense = torch.nn.functional.pad(dense, (0, layout.blocks * TILE - layout.in_features))
@@ -527,7 +533,8 @@ def linear(
     matvec_kernel[(layout.tile_rows,)](
         x, dense, _zeros(x.device), tensors["weight"], tensors.get("stat_codes", unused), tensors.get("tile_stats", unused),
         tensors.get("group_sc", unused), tensors.get("group_zp", unused), tensors.get("crow_indices", unused),
-        tensors.get("col_indices", unused), tensors.get("values", unused), unused if bias is None else bias, y,
+        aligned(tensors.get("col_indices", unused)), aligned(tensors.get("values", unused)),
+        unused if bias is None else bias, y,
         layout.out_features, chunks, layout.groups, layout.outliers,
         BITS=layout.weight_bits, BF=BF16 if x.dtype == torch.bfloat16 else 0, BILEVEL=layout.statistics == "bilevel",
         BLOCKS_A_GROUP=layout.group_size // TILE, OUTLIERS=layout.outliers > 0,

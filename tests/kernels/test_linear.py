@@ -8,6 +8,7 @@ import torch
 
 from spqr_format import SpqrError
 from spqr_kernels import dequantize, linear, reference
+from spqr_kernels.checks import aligned
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [
@@ -207,3 +208,24 @@ def test_an_operand_that_does_not_fit_is_refused_before_launch(random_matrix):
         assert caught.value.code == "E509"
     with pytest.raises(SpqrError):
         linear(torch.randn(1, 64), tensors, matrix.layout, bias=torch.randn(39))
+
+
+def test_a_view_that_is_not_aligned_is_copied():
+    whole = torch.arange(64, dtype=torch.int16)
+    assert aligned(whole) is whole
+    view = whole[1:]
+    copy = aligned(view)
+    assert copy.data_ptr() % 16 == 0
+    assert torch.equal(copy, view)
+
+
+@pytest.mark.gpu
+def test_views_in_the_middle_of_memory_on_cuda(random_matrix):
+    matrix = random_matrix(32, 512, outliers=0.02)
+    tensors = stored(matrix, "cuda")
+    for leaf in ("col_indices", "values"):
+        tensors[leaf] = torch.cat([tensors[leaf][:1], tensors[leaf]])[1:]
+    exact = torch.from_numpy(matrix.dequantize()).double()
+    for batch in (1, 3):
+        x = torch.randn(batch * 512 + 1, device="cuda").half()[1:].view(batch, 512)
+        assert relative_error(linear(x, tensors, matrix.layout), x.double().cpu() @ exact.T) < 1e-3
