@@ -19,9 +19,19 @@ from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 
 from . import ptx
 from .checks import aligned
-from .lanes import WARP_BASES, commit_copies, copy_async, for_all_rows, four_words, funnel, index, wait_copies
+from .lanes import (
+    WARP_BASES,
+    commit_copies,
+    copy_async,
+    copy_chunks,
+    for_all_rows,
+    four_words,
+    funnel,
+    index,
+    room_for_chunks,
+    wait_copies,
+)
 
-MAX_BATCH = 64
 REGISTERS = {64: 255}  # limit for a thread by padded batch, where the compiler's own choice spills
 _LANE = gl.constexpr({bits: ptx.dequantize_lane(bits) for bits in (2, 3, 4)})
 _LANE_REGISTERS = gl.constexpr({bits: ptx.dequantize_lane_constraints(bits) for bits in (2, 3, 4)})
@@ -141,8 +151,8 @@ def _set_of_codes(codes, tid, layout: gl.constexpr):
     half0 = _spread_rows(half0, layout) >> side
     half1 = _spread_rows(half1, layout) >> side
     shift = tid % 2 * 12
-    eight = tid * 0 + 24
-    return own0 >> shift, own1 >> shift, funnel(own0, half0, eight) >> shift, funnel(own1, half1, eight) >> shift
+    behind = tid * 0 + 24  # the high byte of a lane's word goes on in its half word
+    return own0 >> shift, own1 >> shift, funnel(own0, half0, behind) >> shift, funnel(own1, half1, behind) >> shift
 
 
 @gluon.jit
@@ -195,7 +205,6 @@ def decode_kernel(
     tops_read: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 4], [0, 8]], [[0, 1], [0, 2], [0, 0], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
     )
-    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     x_copy: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
     x_shared: gl.constexpr = gl.SharedLinearLayout(_X_SHARED[SPLIT * 256 + BATCH])
     parts: gl.constexpr = _PARTS[WARPS * 16 + TILES]
@@ -238,23 +247,16 @@ def decode_kernel(
     ring = ()
     x_ring = ()
     for _ in gl.static_range(STAGES):
-        stage = ()
-        for _k in gl.static_range(BITS):
-            stage = stage + (gl.allocate_shared_memory(gl.int32, [WARPS, 128], shared),)
-        if BILEVEL:
-            stage = stage + (gl.allocate_shared_memory(gl.int32, [WARPS, 64], shared),)
-            stage = stage + (gl.allocate_shared_memory(gl.int64, [WARPS, 16], shared),)
-        ring = ring + (stage,)
+        ring = ring + (room_for_chunks(BITS, BILEVEL, WARPS),)
         blocks = ()
         for _j in gl.static_range(4):
             blocks = blocks + (gl.allocate_shared_memory(gl.int32, [BATCH, 32 * SPLIT], x_shared),)
         x_ring = x_ring + (blocks,)
     for j in gl.static_range(STAGES - 1):
-        for k in gl.static_range(BITS):
-            copy_async(ring[j][k], words_at + 128 * k, mask=SPLIT * j + words_warp // TILES < chunks)
-        if BILEVEL:
-            copy_async(ring[j][BITS], codes_at, mask=(SPLIT * j + codes_warp // TILES < chunks) & (codes_lane < 48))
-            copy_async(ring[j][BITS + 1], tops_at, mask=SPLIT * j + tops_warp // TILES < chunks)
+        copy_chunks(
+            ring[j], words_at, codes_at, tops_at, codes_lane, SPLIT * j + words_warp // TILES < chunks,
+            SPLIT * j + codes_warp // TILES < chunks, SPLIT * j + tops_warp // TILES < chunks, BITS, BILEVEL,
+        )  # fmt: skip
         for k in gl.static_range(4):
             copy_async(x_ring[j][k], x_at + 32 * k, mask=(SPLIT * j + x_part < chunks) & (x_row < batch))
         commit_copies()
@@ -277,22 +279,17 @@ def decode_kernel(
             ahead = begin + SPLIT * (j + STAGES - 1)
             if WHOLE:
                 more = ahead < chunks
-                for k in gl.static_range(BITS):
-                    copy_async(then[k], words_at + 128 * k, mask=more)
-                if BILEVEL:
-                    copy_async(then[BITS], codes_at, mask=more & (codes_lane < 48))
-                    copy_async(then[BITS + 1], tops_at, mask=more)
+                copy_chunks(then, words_at, codes_at, tops_at, codes_lane, more, more, more, BITS, BILEVEL)
                 for k in gl.static_range(4):
                     if FULL:
                         copy_async(x_then[k], x_at + 32 * k, mask=more)
                     else:
                         copy_async(x_then[k], x_at + 32 * k, mask=more & (x_row < batch))
             else:
-                for k in gl.static_range(BITS):
-                    copy_async(then[k], words_at + 128 * k, mask=ahead + words_warp // TILES < chunks)
-                if BILEVEL:
-                    copy_async(then[BITS], codes_at, mask=(ahead + codes_warp // TILES < chunks) & (codes_lane < 48))
-                    copy_async(then[BITS + 1], tops_at, mask=ahead + tops_warp // TILES < chunks)
+                copy_chunks(
+                    then, words_at, codes_at, tops_at, codes_lane, ahead + words_warp // TILES < chunks,
+                    ahead + codes_warp // TILES < chunks, ahead + tops_warp // TILES < chunks, BITS, BILEVEL,
+                )  # fmt: skip
                 for k in gl.static_range(4):
                     copy_async(x_then[k], x_at + 32 * k, mask=(ahead + x_part < chunks) & (x_row < batch))
             commit_copies()

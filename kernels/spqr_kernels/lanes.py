@@ -93,3 +93,29 @@ def for_all_rows(value, layout: gl.constexpr):
     value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(1, cube), assert_trivial=True), 1)
     value = value + gl.zeros([WARPS, 8, 4], value.dtype, cube)
     return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def room_for_chunks(BITS: gl.constexpr, BILEVEL: gl.constexpr, WARPS: gl.constexpr):
+    """Shared memory for one chunk a warp: words [WARPS, 128] each of BITS, then statistics codes and tile statistics."""
+    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    room = ()
+    for _k in gl.static_range(BITS):
+        room = room + (gl.allocate_shared_memory(gl.int32, [WARPS, 128], shared),)
+    if BILEVEL:
+        room = room + (gl.allocate_shared_memory(gl.int32, [WARPS, 64], shared),)
+        room = room + (gl.allocate_shared_memory(gl.int64, [WARPS, 16], shared),)
+    return room
+
+
+@gluon.jit
+def copy_chunks(
+    room, words_at, codes_at, tops_at, codes_lane, words_there, codes_there, tops_there,
+    BITS: gl.constexpr, BILEVEL: gl.constexpr,
+):  # fmt: skip
+    """Begins the copies into `room_for_chunks`; what is not there becomes zeros. Of 64 words of codes 48 are a set."""
+    for k in gl.static_range(BITS):
+        copy_async(room[k], words_at + 128 * k, mask=words_there)
+    if BILEVEL:
+        copy_async(room[BITS], codes_at, mask=codes_there & (codes_lane < 48))
+        copy_async(room[BITS + 1], tops_at, mask=tops_there)

@@ -28,7 +28,18 @@ from spqr_format.packing import FIELDS, is_spread
 
 from . import ptx
 from .checks import aligned
-from .lanes import WARP_BASES, commit_copies, copy_async, for_all_rows, four_words, index, load2, load4, wait_copies
+from .lanes import (
+    WARP_BASES,
+    commit_copies,
+    copy_chunks,
+    for_all_rows,
+    four_words,
+    index,
+    load2,
+    load4,
+    room_for_chunks,
+    wait_copies,
+)
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
 
@@ -111,7 +122,6 @@ _CODE = gl.constexpr({place: ptx.code_under_exponent(place) for place in ptx.STA
 _EXPONENT = gl.constexpr({place: (150 - place) << 23 for place in ptx.STATISTICS_PLACES})  # float of 2**(23 - place)
 _OFFSET = gl.constexpr({place: 2.0 ** (23 - place) for place in ptx.STATISTICS_PLACES})
 _FOUR_HALVES = gl.constexpr(ptx.FOUR_HALVES)
-WARPS = (1, 2, 4, 8)
 # Pairs of outliers in flight, by whether statistics are bilevel; more would spill registers.
 UNROLLS = {True: (1, 2, 4), False: (1, 2)}
 _HALVES = gl.constexpr("{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }")
@@ -305,7 +315,6 @@ def matvec_kernel(
     tops_read: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 8]], [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
     )
-    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     spread: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])  # warp, lane, row half
     inner: gl.constexpr = gl.SliceLayout(0, spread)
     thread = gl.arange(0, 32 * WARPS, layout=layout)
@@ -335,19 +344,12 @@ def matvec_kernel(
 
     ring = ()
     for _ in gl.static_range(STAGES):
-        stage = ()
-        for _k in gl.static_range(BITS):
-            stage = stage + (gl.allocate_shared_memory(gl.int32, [WARPS, 128], shared),)
-        if BILEVEL:
-            stage = stage + (gl.allocate_shared_memory(gl.int32, [WARPS, 64], shared),)
-            stage = stage + (gl.allocate_shared_memory(gl.int64, [WARPS, 16], shared),)
-        ring = ring + (stage,)
+        ring = ring + (room_for_chunks(BITS, BILEVEL, WARPS),)
     for j in gl.static_range(STAGES - 1):
-        for k in gl.static_range(BITS):
-            copy_async(ring[j][k], words_at + 128 * k, mask=WARPS * j + words_warp < chunks)
-        if BILEVEL:
-            copy_async(ring[j][BITS], codes_at, mask=(WARPS * j + codes_warp < chunks) & (codes_lane < 48))
-            copy_async(ring[j][BITS + 1], tops_at, mask=WARPS * j + tops_warp < chunks)
+        copy_chunks(
+            ring[j], words_at, codes_at, tops_at, codes_lane, WARPS * j + words_warp < chunks, WARPS * j + codes_warp < chunks,
+            WARPS * j + tops_warp < chunks, BITS, BILEVEL,
+        )  # fmt: skip
         commit_copies()
         words_at += WARPS * 128 * BITS
         codes_at += WARPS * 48
@@ -377,17 +379,12 @@ def matvec_kernel(
             ahead = begin + WARPS * (j + STAGES - 1)
             if WHOLE:
                 more = ahead < chunks
-                for k in gl.static_range(BITS):
-                    copy_async(then[k], words_at + 128 * k, mask=more)
-                if BILEVEL:
-                    copy_async(then[BITS], codes_at, mask=more & (codes_lane < 48))
-                    copy_async(then[BITS + 1], tops_at, mask=more)
+                copy_chunks(then, words_at, codes_at, tops_at, codes_lane, more, more, more, BITS, BILEVEL)
             else:
-                for k in gl.static_range(BITS):
-                    copy_async(then[k], words_at + 128 * k, mask=ahead + words_warp < chunks)
-                if BILEVEL:
-                    copy_async(then[BITS], codes_at, mask=(ahead + codes_warp < chunks) & (codes_lane < 48))
-                    copy_async(then[BITS + 1], tops_at, mask=ahead + tops_warp < chunks)
+                copy_chunks(
+                    then, words_at, codes_at, tops_at, codes_lane, ahead + words_warp < chunks, ahead + codes_warp < chunks,
+                    ahead + tops_warp < chunks, BITS, BILEVEL,
+                )  # fmt: skip
             commit_copies()
             words_at += WARPS * 128 * BITS
             codes_at += WARPS * 48
