@@ -13,7 +13,8 @@ from spqr_format.layout import CHUNK, TILE, Layout
 
 from . import cpu, reference
 
-# Largest batch of the decode kernel, without and with outliers: above, dequantizing and cuBLAS are faster (measured, H200).
+# Largest batch of the decode kernel, without outliers (all that it takes) and with them (from 64 on dequantizing and cuBLAS
+# are faster on an H200; where exactly was not measured).
 DECODE_BATCH = {False: 64, True: 32}
 
 Tensors = Mapping[str, Tensor]

@@ -29,6 +29,7 @@ KINDS = [
     {"weight_bits": 3, "statistics": "bilevel"},
     {"weight_bits": 3, "statistics": "bilevel", "permuted": True},
     {"weight_bits": 2, "statistics": "bilevel", "group_size": 32, "outliers": 0.0},
+    {"weight_bits": 3, "statistics": "bilevel", "outliers": 0.0},  # batch 33 then takes the decode kernel
     {"weight_bits": 2, "statistics": "bilevel", "outliers": 0.02},
     {"weight_bits": 4, "statistics": "bilevel"},
     {"weight_bits": 4, "statistics": "direct", "group_size": 128},
