@@ -28,8 +28,8 @@ NVIDIA = (80, 89, 90)
 AMD = ("gfx942",)
 
 _STORED = {"Weight": "*i32", "StatCodes": "*i32", "TileStats": "*i16", "GroupSc": "*i16", "GroupZp": "*u8"}
-_UNALIGNED = ("batch", "out_features", "tile_rows", "chunks", "groups", "outliers")
-_CSR = {"Crow": "*i32", "Col": "*i16", "Val": "*i16"}
+_UNALIGNED = ("batch", "out_features", "tile_rows", "chunks", "groups", "a_split", "size", "splits", "all_outliers")
+_OUTLIERS = {"Pointers": "*i32", "Outliers": "*i32"}
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,18 @@ def variants() -> list[Variant]:
         "4-bit direct g128": {"BITS": 4, "BILEVEL": False, "BLOCKS_A_GROUP": 8},
     }
     found = []
-    sparse = {"OUTLIERS": True, "WIDE_ROWS": True, "WIDE_COLUMNS": False, "HAS_BIAS": False}
+    sparse = {"OUTLIERS": True, "HAS_BIAS": False}
     for title, kind in kinds.items():
         for flavor, dtype in ((0, "*fp16"), (matvec.BF16, "*bf16")):
-            operands = {"X": dtype, "XDense": dtype, "Zeros": "*u8"} | _STORED | _CSR | {"Bias": dtype, "Y": dtype}
-            sizes = {"out_features": "i32", "chunks": "i32", "groups": "i32", "outliers": "i32"}
+            operands = {"X": dtype, "XDense": dtype, "Zeros": "*u8"} | _STORED | _OUTLIERS | {"Bias": dtype, "Y": dtype}
+            sizes = {"out_features": "i32", "chunks": "i32", "groups": "i32", "all_outliers": "i32"}
             constants = (
                 kind
                 | sparse
-                | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2, "UNROLL": matvec.UNROLLS[bool(kind["BILEVEL"])][-1]}
+                | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2}
             )
             found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4))
-        operands = {"X": "*fp16", "XT": "*fp16", "Scale": "*fp32"} | _STORED | _CSR | {"Bias": "*fp16", "Y": "*fp16"}
+        operands = {"X": "*fp16", "Scale": "*fp32"} | _STORED | _OUTLIERS | {"Bias": "*fp16", "Y": "*fp16"}
         sizes = {"batch": "i32", "out_features": "i32", "tile_rows": "i32", "chunks": "i32", "groups": "i32"}
         for batch, tiles, warps, outliers in ((8, 4, 8, True), (32, 8, 8, True), (64, 8, 8, False)):
             constants = (
@@ -92,6 +92,7 @@ def variants() -> list[Variant]:
                     "WARPS": warps,
                     "TILES": tiles,
                     "STAGES": 2,
+                    "ENTRIES": 2,
                 }
             )
             found.append(Variant(f"decode {title} batch {batch}", decode.decode_kernel, operands | sizes, constants, warps,

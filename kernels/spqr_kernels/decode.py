@@ -17,9 +17,10 @@ from triton.experimental.gluon import language as gl
 
 from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 
-from . import ptx
+from . import outliers, ptx
 from .checks import aligned
 from .lanes import (
+    CHUNK_BYTES,
     WARP_BASES,
     commit_copies,
     copy_async,
@@ -27,7 +28,6 @@ from .lanes import (
     for_all_rows,
     four_words,
     funnel,
-    index,
     room_for_chunks,
     wait_copies,
 )
@@ -45,12 +45,6 @@ _DIRECT = gl.constexpr(
     "{ .reg .b32 z; .reg .b16 h; mov.b32 z, $3; cvt.rn.f16.u32 h, z; mov.b32 z, {h, h};"
     " prmt.b32 $0, $2, $2, 0x1010; sub.rn.f16x2 z, $4, z; mul.rn.f16x2 $1, z, $0; }"
 )
-_OUTLIERS = gl.constexpr(
-    {wide * 16 + split: ptx.outlier_batch(bool(wide), 4 * split) for wide in (0, 1) for split in (1, 2, 4, 8)}
-)
-_OUTLIERS_REGISTERS = gl.constexpr(ptx.OUTLIER_BATCH_CONSTRAINTS)
-_SCATTER = gl.constexpr(ptx.QUAD_SCATTER)
-_SCATTER_REGISTERS = gl.constexpr(ptx.QUAD_SCATTER_CONSTRAINTS)
 
 
 def _bases(first: int, last: int, dim: int, rank: int = 2) -> list[list[int]]:
@@ -179,16 +173,16 @@ def _multiply(a, x, c):
 
 @gluon.jit
 def decode_kernel(
-    X, XT, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Crow, Col, Val, Bias, Y,
+    X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
     batch, out_features, tile_rows, chunks, groups,
-    BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr, WIDE_ROWS: gl.constexpr,
-    WIDE_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, WHOLE: gl.constexpr, FULL: gl.constexpr,
+    BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, WHOLE: gl.constexpr, FULL: gl.constexpr,
     BATCH: gl.constexpr, WARPS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    ENTRIES: gl.constexpr,
 ):  # fmt: skip
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), n < batch <= BATCH, a multiple of 8.
 
-    X fp16 [batch, chunks * 256], permuted where need be, meets the codes; XT fp16 [in, BATCH] the outliers. Scale fp32 [batch]
-    where SCALED. Y [batch, out], contiguous. Statistics: bilevel with groups of 16, or direct. WHOLE: chunks is a multiple of
+    X fp16 [batch, chunks * 256], permuted where need be. Scale fp32 [batch] where SCALED. Y [batch, out], contiguous. Statistics: bilevel with groups of 16, or direct. WHOLE: chunks is a multiple of
     STAGES * WARPS / TILES. FULL: batch is BATCH.
     """
     SPLIT: gl.constexpr = WARPS // TILES
@@ -265,6 +259,16 @@ def decode_kernel(
         tops_at += SPLIT * 16
         x_at += SPLIT * 128
 
+    if OUTLIERS:
+        room = outliers.room_for_cells(STAGES * (WARPS * CHUNK_BYTES[2 * BITS + BILEVEL] + 512 * BATCH * SPLIT), warp, lane)
+        cell = (tile * chunks + part) * 2  # the next one to be fetched
+        last_cell = tile_rows * chunks * 2 - 2
+        begin0 = gl.load(Pointers + gl.minimum(cell, last_cell))
+        begin1 = gl.load(Pointers + gl.minimum(cell, last_cell) + 1)
+        begin2 = gl.load(Pointers + gl.minimum(cell, last_cell) + 2)
+        words = outliers.fetch(Outliers, begin0, begin1, lane, ENTRIES)
+        most = begin1 - begin0
+
     acc = ((zero, zero, zero, zero),)
     for _ in gl.static_range(1, NT):
         acc = acc + ((zero, zero, zero, zero),)
@@ -305,6 +309,20 @@ def decode_kernel(
                 codes = _set_of_codes(now[BITS], tid, layout)
                 tops = _four_groups(now[BITS + 1].load(tops_read), layout)
             for k in gl.static_range(4):
+                if OUTLIERS:
+                    if k % 2 == 0:
+                        room, places = outliers.put(room, words, ENTRIES)
+                        put_words = words
+                        if k == 0:
+                            words = outliers.fetch(Outliers, begin1, begin2, lane, ENTRIES)
+                            most = gl.maximum(most, begin2 - begin1)
+                            cell += 2 * SPLIT
+                            begin0 = gl.load(Pointers + gl.minimum(cell, last_cell))
+                            begin1 = gl.load(Pointers + gl.minimum(cell, last_cell) + 1)
+                            begin2 = gl.load(Pointers + gl.minimum(cell, last_cell) + 2)
+                        else:
+                            words = outliers.fetch(Outliers, begin0, begin1, lane, ENTRIES)
+                            most = gl.maximum(most, begin1 - begin0)
                 if BILEVEL:
                     top0, top1 = gl.inline_asm_elementwise(
                         "mov.b64 {$0, $1}, $2;", "=r,=r,l", [tops[k]], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
@@ -328,6 +346,10 @@ def decode_kernel(
                         _DIRECT, "=&r,=&r,r,r,r", [raw1, zero1, middle], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
                     )
                 weights = _dequantize_lane(slots[k], s0, o0, s1, o1, BITS)
+                if OUTLIERS:
+                    weights = outliers.add(weights, room, lane, k % 2)
+                    if k % 2 == 1:
+                        room = outliers.clear(room, put_words, places, ENTRIES)
                 updated = ()
                 for t in gl.static_range(NT):
                     x = _eight_of_x(x_now[k].slice(8 * t, 8, 0), TILES, SPLIT, x_read, layout)
@@ -337,30 +359,26 @@ def decode_kernel(
 
     wait_copies(0)
     if OUTLIERS:
-        for h in gl.static_range(2):
-            row = row0 if h == 0 else row1
-            first = index(Crow + row, row < out_features, WIDE_ROWS) + (part * 4 + tid)
-            end = index(Crow + row + 1, row < out_features, WIDE_ROWS)
-            updated = ()
-            for t in gl.static_range(NT):
-                sums = gl.inline_asm_elementwise(
-                    _OUTLIERS[WIDE_COLUMNS * 16 + SPLIT], _OUTLIERS_REGISTERS,
-                    [first, end, Col + none, Val + none, XT + (none + 8 * t), none + 2 * BATCH],
-                    dtype=(gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32),
-                    is_pure=True, pack=1,
-                )  # fmt: skip
-                extra0, extra1 = gl.inline_asm_elementwise(
-                    _SCATTER, _SCATTER_REGISTERS,
-                    [sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7], tid],
-                    dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
-                )  # fmt: skip
-                c = acc[t]
-                if h == 0:
-                    updated = updated + ((c[0] + extra0, c[1] + extra1, c[2], c[3]),)
-                else:
-                    updated = updated + ((c[0], c[1], c[2] + extra0, c[3] + extra1),)
-            acc = updated
-
+        if gl.max(most, axis=0) > 32 * ENTRIES:  # what did not fit, one by one
+            own = Pointers + tile.to(gl.int64) * (2 * chunks)
+            for which in range(0, 2 * chunks):
+                cell_first = gl.load(own + which)
+                cell_end = gl.load(own + which + 1)
+                for extra in range(32 * ENTRIES, gl.max(cell_end - cell_first, axis=0)):
+                    there = (cell_first + extra < cell_end) & (which // 2 % SPLIT == part)
+                    word = gl.load(Outliers + cell_first + extra, mask=there, other=0)
+                    value = (word >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+                    value0 = gl.where(((word >> 12) & 15) == gid, value, 0.0)
+                    value1 = gl.where(((word >> 12) & 15) == gid + 8, value, 0.0)
+                    x_cell = X + (word & 127) + which * 128
+                    updated = ()
+                    for part8 in gl.static_range(NT):
+                        x_row8 = 8 * part8 + 2 * tid
+                        extra0 = gl.load(x_cell + x_row8.to(gl.int64) * (chunks * 256), mask=there & (x_row8 < batch), other=0).to(gl.float32)
+                        extra1 = gl.load(x_cell + (x_row8 + 1).to(gl.int64) * (chunks * 256), mask=there & (x_row8 + 1 < batch), other=0).to(gl.float32)
+                        sums8 = acc[part8]
+                        updated = updated + ((sums8[0] + value0 * extra0, sums8[1] + value0 * extra1, sums8[2] + value1 * extra0, sums8[3] + value1 * extra1),)
+                    acc = updated
     lane2 = gl.arange(0, 32 * TILES, layout=gl.SliceLayout(1, final))[:, None]
     value2 = gl.arange(0, 4, layout=gl.SliceLayout(0, final))[None, :]
     out_row = (first_tile + lane2 // 32) * 16 + lane2 % 32 // 4 + 8 * (value2 // 2)
@@ -382,7 +400,7 @@ def decode_kernel(
 def tiles_and_warps(layout: Layout, batch: int) -> tuple[int, int]:
     """Tiles of a program and its warps: few tiles fill the GPU, many read x less often (measured on an H200)."""
     tiles = 8 if batch > 4 and layout.tile_rows >= 600 else 4
-    warps = 8 if batch > 32 or layout.tile_rows >= 600 or layout.blocks < 512 else 16
+    warps = 8
     while warps > tiles and warps // tiles > max(1, layout.blocks // CHUNK):
         warps //= 2
     return tiles, warps
@@ -409,10 +427,6 @@ def linear(
     padded = 8
     while padded < batch:
         padded *= 2
-    by_column = dense
-    if layout.outliers:
-        by_column = x.new_zeros(layout.in_features, padded) if padded != batch else x.new_empty(layout.in_features, padded)
-        by_column[:, :batch].copy_(x.t())
     y = torch.empty(batch, layout.out_features, dtype=out_dtype, device=x.device)
     chosen = tiles_and_warps(layout, batch)
     tiles, warps = tiles or chosen[0], warps or chosen[1]
@@ -420,15 +434,14 @@ def linear(
     limit = {"maxnreg": REGISTERS[padded]} if padded in REGISTERS else {}
     unused = tensors["weight"]
     decode_kernel[(ceil_div(layout.tile_rows, tiles),)](
-        dense, by_column, unused if scale is None else scale, tensors["weight"], tensors.get("stat_codes", unused),
+        dense, unused if scale is None else scale, tensors["weight"], tensors.get("stat_codes", unused),
         tensors.get("tile_stats", unused), tensors.get("group_sc", unused), tensors.get("group_zp", unused),
-        tensors.get("crow_indices", unused), tensors.get("col_indices", unused), tensors.get("values", unused),
+        tensors.get("outlier_ptr", unused), tensors.get("outliers", unused),
         unused if bias is None else bias, y, batch, layout.out_features, layout.tile_rows, chunks, layout.groups,
         BITS=layout.weight_bits, BILEVEL=layout.statistics == "bilevel", BLOCKS_A_GROUP=layout.group_size // TILE,
-        OUTLIERS=layout.outliers > 0, WIDE_ROWS=layout.row_pointer_dtype == "I32",
-        WIDE_COLUMNS=layout.column_dtype == "I32", HAS_BIAS=bias is not None, SCALED=scale is not None,
+        OUTLIERS=layout.outliers > 0, HAS_BIAS=bias is not None, SCALED=scale is not None,
         WHOLE=chunks % (warps // tiles * stages) == 0, FULL=padded == batch, BATCH=padded, WARPS=warps, TILES=tiles,
-        STAGES=stages, num_warps=warps,
+        STAGES=stages, ENTRIES=outliers.outliers_a_lane(layout), num_warps=warps,
         **limit,
     )  # fmt: skip
     return y

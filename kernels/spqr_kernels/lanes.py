@@ -95,6 +95,10 @@ def for_all_rows(value, layout: gl.constexpr):
     return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
 
 
+# Bytes of `room_for_chunks` by 2 * bits + bilevel, for a warp.
+CHUNK_BYTES = gl.constexpr({2 * bits + bilevel: 512 * bits + 384 * bilevel for bits in (2, 3, 4) for bilevel in (0, 1)})
+
+
 @gluon.jit
 def room_for_chunks(BITS: gl.constexpr, BILEVEL: gl.constexpr, WARPS: gl.constexpr):
     """Shared memory for one chunk a warp: words [WARPS, 128] each of BITS, then statistics codes and tile statistics."""

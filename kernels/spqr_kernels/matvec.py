@@ -26,15 +26,15 @@ from spqr_format.errors import SpqrError
 from spqr_format.layout import CHUNK, TILE, Layout
 from spqr_format.packing import FIELDS, is_spread
 
-from . import ptx
+from . import outliers, ptx
 from .checks import aligned
 from .lanes import (
+    CHUNK_BYTES,
     WARP_BASES,
     commit_copies,
     copy_chunks,
     for_all_rows,
     four_words,
-    index,
     load2,
     load4,
     room_for_chunks,
@@ -122,10 +122,6 @@ _CODE = gl.constexpr({place: ptx.code_under_exponent(place) for place in ptx.STA
 _EXPONENT = gl.constexpr({place: (150 - place) << 23 for place in ptx.STATISTICS_PLACES})  # float of 2**(23 - place)
 _OFFSET = gl.constexpr({place: 2.0 ** (23 - place) for place in ptx.STATISTICS_PLACES})
 _FOUR_HALVES = gl.constexpr(ptx.FOUR_HALVES)
-# Pairs of outliers in flight, by whether statistics are bilevel; more would spill registers.
-UNROLLS = {True: (1, 2, 4), False: (1, 2)}
-_HALVES = gl.constexpr("{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }")
-_PAIR_OF = gl.constexpr(ptx.PAIR_OF_16_BITS)
 
 
 @gluon.jit
@@ -257,44 +253,11 @@ def _statistic(t, exponent, offset, P: gl.constexpr):
 
 
 @gluon.jit
-def _outlier_pair(Col, Val, at, outliers, WIDE: gl.constexpr):
-    """Columns of the outliers at `at`, even, and `at` + 1, and both their values in a word; 0 where there is none."""
-    values = gl.inline_asm_elementwise(
-        _PAIR_OF, "=&r,l,r,r", [Val + at, at, outliers + at * 0], dtype=gl.int32, is_pure=True, pack=1
-    )
-    if WIDE:
-        low = gl.load(Col + at, mask=at < outliers, other=0)
-        high = gl.load(Col + at + 1, mask=at + 1 < outliers, other=0)
-    else:
-        both = gl.inline_asm_elementwise(
-            _PAIR_OF, "=&r,l,r,r", [Col + at, at, outliers + at * 0], dtype=gl.int32, is_pure=True, pack=1
-        )
-        low = both & 0xFFFF
-        high = (both >> 16) & 0xFFFF
-    return low, high, values
-
-
-@gluon.jit
-def _gather(X, pair, at, begin, end):
-    """x of the pair's columns in fp32, 0 for what belongs to another row."""
-    low = gl.load(X + pair[0], mask=(at >= begin) & (at < end), other=0).to(gl.float32)
-    high = gl.load(X + pair[1], mask=(at + 1 >= begin) & (at + 1 < end), other=0).to(gl.float32)
-    return low, high
-
-
-@gluon.jit
-def _products(values, x):
-    low, high = gl.inline_asm_elementwise(_HALVES, "=f,=f,r", [values], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)
-    return low * x[0] + high * x[1]
-
-
-@gluon.jit
 def matvec_kernel(
-    X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Crow, Col, Val, Bias, Y,
-    out_features, chunks, groups, outliers,
+    X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
+    out_features, chunks, groups, all_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    WIDE_ROWS: gl.constexpr, WIDE_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr, UNROLL: gl.constexpr,
+    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Y[o] = sum_i W[o, i] X[i] (+ Bias[o]).
 
@@ -331,6 +294,10 @@ def matvec_kernel(
     ones = none + _ONES[FLAVOR]
     undo = none + _UNDO_OR
 
+    if OUTLIERS:  # first of all, because their copies wait for it
+        first_outlier = gl.load(Pointers + tile64 * (2 * chunks))
+        last_outlier = gl.load(Pointers + (tile64 + 1) * (2 * chunks))
+
     # Where the copies of this warp's next chunk begin.
     words_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, quads))[:, None]
     words_lane = gl.arange(0, 128, layout=gl.SliceLayout(0, quads))[None, :]
@@ -354,6 +321,10 @@ def matvec_kernel(
         words_at += WARPS * 128 * BITS
         codes_at += WARPS * 48
         tops_at += WARPS * 16
+
+    if OUTLIERS:
+        room = outliers.room_for_products(STAGES * WARPS * CHUNK_BYTES[2 * BITS + BILEVEL], thread)
+        room = outliers.ask(room, Outliers, first_outlier, last_outlier, all_outliers, thread)
 
     # Lane gid = tid (for the second four blocks of a half chunk, gid = tid + 4) brings x of block gid, the others zeros.
     zeros_at = Zeros.to(gl.pointer_type(gl.int32)) + none
@@ -442,34 +413,7 @@ def matvec_kernel(
 
     wait_copies(0)
     if OUTLIERS:
-        # made anew, for the loop above to have their registers: 80 are 6 programs of 4 warps, 86 are 5
-        row0 = tile * 16 + gl.arange(0, 32 * WARPS, layout=layout) % 32 // 4
-        row1 = row0 + 8
-        begin0 = index(Crow + row0, row0 < out_features, WIDE_ROWS)
-        end0 = index(Crow + row0 + 1, row0 < out_features, WIDE_ROWS)
-        begin1 = index(Crow + row1, row1 < out_features, WIDE_ROWS)
-        end1 = index(Crow + row1 + 1, row1 < out_features, WIDE_ROWS)
-        # a lane takes two at a time, at an even place
-        at0 = begin0 // 2 * 2 + (warp * 4 + tid) * 2
-        at1 = begin1 // 2 * 2 + (warp * 4 + tid) * 2
-        sum0 = zero
-        sum1 = zero
-        longest = gl.max(gl.maximum(end0 - begin0, end1 - begin1), axis=0) + 1
-        for _done in range(0, longest, 8 * WARPS * UNROLL):
-            # all loads of a kind before the first use: two latencies a turn
-            read = ()
-            for u in gl.static_range(UNROLL):
-                read = read + (_outlier_pair(Col, Val, at0 + 8 * WARPS * u, outliers, WIDE_COLUMNS),)
-                read = read + (_outlier_pair(Col, Val, at1 + 8 * WARPS * u, outliers, WIDE_COLUMNS),)
-            found = ()
-            for u in gl.static_range(UNROLL):
-                found = found + (_gather(X, read[2 * u], at0 + 8 * WARPS * u, begin0, end0),)
-                found = found + (_gather(X, read[2 * u + 1], at1 + 8 * WARPS * u, begin1, end1),)
-            for u in gl.static_range(UNROLL):
-                sum0 += _products(read[2 * u][2], found[2 * u])
-                sum1 += _products(read[2 * u + 1][2], found[2 * u + 1])
-            at0 += 8 * WARPS * UNROLL
-            at1 += 8 * WARPS * UNROLL
+        sum0, sum1 = outliers.products(room, Pointers, Outliers, X, tile, 2 * chunks, first_outlier, thread, BF)
         y0 += sum0 * (1.0 / _UNIT[FLAVOR])
         y1 += sum1 * (1.0 / _UNIT[FLAVOR])
     y0 = gl.inline_asm_elementwise(_QUAD_SUM, "=f,f", [y0], dtype=gl.float32, is_pure=True, pack=1)
@@ -513,7 +457,6 @@ def linear(
     bias: Tensor | None,
     warps: int | None = None,
     stages: int = 2,
-    unroll: int | None = None,
 ) -> Tensor:
     """W x + bias for x fp16 or bf16 [1, in], contiguous, and checked operands of a layout of whole chunks.
 
@@ -529,15 +472,13 @@ def linear(
     unused = tensors["weight"]
     matvec_kernel[(layout.tile_rows,)](
         x, dense, _zeros(x.device), tensors["weight"], tensors.get("stat_codes", unused), tensors.get("tile_stats", unused),
-        tensors.get("group_sc", unused), tensors.get("group_zp", unused), tensors.get("crow_indices", unused),
-        aligned(tensors.get("col_indices", unused)), aligned(tensors.get("values", unused)),
-        unused if bias is None else bias, y,
+        tensors.get("group_sc", unused), tensors.get("group_zp", unused), tensors.get("outlier_ptr", unused),
+        aligned(tensors.get("outliers", unused)), unused if bias is None else bias, y,
         layout.out_features, chunks, layout.groups, layout.outliers,
         BITS=layout.weight_bits, BF=BF16 if x.dtype == torch.bfloat16 else 0, BILEVEL=layout.statistics == "bilevel",
         BLOCKS_A_GROUP=layout.group_size // TILE, OUTLIERS=layout.outliers > 0,
-        WIDE_ROWS=layout.row_pointer_dtype == "I32", WIDE_COLUMNS=layout.column_dtype == "I32",
         HAS_BIAS=bias is not None, WHOLE=chunks % (warps * stages) == 0, WARPS=warps, STAGES=stages,
-        UNROLL=unroll or outliers_at_once(layout, warps), num_warps=warps,
+        num_warps=warps,
     )  # fmt: skip
     return y
 
@@ -550,9 +491,3 @@ def matvec_warps(layout: Layout) -> int:
         warps //= 2
     return warps
 
-
-def outliers_at_once(layout: Layout, warps: int) -> int:
-    """Pairs of outliers of a row that a lane has in flight: enough for a row of a quarter more than the mean."""
-    share = 5 / 4 * layout.outliers / layout.out_features / (8 * warps)
-    unrolls = UNROLLS[layout.statistics == "bilevel"]
-    return next((unroll for unroll in unrolls if unroll >= share), unrolls[-1])

@@ -1,0 +1,386 @@
+"""Batched kernel for NVIDIA Hopper (sm_90): y = x W^T with `wgmma`, outliers fused, from small batches to prefill.
+
+A warp group of 4 warps holds 4 tiles, 64 rows of W: a lane's words become fp16 weights in registers, and these are the A operand of
+`wgmma` as they stand; x is B, in shared memory, read once for the 64 rows. The next weights are made while the tensor cores work.
+Outliers are added to the weights before the product: each pair of lanes walks along a row of the CSR, and puts what falls into the next
+columns where the lane that holds the weight will find it.
+
+Every sum has one fixed order, so results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+
+from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
+
+from . import outliers
+from .checks import aligned
+from .decode import _DIRECT, _MIDDLE, _dequantize_lane, _four_groups, _set_of_codes, _BILEVEL, _BILEVEL_REGISTERS
+from .lanes import CHUNK_BYTES, WARP_BASES, commit_copies, copy_async, copy_chunks, four_words, room_for_chunks, wait_copies
+
+
+@gluon.jit
+def _operand(a, A: gl.constexpr):
+    """16 words a lane ([32 * WARPS] each: pairs 0..7 of row l, of row l + 8, of block tid) to fp16 [16 * WARPS, 64], where column
+    16 c + 8 h + 2 tid + i is column 4 c + 2 h + i of block tid."""
+    WARPS: gl.constexpr = a[0].shape[0] // 32
+    halves = ()
+    for k in gl.static_range(16):
+        low, high = gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [a[k]], dtype=(gl.float16, gl.float16), is_pure=True, pack=1)
+        halves = halves + (gl.join(low, high),)
+    couples = ()
+    for c in gl.static_range(4):
+        upper = gl.join(halves[2 * c], halves[2 * c + 1])
+        lower = gl.join(halves[8 + 2 * c], halves[9 + 2 * c])
+        couples = couples + (gl.join(upper, lower),)
+    t = gl.join(gl.join(couples[0], couples[1]), gl.join(couples[2], couples[3]))
+    # warp, gid, tid, i, h, half, c % 2, c // 2
+    t = gl.permute(gl.reshape(t, [WARPS, 8, 4, 2, 2, 2, 2, 2]), [0, 5, 1, 7, 6, 4, 2, 3])
+    return gl.convert_layout(gl.reshape(t, [16 * WARPS, 64]), A, assert_trivial=True)
+
+
+@gluon.jit
+def _statistics(codes, tops, slot: gl.constexpr, none, GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP: gl.constexpr, BITS: gl.constexpr, BILEVEL: gl.constexpr):
+    """Scale and offset of rows l and l + 8 in the group of block 4 slot + tid, as half2."""
+    if BILEVEL:
+        top0, top1 = gl.inline_asm_elementwise(
+            "mov.b64 {$0, $1}, $2;", "=r,=r,l", [tops[slot]], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+        )
+        s0, o0, s1, o1 = gl.inline_asm_elementwise(
+            _BILEVEL[BITS], _BILEVEL_REGISTERS, [codes[slot], codes[slot], none, top0, top1],
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
+        at0 = gl.minimum(row0, out_features - 1).to(gl.int64) * groups + group
+        at1 = gl.minimum(row1, out_features - 1).to(gl.int64) * groups + group
+        middle = none + _MIDDLE[BITS]
+        s0, o0 = gl.inline_asm_elementwise(
+            _DIRECT, "=&r,=&r,r,r,r", [gl.load(GroupSc + at0).to(gl.int32), gl.load(GroupZp + at0).to(gl.int32), middle],
+            dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        s1, o1 = gl.inline_asm_elementwise(
+            _DIRECT, "=&r,=&r,r,r,r", [gl.load(GroupSc + at1).to(gl.int32), gl.load(GroupZp + at1).to(gl.int32), middle],
+            dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return s0, o0, s1, o1
+
+
+@gluon.jit
+def _add_rest(
+    Y, X, Scale, Pointers, Outliers, tile, begin, end, first_row, batch, out_features, tile_rows, cells,
+    SCALED: gl.constexpr, ORDERED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, FETCHED: gl.constexpr,
+):  # fmt: skip
+    """Y += Scale * x times those outliers of a tile's cells begin .. end - 1 that `fetch` left, one by one."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+    n = first_row + gl.arange(0, BATCH, layout=gl.SliceLayout(0, layout))
+    x_row = X + n.to(gl.int64) * (cells * 128)
+    total = gl.zeros([16, BATCH], gl.float32, layout)
+    if tile < tile_rows:
+        own = Pointers + tile.to(gl.int64) * cells
+        for cell in range(begin, end):
+            for at in range(gl.load(own + cell) + FETCHED, gl.load(own + cell + 1)):
+                word = gl.load(Outliers + at)
+                column = word & 127
+                if ORDERED:
+                    column = column // 64 * 64 + column % 16 // 4 * 16 + column % 4 // 2 * 8 + column % 64 // 16 * 2 + column % 2
+                x = gl.load(x_row + (cell * 128 + column), mask=n < batch, other=0).to(gl.float32)
+                value = (word >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+                total += gl.where(row == ((word >> 12) & 15), value, 0.0)[:, None] * x[None, :]
+        if SCALED:
+            total *= gl.load(Scale + n, mask=n < batch, other=0)[None, :]
+        at2 = Y + n.to(gl.int64)[None, :] * out_features + (tile * 16 + row)[:, None]
+        inside = ((tile * 16 + row) < out_features)[:, None] & (n < batch)[None, :]
+        gl.store(at2, (gl.load(at2, mask=inside, other=0).to(gl.float32) + total).to(Y.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def gemm_kernel(
+    X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
+    batch, out_features, tile_rows, chunks, groups, a_split,
+    BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, PARTIAL: gl.constexpr, ORDERED: gl.constexpr,
+    BATCH: gl.constexpr, WARPS: gl.constexpr, TURN: gl.constexpr,
+    ENTRIES: gl.constexpr,
+):  # fmt: skip
+    """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]) for BATCH of the n; the sum over chunks of a split where PARTIAL.
+
+    X fp16 [batch, chunks * 256], in the order of `ordered` where ORDERED. Y [batch, out], or float32 [splits, batch, out] where
+    PARTIAL, without Scale and Bias. TURN slots of 64 columns follow each other between two barriers.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    warp_bases: gl.constexpr = WARP_BASES[WARPS]
+    quads: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+    codes_copy: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 0]], warp_bases, [], [WARPS, 64]
+    )
+    tops_copy: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1]], [[0, 2], [0, 4], [0, 8], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
+    )
+    tops_read: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 4], [0, 8]], [[0, 1], [0, 2], [0, 0], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
+    )
+    x_copy: gl.constexpr = gl.BlockedLayout([1, 4 if ORDERED else 1], [4, 8] if ORDERED else [1, 32], [WARPS, 1], [1, 0])
+    x_words: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
+    x_halves: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BATCH, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    # Slots of x in shared memory, and how many turns ahead they are asked for. The products of one slot may still read
+    # when the next turn begins, where a turn is one slot.
+    RING: gl.constexpr = 8 if TURN == 4 else 4
+    AHEAD: gl.constexpr = 1 if TURN == 4 else 2
+    thread = gl.arange(0, 32 * WARPS, layout=layout)
+    lane = thread % 32
+    warp = thread // 32
+    gid = lane // 4
+    tid = lane % 4
+    first_tile = gl.program_id(1) * WARPS
+    first_row = gl.program_id(0) * BATCH
+    split = gl.program_id(2)
+    begin = split * a_split
+    end = gl.minimum(begin + a_split, chunks)
+    tile = gl.minimum(first_tile + warp, tile_rows - 1)
+    row0 = tile * 16 + gid
+    row1 = row0 + 8
+    none = gl.zeros([32 * WARPS], gl.int32, layout)
+
+    words_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, quads))[:, None]
+    words_lane = gl.arange(0, 128, layout=gl.SliceLayout(0, quads))[None, :]
+    words_tile = gl.minimum(first_tile + words_warp, tile_rows - 1).to(gl.int64)
+    words_at = Weight + (words_tile * chunks + begin) * (128 * BITS) + words_lane
+    codes_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, codes_copy))[:, None]
+    codes_lane = gl.arange(0, 64, layout=gl.SliceLayout(0, codes_copy))[None, :]
+    codes_tile = gl.minimum(first_tile + codes_warp, tile_rows - 1).to(gl.int64)
+    codes_at = StatCodes + (codes_tile * chunks + begin) * 48 + codes_lane
+    tops_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, tops_copy))[:, None]
+    tops_lane = gl.arange(0, 16, layout=gl.SliceLayout(0, tops_copy))[None, :]
+    tops_tile = gl.minimum(first_tile + tops_warp, tile_rows - 1).to(gl.int64)
+    tops_at = TileStats.to(gl.pointer_type(gl.int64)) + (tops_tile * chunks + begin) * 16 + tops_lane
+    x_row = first_row + gl.arange(0, BATCH, layout=gl.SliceLayout(1, x_copy))[:, None]
+    x_word = gl.arange(0, 32, layout=gl.SliceLayout(0, x_copy))[None, :]
+    if not ORDERED:  # word 8 c + 4 h + tid of a slot is word 8 tid + 2 c + h of x
+        x_word = x_word % 4 * 8 + x_word // 8 * 2 + x_word // 4 % 2
+    x_there = x_row < batch
+    x_at = X.to(gl.pointer_type(gl.int32)) + gl.minimum(x_row, batch - 1).to(gl.int64) * (chunks * 128) + (begin * 128 + x_word)
+
+    ring = (room_for_chunks(BITS, BILEVEL, WARPS), room_for_chunks(BITS, BILEVEL, WARPS))
+    x_ring = ()
+    for _ in gl.static_range(RING):
+        x_ring = x_ring + (gl.allocate_shared_memory(gl.int32, [BATCH, 32], x_words),)
+
+    there = begin < end
+    for turn in gl.static_range(AHEAD):
+        if turn == 0:
+            copy_chunks(ring[0], words_at, codes_at, tops_at, codes_lane, there, there, there, BITS, BILEVEL)
+        for k in gl.static_range(TURN):
+            copy_async(x_ring[turn * TURN + k], x_at, mask=x_there & there)
+            x_at += 32
+        commit_copies()
+
+    if OUTLIERS:
+        room = outliers.room_for_cells(2 * WARPS * CHUNK_BYTES[2 * BITS + BILEVEL] + RING * 128 * BATCH, warp, lane)
+        cell = (tile * chunks + begin) * 2
+        last_cell = tile_rows * chunks * 2
+        bound0 = gl.load(Pointers + cell)
+        bound1 = gl.load(Pointers + cell + 1)
+        bound2 = gl.load(Pointers + cell + 2)
+        next0 = outliers.fetch(Outliers, bound0, bound1, lane, ENTRIES)
+        most = bound1 - bound0
+        if TURN == 4:
+            next1 = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
+            most = gl.maximum(most, bound2 - bound1)
+            cell = gl.minimum(cell + 2, last_cell)
+            bound0 = bound2
+            bound1 = gl.load(Pointers + gl.minimum(cell + 1, last_cell))
+            bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
+
+    acc = gl.zeros([16 * WARPS, BATCH], gl.float32, mma)
+    for chunk in range(begin, end, 2):
+        for j in gl.static_range(2):
+            for s in gl.static_range(4):
+                if s % TURN == 0:
+                    wait_copies(AHEAD - 1)
+                    hopper.fence_async_shared()
+                    # what is asked for now: slots TURN * AHEAD further on
+                    wanted = chunk + (4 * j + s + TURN * AHEAD) // 4 < end
+                    if (4 * j + s + TURN * AHEAD) % 4 == 0:
+                        words_at += 128 * BITS
+                        codes_at += 48
+                        tops_at += 16
+                        copy_chunks(
+                            ring[(4 * j + s + TURN * AHEAD) // 4 % 2], words_at, codes_at, tops_at, codes_lane, wanted, wanted, wanted, BITS, BILEVEL
+                        )  # fmt: skip
+                    for k in gl.static_range(TURN):
+                        copy_async(x_ring[(4 * j + s + TURN * AHEAD + k) % RING], x_at, mask=x_there & wanted)
+                        x_at += 32
+                    commit_copies()
+                if s == 0:
+                    now = ring[j]
+                    slots = ((), (), (), ())
+                    for k in gl.static_range(BITS):
+                        four = four_words(now[k].load(quads), layout)
+                        slots = (slots[0] + (four[0],), slots[1] + (four[1],), slots[2] + (four[2],), slots[3] + (four[3],))
+                    codes = (none, none, none, none)
+                    tops = (none, none, none, none)
+                    if BILEVEL:
+                        codes = _set_of_codes(now[BITS], tid, layout)
+                        tops = _four_groups(now[BITS + 1].load(tops_read), layout)
+                if OUTLIERS:
+                    if TURN == 4:
+                        if s == 0:
+                            # Those of the next chunk now, right behind the fence: the next fence would wait for them.
+                            words0 = next0
+                            words1 = next1
+                            next0 = outliers.fetch(Outliers, bound0, bound1, lane, ENTRIES)
+                            next1 = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
+                            most = gl.maximum(most, gl.maximum(bound1 - bound0, bound2 - bound1))
+                            cell = gl.minimum(cell + 2, last_cell)
+                            bound0 = bound2
+                            bound1 = gl.load(Pointers + gl.minimum(cell + 1, last_cell))
+                            bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
+                    elif s % 2 == 0:  # those of the next half, for want of registers
+                        words0 = next0
+                        words1 = next0
+                        next0 = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
+                        most = gl.maximum(most, bound2 - bound1)
+                        bound1 = bound2
+                        cell += 1
+                        bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
+                    if s == 0:
+                        room, places = outliers.put(room, words0, ENTRIES)
+                    if s == 2:
+                        room, places = outliers.put(room, words1, ENTRIES)
+                block = (chunk + j) * 16 + 4 * s + tid
+                s0, o0, s1, o1 = _statistics(
+                    codes, tops, s, none, GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP, BITS, BILEVEL
+                )
+                weights = _dequantize_lane(slots[s], s0, o0, s1, o1, BITS)
+                if OUTLIERS:
+                    weights = outliers.add(weights, room, lane, s % 2)
+                    if s == 1:
+                        room = outliers.clear(room, words0, places, ENTRIES)
+                    if s == 3:
+                        room = outliers.clear(room, words1, places, ENTRIES)
+                a = _operand(weights, operand)
+                x = x_ring[(4 * j + s) % RING]._reinterpret(gl.float16, [BATCH, 64], x_halves)
+                acc = hopper.warpgroup_mma(a, x.permute((1, 0)), acc, is_async=True)
+                # the product before is done; of this turn's last one the next turn must not overwrite x
+                acc = hopper.warpgroup_mma_wait(0 if TURN == 4 and s == 3 else 1, deps=(acc,))
+    wait_copies(0)
+    total = hopper.warpgroup_mma_wait(0, deps=(acc,))
+
+    row = first_tile * 16 + gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(1, mma))[:, None]
+    n = first_row + gl.arange(0, BATCH, layout=gl.SliceLayout(0, mma))[None, :]
+    inside = (row < out_features) & (n < batch)
+    if PARTIAL:
+        Y += split.to(gl.int64) * batch * out_features
+    else:
+        if SCALED:
+            total *= gl.load(Scale + n, mask=n < batch, other=0)
+        if HAS_BIAS:
+            total += gl.load(Bias + row, mask=row < out_features, other=0).to(gl.float32)
+    gl.store(Y + n.to(gl.int64) * out_features + row, total.to(Y.dtype.element_ty), mask=inside)
+    if OUTLIERS:
+        if gl.max(most, axis=0) > 32 * ENTRIES:
+            gl.thread_barrier()
+            for each in range(WARPS):
+                _add_rest(
+                    Y, X, Scale, Pointers, Outliers, first_tile + each, 2 * begin, 2 * end, first_row, batch, out_features, tile_rows, 2 * chunks,
+                    SCALED and not PARTIAL, ORDERED, BATCH, WARPS, 32 * ENTRIES,
+                )  # fmt: skip
+
+
+@gluon.jit
+def finish_kernel(
+    Partial, Scale, Bias, Y, size, out_features, splits,
+    SCALED: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """Y [batch, out] = Scale * (sum over splits of Partial) + Bias; size is batch * out."""
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    at = gl.program_id(0).to(gl.int64) * BLOCK + gl.arange(0, BLOCK, layout=layout)
+    inside = at < size
+    total = gl.zeros([BLOCK], gl.float32, layout)
+    for split in range(splits):
+        total += gl.load(Partial + split.to(gl.int64) * size + at, mask=inside, other=0)
+    if SCALED:
+        total *= gl.load(Scale + at // out_features, mask=inside, other=0)
+    if HAS_BIAS:
+        total += gl.load(Bias + at % out_features, mask=inside, other=0).to(gl.float32)
+    gl.store(Y + at, total.to(Y.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def order_kernel(X, Out, size, BLOCK: gl.constexpr):
+    """Out: X fp16 [batch, chunks * 256] with each 64 columns 16 b + 4 c + 2 h + i at 16 c + 8 h + 2 b + i. In words of two."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    at = gl.program_id(0).to(gl.int64) * BLOCK + gl.arange(0, BLOCK, layout=layout)
+    word = at % 32
+    source = at - word + word % 4 * 8 + word // 8 * 2 + word // 4 % 2
+    value = gl.load(X.to(gl.pointer_type(gl.int32)) + source, mask=at < size, other=0)
+    gl.store(Out.to(gl.pointer_type(gl.int32)) + at, value, mask=at < size)
+
+
+def linear(
+    x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, splits: int | None = None,
+    padded: int | None = None, warps: int | None = None, ordered: bool | None = None, registers: int | None = None,
+) -> Tensor:  # fmt: skip
+    """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, and checked operands of a layout of whole chunks. Returns [batch, out]
+    in x's dtype."""
+    out_dtype = x.dtype
+    batch = x.shape[0]
+    scale = None
+    if x.dtype == torch.bfloat16:
+        # Weights are exact enough in fp16 but not in bf16, so x goes to fp16 by a power of two for each row: exact for all
+        # that is within 2**-29 of the row's largest.
+        exponent = torch.frexp(x.abs().amax(dim=1, keepdim=True).float()).exponent
+        scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 15)
+        x = torch.ldexp(x.float(), 15 - exponent).to(torch.float16)
+    x = aligned(x) if not layout.permuted else x.index_select(1, tensors["perm"])
+    if layout.in_features % TILE:
+        x = torch.nn.functional.pad(x, (0, layout.blocks * TILE - layout.in_features))
+    chunks = layout.blocks // CHUNK
+    if padded is None:
+        padded = 8
+        while padded < min(batch, 256):
+            padded *= 2
+    warps = warps or (8 if padded >= 128 else 4)
+    ordered = padded >= 64 if ordered is None else ordered
+    if ordered:
+        plain, x = x, torch.empty_like(x)
+        size = x.numel() // 2
+        order_kernel[(ceil_div(size, 512),)](plain, x, size, BLOCK=512, num_warps=4)
+    tiles, columns = ceil_div(layout.tile_rows, warps), ceil_div(batch, padded)
+    if splits is None:
+        splits = 1
+        while splits < 8 and tiles * columns * splits * warps < 132 * 10 and chunks // (2 * splits) >= 2:
+            splits *= 2
+    a_split = ceil_div(chunks, splits)
+    splits = ceil_div(chunks, a_split)
+    y = torch.empty(batch, layout.out_features, dtype=out_dtype, device=x.device)
+    out = y if splits == 1 else torch.empty(splits, batch, layout.out_features, dtype=torch.float32, device=x.device)
+    unused = tensors["weight"]
+    limit = {"maxnreg": registers} if registers else {}
+    gemm_kernel[(columns, tiles, splits)](
+        x, unused if scale is None else scale, tensors["weight"], tensors.get("stat_codes", unused),
+        tensors.get("tile_stats", unused), tensors.get("group_sc", unused), tensors.get("group_zp", unused),
+        tensors.get("outlier_ptr", unused), tensors.get("outliers", unused), unused if bias is None else bias, out, batch, layout.out_features, layout.tile_rows, chunks, layout.groups, a_split,
+        BITS=layout.weight_bits, BILEVEL=layout.statistics == "bilevel", BLOCKS_A_GROUP=layout.group_size // TILE,
+        OUTLIERS=layout.outliers > 0, HAS_BIAS=bias is not None, SCALED=scale is not None,
+        PARTIAL=splits > 1, ORDERED=ordered, BATCH=padded, WARPS=warps, TURN=4 if padded <= 64 else 1,
+        ENTRIES=outliers.outliers_a_lane(layout), num_warps=warps, **limit,
+    )  # fmt: skip
+    if splits > 1:
+        size = batch * layout.out_features
+        finish_kernel[(ceil_div(size, 512),)](
+            out, unused if scale is None else scale, unused if bias is None else bias, y, size, layout.out_features, splits,
+            SCALED=scale is not None, HAS_BIAS=bias is not None, BLOCK=512, num_warps=4,
+        )  # fmt: skip
+    return y
