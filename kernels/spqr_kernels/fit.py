@@ -147,7 +147,7 @@ def search_kernel(
     N: tl.constexpr, SHRINKS: tl.constexpr, REFITS: tl.constexpr, HAS_U: tl.constexpr, HAS_FREE: tl.constexpr,
     LEAVE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`search_rows`. With LEAVE, program (.., i) takes column i - 1 as an outlier (0: none) and stores only its loss [n + 1, R].
+    """`search_rows`. With LEAVE, program (.., i) takes column i - 1 as an outlier (0: none) and stores only the loss.
 
     stride is 0: all candidates share U. Were it known, the compiler would hold all of U in registers that there are not.
     """
