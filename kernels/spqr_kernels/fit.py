@@ -11,6 +11,10 @@ FIT_COLUMNS: a column takes registers of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +24,7 @@ from spqr_format.layout import TILE
 
 from .dispatch import FIT_COLUMNS
 
+T = TypeVar("T")
 ROWS = 64  # of a program that works row by row
 TILES = 4  # of a program that fits grids to tiles
 
@@ -367,6 +372,17 @@ def residual_kernel(
         tl.store(Loss + rows, loss, mask=inside)
 
 
+def _beside_its_operands(function: Callable[..., T]) -> Callable[..., T]:
+    """The function with the device of its first argument as the current one, where Triton launches."""
+
+    @wraps(function)
+    def run(w: Tensor, *args: Any, **kwargs: Any) -> T:
+        with torch.cuda.device_of(w):
+            return function(w, *args, **kwargs)
+
+    return run
+
+
 def _operands(w: Tensor, free: Tensor | None, U: Tensor | None) -> tuple[tuple[Tensor, ...], dict[str, int | bool]]:
     """Contiguous operands, something in the place of those that are None, and what the kernels know when compiled."""
     if len(w) > FIT_COLUMNS:
@@ -376,6 +392,7 @@ def _operands(w: Tensor, free: Tensor | None, U: Tensor | None) -> tuple[tuple[T
     return (w, *given), {"N": len(w), "HAS_U": U is not None, "HAS_FREE": free is not None}
 
 
+@_beside_its_operands
 def tile_start(w: Tensor, U: Tensor | None, top: int, free: Tensor | None) -> Tensor:
     """Tile statistics to begin with, float32 [R / 16, 4], each an fp16 number: the grids nearest to the best scale and zero of
     each row."""
@@ -390,6 +407,7 @@ def tile_start(w: Tensor, U: Tensor | None, top: int, free: Tensor | None) -> Te
     return stats
 
 
+@_beside_its_operands
 def leave_one_out(w: Tensor, U: Tensor | None, top: int, shrinks: int, refits: int) -> Tensor:
     """Loss of each row with all its columns, and then without column 0, 1, ..: float32 [n + 1, R]."""
     n, R = w.shape
@@ -402,6 +420,7 @@ def leave_one_out(w: Tensor, U: Tensor | None, top: int, shrinks: int, refits: i
     return loss
 
 
+@_beside_its_operands
 def bilevel_rounds(
     w: Tensor, U: Tensor | None, top: int, free: Tensor | None, rounds: int, stats: Tensor,
     best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
@@ -410,19 +429,20 @@ def bilevel_rounds(
     codes uint8 [R], and codes uint8 [n, R]. best: scale and zero codes and codes that belong to `stats`, and their loss
     [R / 16], which no tile exceeds."""
     n, R = w.shape
-    T = R // TILE
+    tiles = R // TILE
     operands, kind = _operands(w, free, U)
     found, stats = stats.clone(), stats.clone()
     if best is None:
         scales, zeros, codes = (w.new_zeros(shape, dtype=torch.uint8) for shape in ((R,), (R,), (n, R)))
-        loss = w.new_full((T,), torch.inf)
+        loss = w.new_full((tiles,), torch.inf)
     else:
         scales, zeros, codes, loss = (x.clone(memory_format=torch.contiguous_format) for x in best)
     for _ in range(rounds):
-        round_kernel[(T,)](*operands, stats, found, scales, zeros, codes, loss, R, float(top), 0, num_warps=2, **kind)
+        round_kernel[(tiles,)](*operands, stats, found, scales, zeros, codes, loss, R, float(top), 0, num_warps=2, **kind)
     return found, scales, zeros, codes
 
 
+@_beside_its_operands
 def loss_of(w: Tensor, U: Tensor | None, decoded: Tensor, free: Tensor | None) -> Tensor:
     """Loss [R] of decoded values [n, R]; an outlier takes up what the columns before it leave over."""
     R = w.shape[1]
@@ -434,6 +454,7 @@ def loss_of(w: Tensor, U: Tensor | None, decoded: Tensor, free: Tensor | None) -
     return loss
 
 
+@_beside_its_operands
 def residuals(w: Tensor, U: Tensor, decoded: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     """Outliers' values (float32 [n, R], each exactly an fp16 number, 0 elsewhere), and the errors that then remain in units
     of the root, [n, R]."""
