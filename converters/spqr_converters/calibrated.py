@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from spqr_format.matrix import SpqrMatrix
+from spqr_kernels.dispatch import has_fit_kernels
 
 from .hessian import Factor, factorise
 from .options import SolverOptions
@@ -70,6 +71,18 @@ def solve(
 
     Errors: E502 a weight is not finite; E503 H is not finite or cannot be made positive definite.
     """
+    return solve_and_decode(weight, H, options, name, drift, factor)[:2]
+
+
+def solve_and_decode(
+    weight: torch.Tensor,
+    H: torch.Tensor,
+    options: SolverOptions,
+    name: str = "weight",
+    drift: torch.Tensor | None = None,
+    factor: Factor | None = None,
+) -> tuple[SpqrMatrix, dict[str, float], torch.Tensor]:
+    """`solve`, and the matrix decoded, float32 [out, in] on the weight's device."""
     check_finite(weight, name)
     weight = weight.detach().float()
     layout = options.layout(*weight.shape)
@@ -78,15 +91,14 @@ def solve(
     if drift is not None and options.drift > 0:
         target = corrected_target(weight, factor.damped, drift, options.drift)
     solution = _Solver(target, factor, options, layout).run()
-    matrix = solution.matrix()
-    decoded = torch.from_numpy(matrix.dequantize()).to(weight.device)
+    decoded = solution.decoded()
     error = weight - decoded
     figures = {
         "weight_error": float(error.norm() / weight.norm().clamp_min(1e-30)),
         "output_error": float((error @ H * error).sum() / (weight @ H * weight).sum().clamp_min(1e-30)),
         "damping": factor.damping,
     }
-    return matrix, figures
+    return solution.matrix(), figures, decoded
 
 
 class _Solver:
@@ -102,6 +114,7 @@ class _Solver:
         self.out_features = weight.shape[0]
         self.solution = Solution.empty(layout, weight.device)
         self.decoded = torch.empty_like(self.w)  # D + S
+        self.error = torch.empty_like(self.w)  # w - decoded
         self.free: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.fits: dict[int, GroupFit] = {}
@@ -110,8 +123,10 @@ class _Solver:
         if self.options.keeps_outliers:
             self._choose_outliers()
         self._feed_back()
+        if self.options.sweeps:
+            factors = self._factor_groups()
         for _ in range(self.options.sweeps):
-            self._sweep()
+            self._sweep(factors)
         for number, span in self.spans:
             self.solution.put(number, self.order[span], self.fits[number])
         if self.free is not None and self.values is not None:
@@ -161,26 +176,47 @@ class _Solver:
         decoded = fit.decode()
         free = self._mask(span)
         if free is None or self.values is None:
-            self.decoded[span] = decoded
+            self._keep(span, decoded)
             return torch.linalg.solve_triangular(U.T, w - decoded, upper=False)
+        if has_fit_kernels(w):
+            from spqr_kernels import fit as kernels
+
+            self.values[span], errors = kernels.residuals(w, U, decoded, free)
+            self._keep(span, decoded + self.values[span])
+            return errors
         errors = torch.empty_like(w)
         for j in range(len(w)):
             now = w[j] - U[:j, j] @ errors[:j] if j else w[j]
             value = torch.where(free[j], to_half(now - decoded[j]), 0)
             self.values[span.start + j] = value
             errors[j] = (now - decoded[j] - value) / U[j, j]
-        self.decoded[span] = decoded + self.values[span]
+        self._keep(span, decoded + self.values[span])
         return errors
 
-    def _sweep(self) -> None:
+    def _keep(self, span: slice, decoded: torch.Tensor) -> None:
+        self.decoded[span] = decoded
+        self.error[span] = self.w[span] - decoded
+
+    def _factor_groups(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """For each group the root of its block's inverse, float32 [n, n], and LU factors and pivots of the block's transpose in
+        float64: those of one width in one run, for on a GPU each small factorisation waits for the one before."""
+        factors: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        widths = [span.stop - span.start for _, span in self.spans]
+        for width in set(widths):
+            alike = [i for i, found in enumerate(widths) if found == width]
+            blocks = torch.stack([self.H[self.spans[i][1], self.spans[i][1]] for i in alike]).double()
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(blocks))
+            roots = torch.linalg.cholesky(inverse, upper=True).float()
+            factors |= zip(alike, zip(roots, *torch.linalg.lu_factor(blocks.mT), strict=True), strict=True)
+        return [factors[i] for i in range(len(widths))]
+
+    def _sweep(self, factors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
         """One pass of coordinate descent: each group refitted to what the errors of all others leave for it to do."""
         fit_group = FITS[self.options.statistics]
-        for number, span in self.spans:
-            block = self.H[span, span].double()
-            root = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(block)), upper=True).float()
+        for (number, span), (root, lu, pivots) in zip(self.spans, factors, strict=True):
             old = self.fits[number]
-            pull = self.H[span] @ (self.w - self.decoded)
-            target = self.decoded[span] + torch.linalg.solve(block, pull.double()).float()
+            pull = (self.H[span] @ self.error).double()
+            target = self.decoded[span] + torch.linalg.lu_solve(lu, pivots, pull, adjoint=True).float()
             fit = fit_group(target, root, self.options.top, self._mask(span), rounds=self.options.rounds, start=old)
             self.fits[number] = fit
             self._store(span, target, fit, root)

@@ -9,7 +9,7 @@ from spqr_format.matrix import SpqrMatrix
 from .options import SolverOptions
 from .outliers import choose, leave_one_out
 from .solution import Solution, check_finite, padded_rows
-from .statistics import FITS, GroupFit, to_half
+from .statistics import FITS, to_half
 
 # Rows that are fitted together: what stays in a processor's cache; on a GPU what hides the cost of its launches.
 _ROWS_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 20}
@@ -62,24 +62,6 @@ def solve(weight: torch.Tensor, options: SolverOptions, name: str = "weight") ->
         columns = slice(groups.start * size, groups.start * size + part.numel() // rows)
         if free is not None and solution.values is not None:
             solution.values[columns] = unstacked(torch.where(free, to_half(part - fit.decode()), 0), groups)
-        for i, group in enumerate(groups):
-            width = len(part)
-            indices = torch.arange(group * size, group * size + width, device=w.device)
-            solution.put(group, indices, _slice(fit, i, rows))
-    matrix = solution.matrix()
-    decoded = torch.from_numpy(matrix.dequantize()).to(weight.device)
-    return matrix, {"weight_error": float((weight - decoded).norm() / weight.norm().clamp_min(1e-30))}
-
-
-def _slice(fit: GroupFit, i: int, rows: int) -> GroupFit:
-    """The i-th of several fits stacked by rows."""
-    own, tiles = slice(i * rows, (i + 1) * rows), slice(i * rows // 16, (i + 1) * rows // 16)
-
-    def cut(x: torch.Tensor | None, where: slice) -> torch.Tensor | None:
-        return None if x is None else x[where]
-
-    return GroupFit(
-        fit.codes[:, own], fit.scale[own], fit.zero[own], fit.loss[own],
-        cut(fit.tile_stats, tiles), cut(fit.scale_codes, own), cut(fit.zero_codes, own),
-        cut(fit.group_scales, own), cut(fit.group_zeros, own),
-    )  # fmt: skip
+        solution.put_groups(groups.start, len(groups), fit)
+    error = (weight - solution.decoded()).norm() / weight.norm().clamp_min(1e-30)
+    return solution.matrix(), {"weight_error": float(error)}

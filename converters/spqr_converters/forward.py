@@ -40,7 +40,7 @@ def load(module: nn.Module, prefix: str, plan: Plan, source: Source, device: tor
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         tensor = _parameter(f"{prefix}.{name}" if prefix else name, parameter, plan, source)
         if id(parameter) not in tied:
-            tied[id(parameter)] = tensor.to(device=device, dtype=torch.float32)
+            tied[id(parameter)] = tensor.to(device).float()  # in this order: a GPU widens faster than the host
         set_tensor(module, name, tied[id(parameter)])
     for name, buffer in list(module.named_buffers()):
         full = f"{prefix}.{name}" if prefix else name
@@ -207,7 +207,7 @@ def _load_own(module: nn.Module, prefix: str, plan: Plan, source: Source, device
     for leaf, parameter in list(module._parameters.items()):
         full = f"{prefix}.{leaf}" if prefix else leaf
         if parameter is not None and full in plan.parameters:
-            set_tensor(module, leaf, source.load(plan.parameters[full]).to(device=device, dtype=torch.float32))
+            set_tensor(module, leaf, source.load(plan.parameters[full]).to(device).float())
     for leaf, buffer in list(module._buffers.items()):
         if buffer is not None:
             full = f"{prefix}.{leaf}" if prefix else leaf

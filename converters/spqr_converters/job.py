@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +33,7 @@ from .hessian import Accumulator
 from .lossless import carry_over, lossless_plan, most_common
 from .memory import release
 from .options import SolverOptions
-from .parallel import in_order, one_thread_each, worker_count
+from .parallel import beside_gpu, in_order, one_thread_each, worker_count
 from .report import ModuleReport, Report
 from .sources import Source, open_source
 from .sources.base import file_sha256
@@ -73,8 +74,8 @@ def convert(
     Without `calibration` the weights alone are used. keep: patterns of module names that stay dense. `solver` carries
     further options; its format fields (weight_bits, group_size, statistics, outliers) are replaced by the arguments here.
     progress(module, done, total) is called after every matrix with parameters done and in all. workers: modules at a time,
-    where no calibration makes one depend on another and the device is the CPU; by default one for each core. Their number
-    does not change a byte of the output.
+    where no calibration makes one depend on another; by default one for each core. A GPU solves one after the other, and
+    others are read and packed meanwhile (3 at most). Their number does not change a byte of the output.
 
     The same arguments on the same machine give the same bytes. Until the very end the destination has no index, so a
     killed run leaves nothing that loads; the same call goes on where it was, and gives the bytes of an unbroken run. With
@@ -229,6 +230,8 @@ class _Job:
         self.device, self.progress = device, progress
         self.report = Report()
         self.writer: Any = None
+        # A GPU is filled by one matrix; a second one would only take memory.
+        self.turn: AbstractContextManager[Any] = nullcontext() if device.type == "cpu" else threading.Lock()
         self.done = self.no_place = 0
         self.total = sum(source.entries[tensor].numel for tensor in todo.matrices)
 
@@ -317,7 +320,7 @@ class _Job:
         on_host = self.device.type == "cpu" or make == self.carry_over
         todo = [tensor for tensor in self.source.entries if tensor in self.plan.matrices and not self._finished(tensor)]
         with one_thread_each() if on_host else nullcontext():
-            made = in_order((partial(make, tensor) for tensor in todo), workers if on_host else 1)
+            made = in_order((partial(make, tensor) for tensor in todo), workers if on_host else beside_gpu(workers))
             try:
                 self._take(made)
             finally:
@@ -339,7 +342,10 @@ class _Job:
 
     def solve_data_free(self, tensor: str) -> tuple[Packed, ModuleReport]:
         """From the weights alone."""
-        matrix, figures = datafree.solve(self.source.load(tensor).to(self.device), self.options, tensor)
+        weight = self.source.load(tensor)
+        with self.turn:
+            matrix, figures = datafree.solve(weight.to(self.device), self.options, tensor)
+        del weight
         return self._packed(tensor, matrix, "data-free", figures)
 
     # With data
@@ -431,8 +437,8 @@ class _Job:
             factor = calibrated.prepare(H, self.options, f"{prefix}.{names[0]}")
             for name, layer in zip(names, layers, strict=True):
                 tensor = self.plan.parameters[f"{prefix}.{name}.weight"]
-                matrix, figures = calibrated.solve(layer.weight, H, self.options, tensor, drift, factor)
-                layer.weight = nn.Parameter(torch.from_numpy(matrix.dequantize()).to(self.device), requires_grad=False)
+                matrix, figures, decoded = calibrated.solve_and_decode(layer.weight, H, self.options, tensor, drift, factor)
+                layer.weight = nn.Parameter(decoded, requires_grad=False)
                 solved[tensor] = (matrix, figures)
                 release()
                 if self.progress is not None:

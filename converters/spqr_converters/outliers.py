@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import torch
 
+from spqr_kernels.dispatch import has_fit_kernels
+
 from .options import SolverOptions
 from .statistics import loss_of, search_rows
 
-_SEARCH_ELEMENTS = 1 << 22  # floats that one search holds at a time, about
+# Floats that one search holds at a time, about: what stays in a cache; on a GPU what hides the cost of its launches.
+_SEARCH_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+_SHRINKS, _REFITS = 4, 1
 
 
 def leave_one_out(w: torch.Tensor, U: torch.Tensor | None, top: int) -> torch.Tensor:
     """How much a row's loss falls when column j is stored apart and the others are fitted without it: float32 [n, R]."""
     n, R = w.shape
+    if has_fit_kernels(w):
+        from spqr_kernels import fit
+
+        loss = fit.leave_one_out(w, U, top, _SHRINKS, _REFITS)
+        return loss[0] - loss[1:]
     # The rows stand n + 1 times side by side, once whole and once without each column: one search instead of n + 1.
-    step = max(1, _SEARCH_ELEMENTS // (4 * n * (n + 1)))
+    step = max(1, _SEARCH_ELEMENTS.get(w.device.type, 1 << 26) // (4 * n * (n + 1)))
     gains = torch.empty_like(w)
     free = torch.cat([torch.zeros(n, 1, dtype=torch.bool), torch.eye(n, dtype=torch.bool)], 1).to(w.device)
     for first in range(0, R, step):
@@ -26,7 +35,7 @@ def leave_one_out(w: torch.Tensor, U: torch.Tensor | None, top: int) -> torch.Te
 
 
 def _loss(w: torch.Tensor, U: torch.Tensor | None, top: int, free: torch.Tensor) -> torch.Tensor:
-    scale, zero, codes = search_rows(w, U, top, free, shrinks=4, refits=1)
+    scale, zero, codes = search_rows(w, U, top, free, _SHRINKS, _REFITS)
     return loss_of(w, U, scale * (codes - zero), free)
 
 

@@ -15,6 +15,7 @@ from spqr_format.errors import SpqrError
 
 T = TypeVar("T")
 _MOST = 8  # workers that are started unasked: each holds a module in memory
+_BESIDE_GPU = 3  # one module is read, one solved, one packed
 
 
 def worker_count(asked: int | None) -> int:
@@ -26,6 +27,11 @@ def worker_count(asked: int | None) -> int:
     if asked < 1:
         raise SpqrError("E505", "workers", f"{asked}: expected at least 1")
     return asked
+
+
+def beside_gpu(workers: int) -> int:
+    """How many of so many workers a GPU keeps busy."""
+    return min(workers, _BESIDE_GPU)
 
 
 def in_order(tasks: Iterable[Callable[[], T]], workers: int) -> Generator[T, None, None]:

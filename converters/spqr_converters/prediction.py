@@ -18,7 +18,7 @@ from .experts import unstack
 from .job import context_length, refuse_with_lossless, resolve_device
 from .lossless import lossless_plan
 from .options import SolverOptions
-from .parallel import worker_count
+from .parallel import beside_gpu, worker_count
 from .sources import Source, open_source
 
 _RUNTIME = 400 << 20  # Python, torch and transformers, as seen
@@ -123,7 +123,8 @@ def predict(
     if lossless:
         work, seconds = _CARRIED_BYTES * largest, quantised / _CARRIED
     on_host = where.type == "cpu"
-    at_once = min(worker_count(workers), len(todo.matrices)) if on_host and calibration is None else 1
+    workers = worker_count(workers)
+    at_once = min(workers if on_host else beside_gpu(workers), len(todo.matrices)) if calibration is None else 1
     if lossless:
         seconds /= at_once
     return Prediction(
@@ -134,7 +135,7 @@ def predict(
         dense_parameters=sum(entry.numel for entry in dense),
         dense_bytes=dense_bytes,
         total_bytes=quantised_bytes + dense_bytes,
-        peak_memory=_RUNTIME + at_once * (2 * read + (work if on_host else 0)),
+        peak_memory=_RUNTIME + at_once * (2 * read + (work if on_host else 2 * largest)),
         device_memory=0 if on_host else work,
         seconds=seconds + 5,
         device=str(where),

@@ -50,6 +50,36 @@ class Solution:
         for name, tensor in self.statistics.items():
             tensor[group] = getattr(fit, name)
 
+    def put_groups(self, first: int, count: int, fit: GroupFit) -> None:
+        """Store the fits of `count` neighbouring groups of one width, the first of them `first`, stacked by rows."""
+        groups, rows = slice(first, first + count), self.codes.shape[1]
+        width = len(fit.codes)
+        columns = self.codes[first * self.layout.group_size :][: width * count]
+        columns.view(count, width, rows).copy_(fit.codes.view(width, count, rows).transpose(0, 1))
+        for name, tensor in self.statistics.items():
+            tensor[groups] = getattr(fit, name).view(tensor[groups].shape)
+
+    def decoded(self) -> torch.Tensor:
+        """W float32 [out, in] by the exact arithmetic of spec 3, where the tensors are: equal to `matrix().dequantize()`."""
+        if self.layout.statistics == "bilevel":
+            stats = self.statistics["tile_stats"].float()
+            shape = (*stats.shape[:2], TILE_ROWS)
+            codes = [self.statistics[name].view(shape).float() for name in ("scale_codes", "zero_codes")]
+            scales = (stats[..., 0:1] * (codes[0] - stats[..., 1:2])).flatten(1)
+            zeros = (stats[..., 2:3] * (codes[1] - stats[..., 3:4])).flatten(1)
+        else:
+            scales, zeros = self.statistics["group_scales"].float(), self.statistics["group_zeros"].float()
+        weight = self.codes.float()
+        size = self.layout.group_size
+        full = len(weight) // size
+        for part, groups in ((weight[: full * size], slice(full)), (weight[full * size :], slice(full, None))):
+            if len(part):
+                by_group = part.view(-1, min(size, len(part)), part.shape[1])
+                by_group.sub_(zeros[groups].unsqueeze(1)).mul_(scales[groups].unsqueeze(1))
+        if self.values is not None:
+            weight = torch.where(self.values != 0, weight + self.values, weight)
+        return weight[:, : self.layout.out_features].T.contiguous()
+
     def matrix(self) -> SpqrMatrix:
         """The same numbers as an SpqrMatrix (padding rows dropped)."""
         out = self.layout.out_features

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from spqr_kernels.dispatch import has_fit_kernels
+
 CODES = 8  # values of a 3-bit scale or zero code
 TILE_ROWS = 16
 _FP16_MAX = 65504.0
@@ -226,6 +228,8 @@ def fit_bilevel(
 
     With `start` the search begins at those tile statistics, and the result is never worse than `start` in this metric.
     """
+    if has_fit_kernels(w):
+        return _fit_by_kernels(w, U, top, free, rounds, start)
     n, R = w.shape
     T = R // TILE_ROWS
     A = metric(U)
@@ -279,6 +283,21 @@ def fit_bilevel(
         codes.to(torch.uint8), scale, zero, loss_of(w, U, scale * (codes - zero), free),
         tile_stats=stats.half(), scale_codes=sq.to(torch.uint8), zero_codes=zq.to(torch.uint8),
     )  # fmt: skip
+
+
+def _fit_by_kernels(w, U, top, free, rounds, start: GroupFit | None) -> GroupFit:
+    """The same search by the kernels of spqr_kernels.fit."""
+    from spqr_kernels import fit
+
+    if start is None or start.tile_stats is None or start.scale_codes is None or start.zero_codes is None:
+        stats, best = fit.tile_start(w, U, top, free), None
+    else:
+        loss = fit.loss_of(w, U, start.decode(), free).view(-1, TILE_ROWS).sum(1)
+        stats, best = start.tile_stats.float(), (start.scale_codes, start.zero_codes, start.codes, loss)
+    stats, sq, zq, codes = fit.bilevel_rounds(w, U, top, free, rounds, stats, best)
+    scale, zero = _tile_values(stats, sq.float(), 0), _tile_values(stats, zq.float(), 2)
+    loss = fit.loss_of(w, U, scale * (codes.float() - zero), free)
+    return GroupFit(codes, scale, zero, loss, tile_stats=stats.half(), scale_codes=sq, zero_codes=zq)
 
 
 def _refit(target, ones, A, stats, sq, zq, codes, free) -> torch.Tensor:

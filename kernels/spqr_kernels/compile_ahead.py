@@ -22,13 +22,15 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from spqr_format.packing import SPREAD
 
-from . import decode, dequant, matvec, unpack
+from . import decode, dequant, fit, matvec, unpack
+from .dispatch import FIT_COLUMNS
 
 NVIDIA = (80, 89, 90)
 AMD = ("gfx942",)
 
 _STORED = {"Weight": "*i32", "StatCodes": "*i32", "TileStats": "*i16", "GroupSc": "*i16", "GroupZp": "*u8"}
-_UNALIGNED = ("batch", "out_features", "tile_rows", "chunks", "groups", "a_split", "size", "splits", "all_outliers")
+_UNALIGNED = ("batch", "out_features", "tile_rows", "chunks", "groups", "a_split", "size", "splits", "all_outliers", "top")
+_FIT = ("search_kernel", "tile_start_kernel", "round_kernel", "residual_kernel")
 _OUTLIERS = {"Pointers": "*i32", "Outliers": "*i32"}
 
 
@@ -46,7 +48,7 @@ class Variant:
     @property
     def portable(self) -> bool:
         """True for a plain Triton kernel, False for one in NVIDIA's own layouts."""
-        return self.kernel.__name__ in ("dense_kernel", "outliers_kernel")
+        return self.kernel.__name__ in ("dense_kernel", "outliers_kernel") or self.kernel.__name__ in _FIT
 
     def compile(self, target: GPUTarget) -> Any:
         """The compiled kernel; its `.asm` holds every stage."""
@@ -111,6 +113,29 @@ def variants() -> list[Variant]:
         operands = _STORED | {"Place": "*i64"} | _CSR | {"Out": "*fp16"} | shape
         constants = constants | {"WIDE_ROWS": True, "WIDE_COLUMNS": False, "ENTRIES": 64}
         found.append(Variant(f"outliers {title}", dequant.outliers_kernel, operands, constants, 4))
+    return found + _fit_variants()
+
+
+def _fit_variants() -> list[Variant]:
+    """The quantizer's kernels for groups of 16 columns, with all that they can be given and with as little."""
+    found = []
+    w = {"W": "*fp32", "Free": "*i1", "U": "*fp32"}
+    sizes = {"R": "i32", "top": "fp32", "stride": "i32"}
+    per_row = {name: "*fp32" for name in ("Scale", "Zero", "WeightS", "WeightZ")}
+    best = {"BestStats": "*fp32", "BestScales": "*u8", "BestZeros": "*u8", "BestCodes": "*u8", "BestLoss": "*fp32"}
+    out = {"Values": "*fp32", "Errors": "*fp32", "Loss": "*fp32"}
+    for title, metric, free in (("plain", False, False), ("outliers", False, True), ("metric and outliers", True, True)):
+        kind = {"N": FIT_COLUMNS, "HAS_U": metric, "HAS_FREE": free}
+        for leave, shrinks, refits in ((False, 8, 2), (True, 4, 1)):
+            how = {"SHRINKS": shrinks, "REFITS": refits, "LEAVE": leave, "ROWS": fit.ROWS}
+            operands = w | per_row | {"Loss": "*fp32"} | sizes
+            found.append(Variant(f"search {title}{' leave' * leave}", fit.search_kernel, operands, kind | how, 2))
+        found.append(Variant(f"round {title}", fit.round_kernel, w | {"Stats": "*fp32"} | best | sizes, kind, 2))
+        operands, how = w | {"Decoded": "*fp32"} | out | {"R": "i32"}, {"STORE": metric, "ROWS": fit.ROWS}
+        operands = {name: operands[name] for name in ("W", "Decoded", "Free", "U", "Values", "Errors", "Loss", "R")}
+        found.append(Variant(f"residual {title}", fit.residual_kernel, operands, kind | how, 2))
+    operands = per_row | {"Stats": "*fp32", "R": "i32"}
+    found.append(Variant("tile start", fit.tile_start_kernel, operands, {"TILES": fit.TILES}, 2))
     return found
 
 

@@ -16,6 +16,7 @@ from . import cpu, reference
 # Largest batch of the decode kernel, without outliers (all that it takes) and with them (from 64 on dequantizing and cuBLAS
 # are faster on an H200; where exactly was not measured).
 DECODE_BATCH = {False: 64, True: 32}
+FIT_COLUMNS = 16  # the widest group that a thread of fit.py holds in its registers
 
 Tensors = Mapping[str, Tensor]
 
@@ -30,6 +31,11 @@ def has_tensor_cores(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None or not has_triton(device):
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_fit_kernels(w: Tensor) -> bool:
+    """True for a group of weights [n, R] that the kernels of fit.py take."""
+    return len(w) <= FIT_COLUMNS and has_triton(w.device)
 
 
 def whole_chunks(layout: Layout) -> bool:

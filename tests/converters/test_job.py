@@ -229,7 +229,7 @@ def test_peak_memory_does_not_grow_with_layers(random_llama, tmp_path: Path, cal
         done = subprocess.run(
             [sys.executable, "-c", PEAK, str(source), str(tmp_path / f"out-{method}-{layers}"), str(calibration_text), method],
             capture_output=True, text=True, check=True, cwd=root,
-            env={"PYTHONPATH": f"{root}:{root / 'converters'}", "PATH": "", "OMP_NUM_THREADS": "1"},
+            env={"PYTHONPATH": f"{root}:{root / 'converters'}:{root / 'kernels'}", "PATH": "", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] - peaks[0] < 24_000, peaks

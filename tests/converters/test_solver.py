@@ -57,7 +57,9 @@ def oracle_decode(matrix) -> np.ndarray:
 def test_every_shape_decodes_as_the_spec_says(statistics: str, shape: tuple[int, int], bits: int) -> None:
     W, H = problem(*shape)
     options = SolverOptions(weight_bits=bits, statistics=statistics, outlier_share=0.05, rounds=1, sweeps=1)
-    for matrix in (datafree.quantize(W, options), calibrated.solve(W, H, options)[0]):
+    fed, _, own = calibrated.solve_and_decode(W, H, options)
+    np.testing.assert_array_equal(own, oracle_decode(fed))
+    for matrix in (datafree.quantize(W, options), fed):
         assert matrix.codes.max() < 2**bits
         decoded = matrix.dequantize()
         np.testing.assert_array_equal(decoded, oracle_decode(matrix))
