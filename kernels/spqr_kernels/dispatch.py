@@ -13,10 +13,10 @@ from spqr_format.layout import CHUNK, TILE, Layout
 
 from . import cpu, reference
 
-# Largest batch of the decode kernel, without outliers (all that it takes) and with them (from 64 on dequantizing and cuBLAS
-# are faster on an H200; where exactly was not measured).
+# Largest batch of each kernel, without outliers and with them; beyond, dequantizing and cuBLAS are faster. On an H200 (measured: a table in
+# kernels/benchmarks/README.md); the decode kernel stands in where `wgmma` is not (there nothing was measured).
+GEMM_BATCH = {False: 1280, True: 1024}
 DECODE_BATCH = {False: 64, True: 32}
-FIT_COLUMNS = 16  # the widest group that a thread of fit.py holds in its registers
 
 Tensors = Mapping[str, Tensor]
 
@@ -36,6 +36,11 @@ def has_tensor_cores(device: torch.device) -> bool:
 def has_fit_kernels(w: Tensor) -> bool:
     """True for a group of weights [n, R] that the kernels of fit.py take."""
     return len(w) <= FIT_COLUMNS and has_triton(w.device)
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """True for NVIDIA Hopper, sm_90: the instruction is on no other."""
+    return has_tensor_cores(device) and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def whole_chunks(layout: Layout) -> bool:
@@ -62,10 +67,22 @@ def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> 
         return x.new_empty(*x.shape[:-1], layout.out_features)
     device = x.device
     half = x.dtype in (torch.float16, torch.bfloat16)
-    if batch <= DECODE_BATCH[layout.outliers > 0] and half and whole_chunks(layout) and has_tensor_cores(device):
-        from . import decode, matvec
+    fits = half and whole_chunks(layout) and has_tensor_cores(device)
+    sparse = layout.outliers > 0
+    # Outliers stand at original columns: batches, which add them to the weights, need codes that stand there too.
+    in_place = not (sparse and layout.permuted)
+    if fits and batch == 1:
+        from . import matvec
 
-        y = (matvec if batch == 1 else decode).linear(rows.contiguous(), tensors, layout, bias)
+        y = matvec.linear(rows.contiguous(), tensors, layout, bias)
+    elif fits and in_place and batch <= GEMM_BATCH[sparse] and has_wgmma(device):
+        from . import gemm
+
+        y = gemm.linear(rows.contiguous(), tensors, layout, bias)
+    elif fits and in_place and batch <= DECODE_BATCH[sparse]:
+        from . import decode
+
+        y = decode.linear(rows.contiguous(), tensors, layout, bias)
     elif device.type == "cpu":
         y = cpu.linear(rows, tensors, layout, bias)
     else:

@@ -136,7 +136,7 @@ def gemm_kernel(
     # Slots of x in shared memory, and how many turns ahead they are asked for. The products of one slot may still read
     # when the next turn begins, where a turn is one slot.
     RING: gl.constexpr = 8 if TURN == 4 else 4
-    AHEAD: gl.constexpr = 1 if TURN == 4 else 2
+    AHEAD: gl.constexpr = 2 if TURN == 1 else 1
     thread = gl.arange(0, 32 * WARPS, layout=layout)
     lane = thread % 32
     warp = thread // 32
@@ -273,7 +273,7 @@ def gemm_kernel(
                 x = x_ring[(4 * j + s) % RING]._reinterpret(gl.float16, [BATCH, 64], x_halves)
                 acc = hopper.warpgroup_mma(a, x.permute((1, 0)), acc, is_async=True)
                 # the product before is done; of this turn's last one the next turn must not overwrite x
-                acc = hopper.warpgroup_mma_wait(0 if TURN == 4 and s == 3 else 1, deps=(acc,))
+                acc = hopper.warpgroup_mma_wait(0 if AHEAD == 1 and s % TURN == TURN - 1 else 1, deps=(acc,))
     wait_copies(0)
     total = hopper.warpgroup_mma_wait(0, deps=(acc,))
 
@@ -318,63 +318,96 @@ def finish_kernel(
 
 
 @gluon.jit
-def order_kernel(X, Out, size, BLOCK: gl.constexpr):
-    """Out: X fp16 [batch, chunks * 256] with each 64 columns 16 b + 4 c + 2 h + i at 16 c + 8 h + 2 b + i. In words of two."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    at = gl.program_id(0).to(gl.int64) * BLOCK + gl.arange(0, BLOCK, layout=layout)
-    word = at % 32
-    source = at - word + word % 4 * 8 + word // 8 * 2 + word // 4 % 2
-    value = gl.load(X.to(gl.pointer_type(gl.int32)) + source, mask=at < size, other=0)
-    gl.store(Out.to(gl.pointer_type(gl.int32)) + at, value, mask=at < size)
+def prepare_kernel(
+    X, Out, Scale, in_features, columns,
+    SCALED: gl.constexpr, ORDERED: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """A row of X [batch, in_features] in fp16, Out [batch, columns], zeros behind in_features.
+
+    SCALED: by a power of two that brings its largest value below 2**15, with the inverse in Scale; exact for all that is within
+    2**-29 of the largest. ORDERED: column 16 b + 4 c + 2 h + i of each 64 stands at 16 c + 8 h + 2 b + i. A program takes BLOCK columns, or a
+    whole row where SCALED.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    row = gl.program_id(0).to(gl.int64)
+    begin = gl.program_id(1) * BLOCK
+    end = begin + BLOCK
+    near = gl.arange(0, BLOCK, layout=layout)
+    factor = 1.0
+    if SCALED:
+        end = columns
+        largest = gl.zeros([BLOCK], gl.float32, layout)
+        for at in range(0, in_features, BLOCK):
+            x = gl.load(X + row * in_features + at + near, mask=at + near < in_features, other=0)
+            largest = gl.maximum(largest, gl.abs(x.to(gl.float32)))
+        # fields of the exponent: 268 - e brings 2**(e - 127) to 2**14; 253 at most, for its inverse to be no subnormal
+        exponent = gl.minimum(268 - (gl.max(largest, axis=0).to(gl.int32, bitcast=True) >> 23), 253)
+        factor = (exponent << 23).to(gl.float32, bitcast=True)
+        gl.store(Scale + row, ((254 - exponent) << 23).to(gl.float32, bitcast=True))
+    for at in range(begin, end, BLOCK):
+        to = at + near
+        source = to
+        if ORDERED:
+            source = to // 64 * 64 + to % 8 // 2 * 16 + to % 64 // 16 * 4 + to % 16 // 8 * 2 + to % 2
+        x = gl.load(X + row * in_features + source, mask=source < in_features, other=0)
+        gl.store(Out + row * columns + to, (x.to(gl.float32) * factor).to(gl.float16), mask=to < columns)
+
+
+# Rows of x that a program multiplies with, by the smallest such number that is not below the batch, at most 256: warps, slots a turn,
+# the limit of registers, and programs from which on the columns are not split any further (measured on an H200).
+CHOICES = {
+    8: (4, 4, 128, 512), 16: (4, 4, 128, 512), 32: (4, 2, 128, 384), 64: (4, 2, 168, 256), 128: (8, 1, None, 132),
+    256: (8, 1, None, 132),
+}  # fmt: skip
+_LEAST_CHUNKS = 4  # of a split
+_IN_ORDER = 32  # from this batch on, copies of 16 bytes of a reordered x are faster than copies of 4 bytes
 
 
 def linear(
     x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, splits: int | None = None,
     padded: int | None = None, warps: int | None = None, ordered: bool | None = None, registers: int | None = None,
+    turn: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, and checked operands of a layout of whole chunks. Returns [batch, out]
-    in x's dtype."""
+    """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, and checked operands of a layout of whole chunks, not permuted where it has
+    outliers. Returns [batch, out] in x's dtype."""
     out_dtype = x.dtype
     batch = x.shape[0]
-    scale = None
-    if x.dtype == torch.bfloat16:
-        # Weights are exact enough in fp16 but not in bf16, so x goes to fp16 by a power of two for each row: exact for all
-        # that is within 2**-29 of the row's largest.
-        exponent = torch.frexp(x.abs().amax(dim=1, keepdim=True).float()).exponent
-        scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 15)
-        x = torch.ldexp(x.float(), 15 - exponent).to(torch.float16)
-    x = aligned(x) if not layout.permuted else x.index_select(1, tensors["perm"])
-    if layout.in_features % TILE:
-        x = torch.nn.functional.pad(x, (0, layout.blocks * TILE - layout.in_features))
-    chunks = layout.blocks // CHUNK
     if padded is None:
-        padded = 8
-        while padded < min(batch, 256):
-            padded *= 2
-    warps = warps or (8 if padded >= 128 else 4)
-    ordered = padded >= 64 if ordered is None else ordered
-    if ordered:
-        plain, x = x, torch.empty_like(x)
-        size = x.numel() // 2
-        order_kernel[(ceil_div(size, 512),)](plain, x, size, BLOCK=512, num_warps=4)
-    tiles, columns = ceil_div(layout.tile_rows, warps), ceil_div(batch, padded)
+        padded = next((n for n in CHOICES if n >= batch), 256)
+    chosen = CHOICES[padded]
+    warps, turn = warps or chosen[0], turn or chosen[1]
+    ordered = padded >= _IN_ORDER if ordered is None else ordered
+    if layout.permuted:
+        x = x.index_select(1, tensors["perm"])
+    columns = layout.blocks * TILE
+    scaled = x.dtype == torch.bfloat16  # weights are exact enough in fp16 but not in bf16
+    scale = torch.empty(batch, dtype=torch.float32, device=x.device) if scaled else None
+    if scaled or ordered or columns != layout.in_features:
+        given, x = x, torch.empty(batch, columns, dtype=torch.float16, device=x.device)
+        prepare_kernel[(batch, 1 if scaled else ceil_div(columns, 2048))](
+            given, x, x if scale is None else scale, layout.in_features, columns, SCALED=scaled, ORDERED=ordered, BLOCK=2048, num_warps=4
+        )
+    x = aligned(x)
+    chunks = layout.blocks // CHUNK
+    tiles, parts = ceil_div(layout.tile_rows, warps), ceil_div(batch, padded)
     if splits is None:
         splits = 1
-        while splits < 8 and tiles * columns * splits * warps < 132 * 10 and chunks // (2 * splits) >= 2:
+        while tiles * parts * splits < chosen[3] and chunks >= 2 * splits * _LEAST_CHUNKS:
             splits *= 2
     a_split = ceil_div(chunks, splits)
     splits = ceil_div(chunks, a_split)
     y = torch.empty(batch, layout.out_features, dtype=out_dtype, device=x.device)
     out = y if splits == 1 else torch.empty(splits, batch, layout.out_features, dtype=torch.float32, device=x.device)
     unused = tensors["weight"]
+    registers = registers or chosen[2]
     limit = {"maxnreg": registers} if registers else {}
-    gemm_kernel[(columns, tiles, splits)](
+    gemm_kernel[(parts, tiles, splits)](
         x, unused if scale is None else scale, tensors["weight"], tensors.get("stat_codes", unused),
         tensors.get("tile_stats", unused), tensors.get("group_sc", unused), tensors.get("group_zp", unused),
         tensors.get("outlier_ptr", unused), tensors.get("outliers", unused), unused if bias is None else bias, out, batch, layout.out_features, layout.tile_rows, chunks, layout.groups, a_split,
         BITS=layout.weight_bits, BILEVEL=layout.statistics == "bilevel", BLOCKS_A_GROUP=layout.group_size // TILE,
         OUTLIERS=layout.outliers > 0, HAS_BIAS=bias is not None, SCALED=scale is not None,
-        PARTIAL=splits > 1, ORDERED=ordered, BATCH=padded, WARPS=warps, TURN=4 if padded <= 64 else 1,
+        PARTIAL=splits > 1, ORDERED=ordered, BATCH=padded, WARPS=warps, TURN=turn,
         ENTRIES=outliers.outliers_a_lane(layout), num_warps=warps, **limit,
     )  # fmt: skip
     if splits > 1:

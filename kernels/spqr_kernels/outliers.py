@@ -27,6 +27,8 @@ _ROOMS = gl.constexpr({
     size: f"{{ .shared .align 16 .b8 room[{size}]; mov.u32 $0, room; }}"
     for warps in (1, 2, 4, 8) for size in (CELL_BYTES * warps, 4 * KEPT + 2048 * warps)
 })  # fmt: skip
+# Bytes, a power of two, that are more than so many KB and the rest of one.
+_POWER_ABOVE = gl.constexpr({kb: 1 << (1024 * (kb + 1)).bit_length() - (kb & (kb + 1) == 0) for kb in range(49)})
 _NONE = gl.constexpr(0xF000)  # a word of no outlier: its value is 0
 
 
@@ -73,7 +75,7 @@ def opt_in(OWN: gl.constexpr, SHARED: gl.constexpr):
     of ours bring the sum above that."""
     if OWN + SHARED > 49152:
         if SHARED <= 49152:
-            spare: gl.constexpr = 16384 if SHARED + 16384 > 49152 else 32768
+            spare: gl.constexpr = _POWER_ABOVE[(49152 - SHARED) // 1024]
             memory = gl.allocate_shared_memory(gl.int32, [spare // 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
             memory._keep_alive()
 
