@@ -17,6 +17,7 @@ from . import cpu, reference
 # kernels/benchmarks/README.md); the decode kernel stands in where `wgmma` is not (there nothing was measured).
 GEMM_BATCH = {False: 1280, True: 1024}
 DECODE_BATCH = {False: 64, True: 32}
+FIT_COLUMNS = 16  # the widest group that a thread of fit.py holds in its registers
 
 Tensors = Mapping[str, Tensor]
 

@@ -188,15 +188,15 @@ def gemm_kernel(
     if OUTLIERS:
         room = outliers.room_for_cells(2 * WARPS * CHUNK_BYTES[2 * BITS + BILEVEL] + RING * 128 * BATCH, warp, lane)
         cell = (tile * chunks + begin) * 2
+        most = outliers.most_in_a_cell(Pointers, cell, (tile * chunks + end) * 2, lane)
+        rest = gl.max(most, axis=0) > 32 * ENTRIES
         last_cell = tile_rows * chunks * 2
         bound0 = gl.load(Pointers + cell)
         bound1 = gl.load(Pointers + cell + 1)
         bound2 = gl.load(Pointers + cell + 2)
         next0 = outliers.fetch(Outliers, bound0, bound1, lane, ENTRIES)
-        most = bound1 - bound0
         if TURN == 4:
             next1 = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
-            most = gl.maximum(most, bound2 - bound1)
             cell = gl.minimum(cell + 2, last_cell)
             bound0 = bound2
             bound1 = gl.load(Pointers + gl.minimum(cell + 1, last_cell))
@@ -241,7 +241,6 @@ def gemm_kernel(
                             words1 = next1
                             next0 = outliers.fetch(Outliers, bound0, bound1, lane, ENTRIES)
                             next1 = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
-                            most = gl.maximum(most, gl.maximum(bound1 - bound0, bound2 - bound1))
                             cell = gl.minimum(cell + 2, last_cell)
                             bound0 = bound2
                             bound1 = gl.load(Pointers + gl.minimum(cell + 1, last_cell))
@@ -250,7 +249,6 @@ def gemm_kernel(
                         words0 = next0
                         words1 = next0
                         next0 = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
-                        most = gl.maximum(most, bound2 - bound1)
                         bound1 = bound2
                         cell += 1
                         bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
@@ -289,7 +287,7 @@ def gemm_kernel(
             total += gl.load(Bias + row, mask=row < out_features, other=0).to(gl.float32)
     gl.store(Y + n.to(gl.int64) * out_features + row, total.to(Y.dtype.element_ty), mask=inside)
     if OUTLIERS:
-        if gl.max(most, axis=0) > 32 * ENTRIES:
+        if rest:
             gl.thread_barrier()
             for each in range(WARPS):
                 _add_rest(

@@ -102,6 +102,16 @@ def fetch(Outliers, begin, end, lane, ENTRIES: gl.constexpr):
 
 
 @gluon.jit
+def most_in_a_cell(Pointers, begin, end, lane):
+    """How many outliers the fullest of the cells begin .. end - 1 has, of those that the lane looks at."""
+    most = lane * 0
+    for first in range(0, gl.max(end - begin, axis=0), 32):
+        at = begin + first + lane
+        most = gl.maximum(most, gl.load(Pointers + at + 1, mask=at < end, other=0) - gl.load(Pointers + at, mask=at < end, other=0))
+    return most
+
+
+@gluon.jit
 def put(room, words, ENTRIES: gl.constexpr):
     """The fetched outliers into the room, for all lanes of the warp to see. Returns the room and where each was put."""
     places = ()
