@@ -244,9 +244,7 @@ def unpack_outliers(
     return crow, columns, values.view(np.float16)
 
 
-def _regrouped(
-    runs: npt.NDArray[np.int64], shape: tuple[int, int, int]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _regrouped(runs: npt.NDArray[np.int64], shape: tuple[int, int, int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Where elements go whose runs change from the order [tiles, m, n] to [tiles, n, m]; they keep their order within a run.
 
     runs: the run of every element, rising. Returns places, as many, and the first place of every run [tiles, n, m].

@@ -104,6 +104,7 @@ def _csr(case: Case, device: str) -> Matrix:
     rest = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in ("outlier_ptr", "outliers")}
     dense = reference.dequantize(rest, case.layout).to(dtype)
     crow, columns, values = csr(tensors, case.shape)
+    values = values.to(dtype)
 
     def bind(copies: list[Tensor]) -> Product:
         sparse = torch.sparse_csr_tensor(*copies[1:], size=case.shape, check_invariants=False)
@@ -114,7 +115,7 @@ def _csr(case: Case, device: str) -> Matrix:
 
         return product
 
-    return Matrix([dense, crow, columns, values.to(dtype)], bind, lambda: reference.add_outliers(dense.double(), tensors), dtype)
+    return Matrix([dense, crow, columns, values], bind, lambda: reference.add_outliers(dense.double(), tensors), dtype)
 
 
 def csr(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -179,14 +179,13 @@ def _cell(a, cell):
 
 
 @inline
-def _outlier(a, i, tile, chunk):
-    """Row in the tile, original column and value of outlier i (spec 5.3)."""
-    word = _pointer(a.outlier_words, uint32)[i]
-    row, column = np.int64(word & 0xFFFF) >> 8, 256 * chunk + np.int64(word & 255)
-    if row > 15 or 16 * tile + row >= a.out or column >= a.inn:
+def _place(a, word, height, width):
+    """Row and column of an outlier in its cell, which is so high and so wide (spec 5.3)."""
+    row, column = np.int64(word & 0xFFFF) >> 8, np.int64(word & 255)
+    if row >= height or column >= width:
         _take(a.faults)
         row = column = 0
-    return row, column, _half(_shifted(word, 16))
+    return row, column
 
 
 @inline
@@ -359,16 +358,22 @@ def _add_groups(a, start, count, dots, sz, sums, y):
 
 
 @inline_sum
-def _add_outliers(a, tile, down, y):
-    """Adds outliers times x, cell by cell, to y of the tile's rows."""
-    x = _pointer(a.x, float32)
+def _add_outliers(a, tile, n, down, y):
+    """Adds outliers times row n of x, cell by cell, to y of the tile's rows."""
+    sums = _room(float32, 16)  # of which LLVM knows that writing to it changes no field of a
+    for i in range(16):
+        sums[i] = 0
     chunks = (a.inn + 255) // 256
     for chunk in range(chunks):
         first, last = _cell(a, tile * chunks + chunk)
+        height, width = min(a.out - 16 * tile, 16), min(a.inn - 256 * chunk, 256)
+        x = _at(_pointer(a.x, float32), n * a.inn + 256 * chunk)
+        words = _pointer(a.outlier_words, uint32)
         for k in range(first, last):
-            row, column, value = _outlier(a, k, tile, chunk)
-            for n in range(a.batch):
-                y[16 * n + row] += value * (x[n * a.inn + column] * down[n])
+            row, column = _place(a, words[k], height, width)
+            sums[row] += _half(_shifted(words[k], 16)) * (x[column] * down)
+    for i in range(16):
+        y[i] += sums[i]
 
 
 def products(address):
@@ -420,7 +425,8 @@ def products(address):
                         _add_products(word0, bit0, word1, bit1, mask, columns, count, dots)
                     _add_groups(a, start, count, dots, sz, _at(sums, n * a.groups + group), _at(y, 16 * n + lane))
         if a.outliers:
-            _add_outliers(a, tile, down, y)
+            for n in range(a.batch):
+                _add_outliers(a, tile, n, down[n], _at(y, 16 * n))
         for i in range(min(16, a.out - 16 * tile)):
             for n in range(a.batch):
                 _pointer(a.result, float32)[n * a.out + 16 * tile + i] = y[16 * n + i] * up[n]
@@ -501,12 +507,14 @@ def _outlier_starts(a, tile, starts):
     chunks = (a.inn + 255) // 256
     known = 0  # starts that are written
     end, _ = _cell(a, tile * chunks)
+    height = min(a.out - 16 * tile, 16)
+    words = _pointer(a.outlier_words, uint32)
     for chunk in range(chunks):
         first, last = _cell(a, tile * chunks + chunk)
         if first != end:  # behind a cell whose pointers are at fault
             continue
         for k in range(first, last):
-            row, _, _ = _outlier(a, k, tile, chunk)
+            row, _ = _place(a, words[k], height, 256)
             if 16 * chunk + row < known - 1:  # it would count for a row below
                 _take(a.faults)
             while known <= 16 * chunk + row:
@@ -526,11 +534,12 @@ def _finish(a, i, row, ordered, starts):
             ordered[_original_column(a, j)] = row[j]
     decoded = ordered if a.perm else row
     if a.outliers:
+        words = _pointer(a.outlier_words, uint32)
         for chunk in range((a.inn + 255) // 256):
-            place = 16 * chunk + i % 16
+            place, width = 16 * chunk + i % 16, min(a.inn - 256 * chunk, 256)
             for k in range(np.int64(starts[place]), np.int64(starts[place + 1])):
-                _, column, value = _outlier(a, k, i // 16, chunk)
-                decoded[column] += value
+                _, column = _place(a, words[k], 16, width)
+                decoded[256 * chunk + column] += _half(_shifted(words[k], 16))
     start = (i - 16 * a.first) * a.inn
     if a.bf16:
         rounded = _at(_pointer(a.result, uint16), start)

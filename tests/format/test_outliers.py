@@ -53,14 +53,15 @@ def test_outliers_lie_where_the_spec_says(out, inn, share, seed):
 
 
 @pytest.mark.parametrize(("crow", "columns", "code"), [
-    ([1, 2, 3], [0, 1, 2], "E301"), ([0, 4, 3], [0, 1, 2], "E302"), ([0, 1, 2], [0, 1, 2], "E303"), ([0, 1, 4], [0, 1, 2], "E303"),
-    ([0, 1, 3], [0, 1, 300], "E304"), ([0, 1, 3], [-1, 1, 2], "E304"), ([0, 1, 3], [7, 299, 2], "E305"), ([0, 2, 3], [4, 4, 0], "E305"),
-    ([0, 3, 3], [4, 5, 0], "E305"),
+    ([1, 2, 3], [0, 1, 2], "E301"), ([0, 4, 3], [0, 1, 2], "E302"), ([0, 1, 2], [0, 1, 2], "E303"),
+    ([0, 1, 4], [0, 1, 2], "E303"), ([0, 1, 3], [0, 1, 300], "E304"), ([0, 1, 3], [-1, 1, 2], "E304"),
+    ([0, 1, 3], [7, 299, 2], "E305"), ([0, 2, 3], [4, 4, 0], "E305"), ([0, 3, 3], [4, 5, 0], "E305"),
 ])  # fmt: skip
 def test_what_is_no_csr_is_not_packed(crow, columns, code):
-    """Row 0's columns may be above those of row 1, and nothing else: cells would make another matrix of it."""
-    matrix = SpqrMatrix(Layout(2, 300), np.zeros((2, 300), np.uint8), *np.zeros((2, 2, 19), np.uint8), np.zeros((1, 19, 4), "f2"),
-                        crow_indices=np.array(crow), col_indices=np.array(columns), values=np.ones(3, "f2"))  # fmt: skip
+    """In cells it would be another matrix."""
+    codes, statistics = np.zeros((2, 300), np.uint8), np.zeros((2, 2, 19), np.uint8)
+    csr = {"crow_indices": np.array(crow), "col_indices": np.array(columns), "values": np.ones(3, np.float16)}
+    matrix = SpqrMatrix(Layout(2, 300), codes, *statistics, np.zeros((1, 19, 4), np.float16), **csr)
     with pytest.raises(SpqrError, match=code):
         matrix.pack()
 

@@ -17,7 +17,7 @@ import spqr_loaders
 from spqr_format.errors import SpqrError
 from spqr_format.validate import validate
 
-from .conftest import MODULE, How, Quantized, position_out_of_range, join, poke, shard_of, split, write_model
+from .conftest import MODULE, How, Quantized, join, poke, position_out_of_range, shard_of, split, write_model
 
 
 def truncated(folder: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from spqr_format.errors import SpqrError
 from spqr_loaders import SpqrFormatConfig
 
-from .conftest import IDS, position_out_of_range, layers
+from .conftest import IDS, layers, position_out_of_range
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
