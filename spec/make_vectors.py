@@ -195,6 +195,19 @@ def hashed() -> File:
     return result
 
 
+def cells() -> File:
+    return file(("a", matrix(45, 18, 300, 2, 512, "direct", 14)))
+
+
+def dense_outliers() -> File:
+    return file(("a", matrix(21, 3, 5, outliers=15)))
+
+
+def set_value(f: File, name: str, element: int, raw: bytes) -> None:
+    """Overwrites the fp16 value of one outlier."""
+    f.poke(name, element, f.raw(name)[4 * element : 4 * element + 2] + raw)
+
+
 def long_rows() -> File:
     return file(("w", matrix(3, 1, 65552, 2, 65552, "direct", 3, quick=True)))
 
@@ -216,8 +229,8 @@ def pair() -> tuple[File, File]:
     one, two = file(("a", matrix(4, 3, 16))), file(("b", matrix(5, 2, 16, outliers=2)), dense=True)
     one.metadata["spqr_features"] = ["bilevel", "outliers"]
     one.modules["b"] = copy.deepcopy(two.modules["b"])
-    one.add("b.values", "I16", np.frombuffer(two.raw("b.values"), "<i2"))
-    two.drop("b.values")
+    one.add("b.outliers", "I32", np.frombuffer(two.raw("b.outliers"), "<i4"))
+    two.drop("b.outliers")
     return one, two
 
 
@@ -256,11 +269,12 @@ OK: dict[str, tuple[str, Callable[[], File | Folder]]] = {
     "permuted": ("bilevel with a permutation and outliers", lambda: file(("a", matrix(18, 6, 35, outliers=4, perm=True)))),
     "direct_2": ("direct, 2 bits", lambda: file(("a", matrix(19, 3, 50, 2, 32, "direct")))),
     "direct_3": ("direct, 3 bits, one group a row", lambda: file(("a", matrix(20, 18, 19, 3, 32, "direct", 9)))),
-    "dense_outliers": ("every weight is an outlier", lambda: file(("a", matrix(21, 3, 5, outliers=15)))),
+    "dense_outliers": ("every weight is an outlier", dense_outliers),
+    "cells": ("outliers in three of four cells", cells),
     "empty_rows": ("outliers in the last row only", lambda: file(("a", matrix(22, 5, 16, outliers=1)))),
     "two_modules": ("both encodings in one file", lambda: file(("a", matrix(23, 2, 3)), ("b", matrix(24, 2, 3, 4, 16, "direct")))),
-    "long_rows": ("col_indices need I32", long_rows),
-    "many_outliers": ("crow_indices need I32", lambda: file(("a", matrix(25, 257, 256, 2, 256, "direct", 65536, quick=True)))),
+    "long_rows": ("257 chunks, outliers in the first and the last", long_rows),
+    "many_outliers": ("pointers above 65535", lambda: file(("a", matrix(25, 257, 256, 2, 256, "direct", 65536, quick=True)))),
     "extremes": ("largest fp16 numbers, subnormals, minus zero", lambda: extremes()),
     "bias_f32": ("an F32 bias", lambda: file(("a", matrix(27, 2, 16)), bias="F32")),
     "dense_only": ("a shard without modules", lambda: file(dense=True)),
@@ -287,7 +301,7 @@ def extremes() -> File:
     f = file(("a", matrix(26, 16, 16, outliers=4)))
     for k, raw in enumerate((b"\xff\x7b", b"\xff\xfb", b"\x01\x00", b"\x00\x80")):
         f.poke("a.tile_stats", k, raw)
-        f.poke("a.values", k, raw)
+        set_value(f, "a.outliers", k, raw)
     return f
 
 
@@ -662,7 +676,7 @@ def invalid_structure() -> None:
         changed(lambda f: f.add("d.tile_stats", "I16", np.zeros((1, 8), "i2")), direct),
         "direct",
     )
-    bad("E108", "csr", "CSR tensors of a module whose entry has no outliers", changed(
+    bad("E108", "outliers", "outliers of a module whose entry has none", changed(
         lambda f: (f.modules["a"].update(outliers=0), f.metadata.update(spqr_features=["bilevel"]))))  # fmt: skip
     bad("E108", "no_perm", "perm of a module whose entry is not permuted", changed(
         lambda f: (f.modules["d"].update(permuted=False), f.metadata.update(spqr_features=["direct", "outliers"])), direct), "direct")  # fmt: skip
@@ -676,9 +690,9 @@ def invalid_structure() -> None:
     )
     for start, twin, leaf, dtype in [
         (base, "base", "a.weight", "F32"), (base, "base", "a.weight", "U32"), (base, "base", "a.stat_codes", "U32"),
-        (base, "base", "a.tile_stats", "F16"), (base, "base", "a.tile_stats", "U16"), (base, "base", "a.crow_indices", "I32"),
-        (base, "base", "a.col_indices", "U16"), (base, "base", "a.col_indices", "I32"), (base, "base", "a.values", "F16"),
-        (base, "base", "a.values", "BF16"), (base, "base", "a.bias", "I16"), (base, "base", "a.bias", "F64"),
+        (base, "base", "a.tile_stats", "F16"), (base, "base", "a.tile_stats", "U16"), (base, "base", "a.outlier_ptr", "U32"),
+        (base, "base", "a.outlier_ptr", "I16"), (base, "base", "a.outlier_ptr", "I64"), (base, "base", "a.outliers", "U32"),
+        (base, "base", "a.outliers", "F32"), (base, "base", "a.outliers", "F16"), (base, "base", "a.bias", "I16"), (base, "base", "a.bias", "F64"),
         (direct, "direct", "d.group_sc", "F16"), (direct, "direct", "d.group_sc", "F32"), (direct, "direct", "d.group_zp", "I8"),
         (direct, "direct", "d.group_zp", "I32"), (direct, "direct", "d.perm", "I64"), (direct, "direct", "d.perm", "I16"),
     ]:  # fmt: skip
@@ -688,8 +702,9 @@ def invalid_structure() -> None:
     for start, twin, leaf, shape in [
         (base, "base", "a.weight", [48, 3]), (base, "base", "a.weight", [144]), (base, "base", "a.weight", [2, 73]), (base, "base", "a.weight", [1, 72]),
         (base, "base", "a.stat_codes", [6, 3]), (base, "base", "a.stat_codes", [2, 9, 1]), (base, "base", "a.tile_stats", [2, 3, 4]),
-        (base, "base", "a.tile_stats", [1, 24]), (base, "base", "a.crow_indices", [17]), (base, "base", "a.crow_indices", [18, 1]),
-        (base, "base", "a.col_indices", [6]), (base, "base", "a.col_indices", [8]), (base, "base", "a.values", [1, 7]), (base, "base", "a.values", [0]),
+        (base, "base", "a.tile_stats", [1, 24]), (base, "base", "a.outlier_ptr", [2]), (base, "base", "a.outlier_ptr", [18]),
+        (base, "base", "a.outlier_ptr", [3, 1]), (base, "base", "a.outliers", [6]), (base, "base", "a.outliers", [8]), (base, "base", "a.outliers", [1, 7]),
+        (base, "base", "a.outliers", [0]),
         (base, "base", "a.bias", [1, 17]), (base, "base", "a.bias", [16]), (direct, "direct", "d.group_sc", [2, 5]), (direct, "direct", "d.group_sc", [16, 2]),
         (direct, "direct", "d.group_zp", [5, 1]), (direct, "direct", "d.group_zp", [10]), (direct, "direct", "d.perm", [19]), (direct, "direct", "d.perm", [32]),
     ]:  # fmt: skip
@@ -822,18 +837,18 @@ def invalid_payload() -> None:
     bad("E204", "bias_bf16", "a BF16 bias is NaN", poke("d.bias", 0, b"\xc0\x7f", direct), "direct")
     bad("E204", "dense_f32", "an F32 tensor is NaN", poke("norm.weight", 3, struct.pack("<f", float("nan"))))
     bad("E204", "dense_bf16", "a BF16 tensor is -infinite", poke("embed.weight", 5, b"\x80\xff"))
-    for name, element in {
+    # name -> byte of the tensor: of an outlier that of its value, where every bit is legal
+    for name, byte in {
         "a.weight": 0,
-        "a.tile_stats": 1,
-        "a.values": 6,
-        "norm.weight": 3,
+        "a.tile_stats": 2,
+        "a.outliers": 26,
+        "norm.weight": 12,
         "a.bias": 0,
-        "embed.weight": 1,
+        "embed.weight": 2,
     }.items():
 
-        def nudge(f: File, name: str = name, element: int = element) -> None:
-            begin, width = f.entries[name]["data_offsets"][0], SIZES[f.entries[name]["dtype"]]
-            place = begin + element * width
+        def nudge(f: File, name: str = name, byte: int = byte) -> None:
+            place = f.entries[name]["data_offsets"][0] + byte
             f.data = f.data[:place] + bytes([f.data[place] ^ 1]) + f.data[place + 1 :]
 
         f = hashed()
@@ -842,39 +857,58 @@ def invalid_payload() -> None:
         bad("E205", name.replace(".", "_"), f"one bit of {name}", head + f.data, "hashed")
 
 
-def invalid_csr() -> None:
-    def poke(name: str, element: int, value: int, start: Callable[[], File] = base, form: str = "<H") -> File:
-        return changed(lambda f: f.poke(name, element, struct.pack(form, value)), start)
+def invalid_outliers() -> None:
+    def poke(name: str, element: int, raw: bytes, start: Callable[[], File] = cells) -> File:
+        return changed(lambda f: f.poke(name, element, raw), start)
 
-    crow = np.frombuffer(base().raw("a.crow_indices"), "<u2").astype(int)
-    columns = np.frombuffer(base().raw("a.col_indices"), "<u2").astype(int)
-    bad("E301", "one", "crow starts at 1", poke("a.crow_indices", 0, 1))
-    bad("E301", "most", "crow starts at 65535", poke("a.crow_indices", 0, 65535))
-    bad("E301", "direct", "crow starts at 2", poke("d.crow_indices", 0, 2, direct), "direct")
-    bad("E302", "middle", "crow rises to 65535 and falls", poke("a.crow_indices", 5, 65535))
-    bad("E302", "last", "crow falls at its end", poke("a.crow_indices", 17, int(crow[16]) - 1))
-    bad("E302", "direct", "crow falls", poke("d.crow_indices", 2, 9, direct), "direct")
-    bad("E302", "over_the_end", "crow rises above the outliers and falls back", poke("a.crow_indices", 16, 8))
-    bad("E303", "short", "crow ends one early", poke("a.crow_indices", 17, 6))
-    assert crow[16] <= 6
-    bad("E303", "long", "crow ends one late", poke("a.crow_indices", 17, 8))
-    bad("E303", "most", "crow ends at 65535", poke("a.crow_indices", 17, 65535))
-    bad("E303", "zeros", "crow is all 0", changed(lambda f: [f.poke("a.crow_indices", k, b"\0\0") for k in range(18)]))
-    bad("E304", "first_beyond", "a column equal to in_features", poke("a.col_indices", 6, 33))
-    bad("E304", "padded", "a column in the padding", poke("a.col_indices", 6, 47))
-    bad("E304", "most", "column 65535", poke("a.col_indices", 0, 65535))
-    bad("E304", "direct", "a column equal to in_features", poke("d.col_indices", 4, 20, direct), "direct")
-    same = next(k for k in range(1, 7) if k not in crow)  # the second outlier of a row
-    bad("E305", "equal", "a column twice in a row", poke("a.col_indices", same, int(columns[same - 1])))
-    bad("E305", "falls", "columns fall within a row", changed(lambda f: (
-        f.poke("a.col_indices", same - 1, struct.pack("<H", columns[same])),
-        f.poke("a.col_indices", same, struct.pack("<H", columns[same - 1])))))  # fmt: skip
-    every = OK["dense_outliers"][1]
-    bad("E305", "first_row", "two columns of the first row change places", changed(lambda f: (
-        f.poke("a.col_indices", 0, b"\1\0"), f.poke("a.col_indices", 1, b"\0\0")), every), "dense_outliers")  # type: ignore[arg-type]  # fmt: skip
+    def pointer(element: int, value: int) -> File:
+        return poke("a.outlier_ptr", element, struct.pack("<i", value))
+
+    def moved(element: int, position: int, start: Callable[[], File] = cells, name: str = "a") -> File:
+        """The outlier at another position, with its value."""
+        value = start().raw(f"{name}.outliers")[4 * element + 2 : 4 * element + 4]
+        return poke(f"{name}.outliers", element, struct.pack("<H", position) + value, start)
+
+    def swapped(f: File, element: int) -> None:
+        words = f.raw("a.outliers")[4 * element : 4 * element + 8]
+        f.poke("a.outliers", element, words[4:])
+        f.poke("a.outliers", element + 1, words[:4])
+
+    # cells: 18 x 300, so two tiles of two chunks, with rows 16 and 17 in tile 1 and columns 256 .. 299 in chunk 1
+    assert np.frombuffer(cells().raw("a.outlier_ptr"), "<i4").tolist() == [0, 8, 12, 12, 14]
+    for code, name, why, fault in (
+        ("E301", "one", "outlier_ptr starts at 1", pointer(0, 1)),
+        ("E301", "negative", "outlier_ptr starts at -1", pointer(0, -1)),
+        ("E301", "most", "outlier_ptr starts at 2^31 - 1", pointer(0, 2**31 - 1)),
+        ("E302", "middle", "outlier_ptr rises to 2^31 - 1 and falls", pointer(1, 2**31 - 1)),
+        ("E302", "by_one", "outlier_ptr falls by one", pointer(3, 11)),
+        ("E302", "negative", "a pointer is -1", pointer(2, -1)),
+        ("E302", "last", "outlier_ptr falls at its end", pointer(4, 11)),
+        ("E302", "over_the_end", "outlier_ptr rises above the outliers and falls back", pointer(3, 15)),
+        ("E303", "short", "outlier_ptr ends one early", pointer(4, 13)),
+        ("E303", "long", "outlier_ptr ends one late", pointer(4, 15)),
+        ("E303", "most", "outlier_ptr ends at 2^31 - 1", pointer(4, 2**31 - 1)),
+        ("E303", "zeros", "outlier_ptr is all 0", changed(lambda f: [f.poke("a.outlier_ptr", k, bytes(4)) for k in range(5)], cells)),
+        ("E304", "column", "column 300 of 300", moved(11, 256 * 10 + 44)),
+        ("E304", "last_column", "the last column of the last cell", moved(13, 256 + 255)),
+        ("E304", "row", "row 18 of 18", moved(13, 256 * 2)),
+        ("E304", "last_row", "the last row of the last cell", moved(13, 256 * 15 + 43)),
+        ("E304", "bit_12", "bit 12 of a position is set", moved(7, 0x1EA2)),
+        ("E304", "bit_15", "bit 15 of a position is set", moved(7, 0x8EA2)),
+        ("E304", "most", "position 65535", moved(11, 65535)),
+        ("E304", "next_cell", "an outlier of tile 0 counted to tile 1", pointer(2, 11)),
+        ("E305", "equal", "a position twice in a cell", moved(9, 0x10E)),
+        ("E305", "falls", "two outliers change places", changed(lambda f: swapped(f, 2), cells)),
+        ("E305", "last_cell", "a position twice in the last cell", moved(13, 0x104)),
+    ):  # fmt: skip
+        bad(code, name, why, fault, "cells")
+    bad("E304", "base", "column 33 of 33", moved(6, 33, base))
+    bad("E304", "direct", "row 5 of 5", moved(4, 256 * 5, direct, "d"), "direct")
+    bad("E305", "columns", "columns fall within a row", changed(lambda f: swapped(f, 0), dense_outliers), "dense_outliers")
+    bad("E305", "rows", "rows fall", changed(lambda f: swapped(f, 4), dense_outliers), "dense_outliers")
     for name, raw in {"nan": NAN, "inf": INF, "minus_inf": MINUS_INF, "minus_nan": b"\xff\xff"}.items():
-        bad("E306", name, f"a value is {name}", changed(lambda f, raw=raw: f.poke("a.values", 4, raw)))
-    bad("E306", "direct", "the last value is NaN", changed(lambda f: f.poke("d.values", 4, NAN), direct), "direct")
+        bad("E306", name, f"a value is {name}", changed(lambda f, raw=raw: set_value(f, "a.outliers", 4, raw)))
+    bad("E306", "direct", "the last value is NaN", changed(lambda f: set_value(f, "d.outliers", 4, NAN), direct), "direct")
 
 
 def invalid_index() -> None:
@@ -943,7 +977,7 @@ def invalid_index() -> None:
     one.add("norm.weight", "F32", np.ones(4, "f4"))
     bad("E404", "dense", "a dense tensor in both shards", sharded(one, None, index=weight_map), "sharded")
     one, two = pair()
-    two.add("b.values", "I16", np.frombuffer(one.raw("b.values"), "<i2"))
+    two.add("b.outliers", "I32", np.frombuffer(one.raw("b.outliers"), "<i4"))
     bad("E404", "module", "a module's tensor in both shards", sharded(None, two, index=weight_map), "sharded")
     for name, target in {"parent": "../model.safetensors", "absolute": "/etc/model.safetensors", "sub": "sub/model.safetensors", "dots": "..",
                          "dot": ".", "backslash": "..\\model.safetensors", "drive": "c:model.safetensors", "nul": "a\0.safetensors"}.items():  # fmt: skip
@@ -987,7 +1021,7 @@ def vectors() -> dict[str, bytes]:
             {"why": why, "weights": expected(content)},
         )
     BAD.clear()
-    for group in (malformed, invalid_metadata, invalid_structure, invalid_payload, invalid_csr, invalid_index):
+    for group in (malformed, invalid_metadata, invalid_structure, invalid_payload, invalid_outliers, invalid_index):
         group()
     for name, (code, why, twin, content) in BAD.items():
         folder = "malformed" if code.startswith("E0") else "invalid"

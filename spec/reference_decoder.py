@@ -158,12 +158,14 @@ def decode(tensors, entry, module):
     w[:, get("perm").astype(np.int64) if entry["permuted"] else np.arange(inn)] = w_stored
 
     if entry["outliers"]:  # section 2.5: values add, at original columns
-        crow = get("crow_indices").astype(np.int64)
-        columns = get("col_indices").astype(np.int64)
-        values = half(get("values"))
-        for row in range(out):
-            for k in range(crow[row], crow[row + 1]):
-                w[row, columns[k]] = w[row, columns[k]] + values[k]
+        pointers, words = get("outlier_ptr"), get("outliers")
+        chunks = -(-inn // 256)
+        for cell in range(len(pointers) - 1):  # section 5.3
+            tile, chunk = divmod(cell, chunks)
+            for word in words[pointers[cell] : pointers[cell + 1]]:
+                r, c = divmod(int(word) & 0xFFFF, 256)
+                row, column = 16 * tile + r, 256 * chunk + c
+                w[row, column] = w[row, column] + half(np.array([word >> 16], "<u2"))[0]
     return w
 
 

@@ -30,12 +30,12 @@ CODES: dict[str, str] = {
     "E203": "perm is not a permutation of the input columns",
     "E204": "a bias or a dense tensor is not finite",
     "E205": "a tensor's bytes do not match the recorded sha256",
-    # E3xx CSR
-    "E301": "crow_indices does not start at 0",
-    "E302": "crow_indices falls",
-    "E303": "crow_indices does not end at the number of outliers",
-    "E304": "an outlier's column is out of range",
-    "E305": "columns do not rise within a row",
+    # E3xx outliers
+    "E301": "outlier_ptr does not start at 0",
+    "E302": "outlier_ptr falls",
+    "E303": "outlier_ptr does not end at the number of outliers",
+    "E304": "an outlier's position is out of range",
+    "E305": "positions of outliers do not rise within a cell",
     "E306": "an outlier's value is not finite",
     # E4xx shards and index
     "E401": "the index is missing, unreadable, not the only way in, or breaks its schema",

@@ -9,12 +9,12 @@ from .errors import SpqrError
 
 TILE = 16  # rows of a tile, and columns of a column block (spec 2.2)
 LANES = 8  # a lane holds rows l and l + 8 of a tile (spec 4.1)
-CHUNK = 16  # column blocks of a chunk: 256 columns, whose words lie together (spec 4.2)
+CHUNK = 16  # column blocks of a chunk, whose words lie together (spec 4.2)
+CHUNK_COLUMNS = CHUNK * TILE  # a cell, which owns a run of outliers, is a tile and so many columns (spec 5.3)
 WEIGHT_BITS = (2, 3, 4)
 MAX_DIMENSION = 2**31 - 1  # what a kernel takes as int32 (rule E006)
 MAX_ELEMENTS = 2**40
 MAX_OUTLIERS = 2**31 - 1
-U16 = 2**16
 
 Statistics = Literal["bilevel", "direct"]
 
@@ -47,7 +47,7 @@ ITEM_BYTES = {"I32": 4, "I16": 2, "U8": 1}
 class Layout:
     """Geometry of one quantized matrix W[out_features, in_features] (spec 2 and 5).
 
-    outliers is the number of stored CSR values. permuted says that groups are taken along permuted columns.
+    outliers is the number of stored outliers. permuted says that groups are taken along permuted columns.
     Raises SpqrError E104 for a value that the format does not have and E006 for a size above its limits.
     """
 
@@ -98,14 +98,14 @@ class Layout:
         return ceil_div(self.in_features, self.group_size)
 
     @property
-    def row_pointer_dtype(self) -> str:
-        """I16 holds unsigned 16-bit integers, raw (spec 5.2)."""
-        return "I16" if self.outliers < U16 else "I32"
+    def chunks(self) -> int:
+        """Chunks of 256 columns, the last one possibly narrower."""
+        return ceil_div(self.in_features, CHUNK_COLUMNS)
 
     @property
-    def column_dtype(self) -> str:
-        """I16 holds unsigned 16-bit integers, raw (spec 5.2)."""
-        return "I16" if self.in_features <= U16 else "I32"
+    def cells(self) -> int:
+        """Cells of a tile and a chunk; cell tile * chunks + chunk (spec 5.3)."""
+        return self.tile_rows * self.chunks
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Leaf name -> dtype and shape of every tensor that this matrix stores, without its bias (spec 5)."""
@@ -117,9 +117,8 @@ class Layout:
             specs["group_sc"] = TensorSpec("I16", (self.out_features, self.groups))
             specs["group_zp"] = TensorSpec("U8", (self.out_features, self.groups))
         if self.outliers:
-            specs["crow_indices"] = TensorSpec(self.row_pointer_dtype, (self.out_features + 1,))
-            specs["col_indices"] = TensorSpec(self.column_dtype, (self.outliers,))
-            specs["values"] = TensorSpec("I16", (self.outliers,))
+            specs["outlier_ptr"] = TensorSpec("I32", (self.cells + 1,))
+            specs["outliers"] = TensorSpec("I32", (self.outliers,))
         if self.permuted:
             specs["perm"] = TensorSpec("I32", (self.in_features,))
         return specs

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from .errors import SpqrError
 from .layout import TILE, Layout, ceil_div
-from .packing import pack_codes, pack_stat_codes, unpack_codes, unpack_stat_codes
+from .packing import pack_codes, pack_outliers, pack_stat_codes, unpack_codes, unpack_outliers, unpack_stat_codes
 
 Array = npt.NDArray[np.generic]
 
@@ -23,7 +23,7 @@ class SpqrMatrix:
     bilevel: scale_codes, zero_codes uint8 [out, groups] below 8; tile_stats float16 [tile_rows, groups, 4] = (ss, sz, zs, zz).
     direct: group_scales float16 [out, groups]; group_zeros uint8 [out, groups].
     CSR, all three or none: crow_indices int64 [out + 1]; col_indices int64 [nnz], original columns that rise within a
-    row; values float16 [nnz], which add to s * (q - z).
+    row; values float16 [nnz], which add to s * (q - z). Stored, they lie in cells (spec 5.3).
     perm int32 [in] or None: stored column j is original column perm[j].
     Raises SpqrError E110 where an array's shape does not fit the layout.
     """
@@ -65,7 +65,10 @@ class SpqrMatrix:
                 raise SpqrError("E110", f"{size.where}.{name}", f"shape {found}, expected {shape}")
 
     def pack(self) -> dict[str, Array]:
-        """Leaf name -> stored tensor, with the dtypes and shapes of `layout.tensors()`."""
+        """Leaf name -> stored tensor, with the dtypes and shapes of `layout.tensors()`.
+
+        Raises SpqrError E301 .. E305 where the outliers are no CSR.
+        """
         tensors: dict[str, Array] = {"weight": pack_codes(self.codes, self.layout.weight_bits)}
         if self.layout.statistics == "bilevel":
             assert self.scale_codes is not None
@@ -80,9 +83,9 @@ class SpqrMatrix:
         if self.values is not None:
             assert self.crow_indices is not None
             assert self.col_indices is not None
-            tensors["crow_indices"] = _as_stored(self.crow_indices, self.layout.row_pointer_dtype)
-            tensors["col_indices"] = _as_stored(self.col_indices, self.layout.column_dtype)
-            tensors["values"] = np.ascontiguousarray(self.values, np.float16).view(np.int16)
+            tensors["outlier_ptr"], tensors["outliers"] = pack_outliers(
+                self.crow_indices, self.col_indices, self.values, self.layout.in_features, f"{self.layout.where}.outliers"
+            )
         if self.perm is not None:
             tensors["perm"] = np.ascontiguousarray(self.perm, np.int32)
         return tensors
@@ -103,9 +106,8 @@ class SpqrMatrix:
             arrays["group_scales"] = np.ascontiguousarray(tensors["group_sc"]).view(np.float16)
             arrays["group_zeros"] = tensors["group_zp"]
         if layout.outliers:
-            arrays["crow_indices"] = indices(tensors["crow_indices"])
-            arrays["col_indices"] = indices(tensors["col_indices"])
-            arrays["values"] = np.ascontiguousarray(tensors["values"]).view(np.float16)
+            csr = unpack_outliers(tensors["outlier_ptr"], tensors["outliers"], out, inn)  # type: ignore[arg-type]
+            arrays |= zip(("crow_indices", "col_indices", "values"), csr, strict=True)
         if layout.permuted:
             arrays["perm"] = tensors["perm"]
         return cls(layout, **arrays)  # type: ignore[arg-type]
@@ -160,14 +162,3 @@ class PackedMatrix:
             part[leaf] = self.tensors[leaf][begin:end]
         fields = {**self.layout.as_dict(), "out_features": end - begin}
         return SpqrMatrix.unpack(Layout(**fields, where=self.layout.where), part)
-
-
-def indices(stored: Array) -> npt.NDArray[np.int64]:
-    """Stored CSR indices as int64: I16 tensors hold unsigned 16-bit integers (spec 5.2)."""
-    if stored.dtype == np.int16:
-        stored = np.ascontiguousarray(stored).view(np.uint16)
-    return stored.astype(np.int64)
-
-
-def _as_stored(values: npt.NDArray[np.int64], dtype: str) -> Array:
-    return values.astype(np.uint16).view(np.int16) if dtype == "I16" else values.astype(np.int32)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .layout import CHUNK, LANES, TILE, ceil_div
+from .errors import SpqrError
+from .layout import CHUNK, CHUNK_COLUMNS, LANES, TILE, ceil_div
 
 PAIRS = TILE // 2  # column pairs of a block
 PACKED_TILES = 8  # tiles that are packed at once
@@ -199,3 +200,73 @@ def unpack_stat_codes(words: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.uint
             codes[kind, :, half] = (v >> np.uint16(6 * half + 3 * kind)) & np.uint16(7)
     scale_codes, zero_codes = codes.reshape(2, tiles * TILE, groups)
     return scale_codes, zero_codes
+
+
+def pack_outliers(
+    crow: npt.NDArray[np.int64],
+    columns: npt.NDArray[np.int64],
+    values: npt.NDArray[np.float16],
+    in_features: int,
+    where: str = "outliers",
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """A CSR (crow [out + 1]; columns and values [outliers]) to outlier_ptr [cells + 1] and outliers [outliers] (spec 5.3).
+
+    Raises SpqrError E301 .. E305 where the indices are no CSR: packed, they would be another one.
+    """
+    _check_csr(crow, columns, in_features, where)
+    out = len(crow) - 1
+    shape = ceil_div(out, TILE), TILE, ceil_div(in_features, CHUNK_COLUMNS)
+    rows = np.repeat(np.arange(out), np.diff(crow))
+    places, starts = _regrouped(rows * shape[2] + columns // CHUNK_COLUMNS, shape)
+    pointers = np.append(starts[..., 0], len(columns)).astype(np.int32)
+    position = rows % TILE * CHUNK_COLUMNS + columns % CHUNK_COLUMNS
+    bits = np.ascontiguousarray(values, np.float16).view(np.uint16)
+    words = np.empty(len(columns), np.uint32)
+    words[places] = position.astype(np.uint32) | bits.astype(np.uint32) << np.uint32(16)
+    return pointers, words.view(np.int32)
+
+
+def unpack_outliers(
+    pointers: npt.NDArray[np.int32], words: npt.NDArray[np.int32], out_features: int, in_features: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float16]]:
+    """The inverse of `pack_outliers`: crow int64 [out + 1], columns int64 and values float16 [outliers]. The cells must have
+    been checked (spec 5.3)."""
+    shape = ceil_div(out_features, TILE), ceil_div(in_features, CHUNK_COLUMNS), TILE
+    w = np.ascontiguousarray(words).view(np.uint32)
+    position = (w & np.uint32(0xFFFF)).astype(np.int64)
+    cells = np.repeat(np.arange(len(pointers) - 1), np.diff(pointers))
+    places, starts = _regrouped(cells * TILE + position // CHUNK_COLUMNS, shape)
+    crow = np.append(starts[..., 0].reshape(-1)[:out_features], len(w))
+    columns = np.empty(len(w), np.int64)
+    columns[places] = cells % shape[1] * CHUNK_COLUMNS + position % CHUNK_COLUMNS
+    values = np.empty(len(w), np.uint16)
+    values[places] = w >> np.uint32(16)
+    return crow, columns, values.view(np.float16)
+
+
+def _regrouped(runs: npt.NDArray[np.int64], shape: tuple[int, int, int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where elements go whose runs change from the order [tiles, m, n] to [tiles, n, m]; they keep their order within a run.
+
+    runs: the run of every element, rising. Returns places, as many, and the first place of every run [tiles, n, m].
+    """
+    counts = np.bincount(runs, minlength=shape[0] * shape[1] * shape[2]).reshape(shape)
+    before = counts.cumsum().reshape(shape) - counts
+    turned = counts.transpose(0, 2, 1)
+    starts = turned.cumsum().reshape(turned.shape) - turned
+    moved = np.repeat((starts.transpose(0, 2, 1) - before).reshape(-1), counts.reshape(-1))
+    return np.arange(len(runs)) + moved, starts
+
+
+def _check_csr(crow: npt.NDArray[np.int64], columns: npt.NDArray[np.int64], in_features: int, where: str) -> None:
+    if crow[0] != 0:
+        raise SpqrError("E301", where, f"crow_indices starts at {crow[0]}, expected 0")
+    if (np.diff(crow) < 0).any():
+        raise SpqrError("E302", where, "crow_indices falls")
+    if crow[-1] != len(columns):
+        raise SpqrError("E303", where, f"crow_indices ends at {crow[-1]}, there are {len(columns)} outliers")
+    if len(columns) and not 0 <= columns.min() <= columns.max() < in_features:
+        raise SpqrError("E304", where, f"columns {columns.min()} .. {columns.max()}, the weight has {in_features}")
+    rises = np.diff(columns, prepend=-1) > 0
+    rises[crow[:-1][crow[:-1] < len(columns)]] = True  # the first of a row
+    if not rises.all():
+        raise SpqrError("E305", where, f"columns do not rise within a row, at outlier {int(rises.argmin())}")

@@ -1,6 +1,6 @@
 """The bytes of a module's tensors: every rule E2xx and E3xx, in blocks of bounded memory (spec 4 to 6).
 
-CSR indices are pointers: whoever hands a CSR to a kernel has called `check_payload` on exactly those bytes.
+Outliers have pointers and positions: whoever hands them to a kernel has called `check_payload` on exactly those bytes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SpqrError
-from .layout import CHUNK, TILE, Layout
+from .layout import CHUNK, CHUNK_COLUMNS, TILE, Layout
 from .packing import SET, pack_codes, pack_stat_codes
 
 Array = npt.NDArray[np.generic]
 BLOCK = 2**18  # elements that are looked at at a time
 PERM_WINDOW = 2**24  # values whose uniqueness is checked at a time
+CELL = TILE * CHUNK_COLUMNS  # positions of a cell (spec 5.3)
 
 ITEM = {"I32": 4, "I16": 2, "U8": 1}
 
@@ -72,20 +73,21 @@ def broken_rules(layout: Layout, tensors: Mapping[str, Tensor], where: str) -> I
     if layout.permuted:
         yield from _perm(tensors["perm"], layout.in_features, f"{where}.perm")
     if layout.outliers:
-        pointers = list(_row_pointers(tensors["crow_indices"], layout, f"{where}.crow_indices"))
+        pointers = list(_pointers(tensors["outlier_ptr"], layout, f"{where}.outlier_ptr"))
         yield from pointers
-        columns = list(_column_range(tensors["col_indices"], layout, f"{where}.col_indices"))
-        yield from columns
-        if not pointers and not columns:
-            yield from _column_order(tensors["crow_indices"], tensors["col_indices"], layout, f"{where}.col_indices")
-        yield from _not_finite(tensors["values"], "F16", "E306", f"{where}.values")
+        if not pointers:  # which say in which cell a position is
+            yield from _positions(tensors["outlier_ptr"], tensors["outliers"], layout, f"{where}.outliers")
+        yield from _not_finite(tensors["outliers"], OUTLIER, "E306", f"{where}.outliers")
 
+
+OUTLIER = "outlier"  # a word with an fp16 value in its high half
 
 # dtype -> (unsigned type of its bits, test for "not finite" on those bits)
 _Bits = npt.NDArray[np.unsignedinteger]
 NOT_FINITE: dict[str, tuple[type[np.unsignedinteger], Callable[[_Bits], npt.NDArray[np.bool_]]]] = {
     "F16": (np.uint16, lambda x: (x & 0x7C00) == 0x7C00),
     "BF16": (np.uint16, lambda x: (x & 0x7F80) == 0x7F80),
+    OUTLIER: (np.uint32, lambda x: (x & 0x7C000000) == 0x7C000000),
     "F32": (np.uint32, lambda x: (x & 0x7F800000) == 0x7F800000),
     "C64": (np.uint32, lambda x: (x & 0x7F800000) == 0x7F800000),
     "F64": (np.uint64, lambda x: (x & 0x7FF0000000000000) == 0x7FF0000000000000),
@@ -219,14 +221,10 @@ def _perm(tensor: Tensor, size: int, where: str) -> Iterator[SpqrError]:
             seen[found - low] = True
 
 
-def _integers(block: Array) -> npt.NDArray[np.int64]:
-    return (block.view(np.uint16) if block.dtype == np.int16 else block).astype(np.int64)
-
-
-def _row_pointers(tensor: Tensor, layout: Layout, where: str) -> Iterator[SpqrError]:
+def _pointers(tensor: Tensor, layout: Layout, where: str) -> Iterator[SpqrError]:
     before = 0
     for start, block in _blocks(tensor):
-        values = _integers(block)
+        values = block.astype(np.int64)
         if start == 0 and values[0] != 0:
             yield SpqrError("E301", f"{where}[0]", f"{values[0]}, expected 0")
             return
@@ -238,33 +236,39 @@ def _row_pointers(tensor: Tensor, layout: Layout, where: str) -> Iterator[SpqrEr
             return
         before = int(values[-1])
     if before != layout.outliers:
-        yield SpqrError("E303", f"{where}[{layout.out_features}]", f"{before}, the module has {layout.outliers} outliers")
+        yield SpqrError("E303", f"{where}[{layout.cells}]", f"{before}, the module has {layout.outliers} outliers")
 
 
-def _column_range(tensor: Tensor, layout: Layout, where: str) -> Iterator[SpqrError]:
-    for start, block in _blocks(tensor):
-        values = _integers(block)
-        outside = (values < 0) | (values >= layout.in_features)
+def _positions(pointers: Tensor, words: Tensor, layout: Layout, where: str) -> Iterator[SpqrError]:
+    """E304, or E305 where no position is out of range. Needs pointers that were checked."""
+    unordered, last = None, -1  # the first place out of order, and what stands there
+    for start, cells, block in _words_of_cells(pointers, words, layout):
+        position = (np.ascontiguousarray(block).view(np.uint32) & 0xFFFF).astype(np.int64)
+        tiles, chunks = cells // layout.chunks, cells % layout.chunks
+        rows, columns = TILE * tiles + position // CHUNK_COLUMNS, CHUNK_COLUMNS * chunks + position % CHUNK_COLUMNS
+        outside = (position >= CELL) | (rows >= layout.out_features) | (columns >= layout.in_features)
         if outside.any():
             place = int(outside.argmax())
-            what = f"{values[place]}: the weight has {layout.in_features} columns"
+            at = f"row {rows[place]} and column {columns[place]}"
+            what = f"position {position[place]} of cell {cells[place]}: {at} of {layout.out_features} x {layout.in_features}"
             yield SpqrError("E304", f"{where}[{start + place}]", what)
             return
+        order = cells * CELL + position  # rises from cell to cell, whatever the positions
+        falls = np.diff(order, prepend=last) <= 0
+        if unordered is None and falls.any():
+            place = int(falls.argmax())
+            before = (last if place == 0 else int(order[place - 1])) % CELL
+            unordered = start + place, f"position {position[place]} after {before} in cell {cells[place]}"
+        last = int(order[-1])
+    if unordered is not None:
+        yield SpqrError("E305", f"{where}[{unordered[0]}]", unordered[1])
 
 
-def _column_order(crow: Tensor, columns: Tensor, layout: Layout, where: str) -> Iterator[SpqrError]:
-    """E305. Needs row pointers that were checked."""
-    for row in range(0, layout.out_features, BLOCK):
-        starts = _integers(crow.flat(row, min(row + BLOCK, layout.out_features) + 1))
+def _words_of_cells(pointers: Tensor, words: Tensor, layout: Layout) -> Iterator[tuple[int, npt.NDArray[np.int64], Array]]:
+    """First index, cells and words of outliers, block by block."""
+    for first in range(0, layout.cells, BLOCK):
+        starts = pointers.flat(first, min(first + BLOCK, layout.cells) + 1).astype(np.int64)
+        numbers = np.arange(first, first + len(starts) - 1)
         for begin in range(int(starts[0]), int(starts[-1]), BLOCK):
             end = min(begin + BLOCK, int(starts[-1]))
-            first = max(begin - 1, int(starts[0]))
-            values = _integers(columns.flat(first, end))
-            falls = np.diff(values) <= 0  # falls[i] compares first + i + 1 with its left neighbour
-            inner = starts[(starts > first) & (starts < end)]
-            falls[inner - first - 1] = False
-            if falls.any():
-                place = int(falls.argmax()) + 1
-                what = f"{values[place]} after {values[place - 1]} in the same row"
-                yield SpqrError("E305", f"{where}[{first + place}]", what)
-                return
+            yield begin, np.repeat(numbers, np.diff(starts.clip(begin, end))), words.flat(begin, end)

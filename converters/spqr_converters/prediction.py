@@ -31,7 +31,7 @@ _CARRIED_BYTES = 8  # a weight of the matrix on its way: codes, words, dequantiz
 
 @dataclass(frozen=True)
 class Prediction:
-    """bits: stored bits per quantised weight (exact without `outlier_threshold`, up to padding of row pointers).
+    """bits: stored bits per quantised weight (exact without `outlier_threshold`).
     Bytes of tensors on disk; peak memory in bytes on the host and on the device (the same memory when the device is the
     CPU, then device_memory is 0); seconds are rough."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,10 +101,10 @@ def _csr(case: Case, device: str) -> Matrix:
     """The dequantized rest in fp16 by cuBLAS plus the outliers by cuSPARSE. On a CPU fp32: torch has no fp16 CSR there."""
     dtype = torch.float32 if device == "cpu" else torch.float16
     tensors, _ = random_tensors(case.layout, case.share, 0, device)
-    rest = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in ("crow_indices", "col_indices", "values")}
+    rest = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in ("outlier_ptr", "outliers")}
     dense = reference.dequantize(rest, case.layout).to(dtype)
-    crow, columns = (reference.indices(tensors[leaf]).int() for leaf in ("crow_indices", "col_indices"))
-    values = tensors["values"].view(torch.float16).to(dtype)
+    crow, columns, values = csr(tensors, case.shape)
+    values = values.to(dtype)
 
     def bind(copies: list[Tensor]) -> Product:
         sparse = torch.sparse_csr_tensor(*copies[1:], size=case.shape, check_invariants=False)
@@ -116,6 +116,14 @@ def _csr(case: Case, device: str) -> Matrix:
         return product
 
     return Matrix([dense, crow, columns, values], bind, lambda: reference.add_outliers(dense.double(), tensors), dtype)
+
+
+def csr(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The outliers as int32 crow_indices [out + 1] and col_indices and float16 values [outliers]."""
+    rows, columns, values = reference.outliers(tensors, shape[1])
+    order = (rows * shape[1] + columns).argsort()
+    counts = rows.bincount(minlength=shape[0])
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(), columns[order].int(), values[order]
 
 
 def spqr_words(out: int, inn: int, device: str) -> Tensor:
@@ -150,9 +158,8 @@ def _spqr_quant(case: Case, device: str) -> Matrix:
     words = spqr_words(out, inn, device)
     tensors, layout = random_tensors(case.layout, case.share, 0, device)
     if layout.outliers:
-        crow = reference.indices(tensors["crow_indices"]).int()
-        columns, values = tensors["col_indices"], tensors["values"]
-        entries = values.int() << 16 | reference.indices(columns).int()
+        crow, columns, values = csr(tensors, case.shape)
+        entries = values.view(torch.int16).int() << 16 | columns
     else:
         crow = torch.zeros(out + 1, dtype=torch.int32, device=device)
         entries = torch.zeros(0, dtype=torch.int32, device=device)

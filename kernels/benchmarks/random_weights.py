@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spqr_format.layout import Layout
-from spqr_kernels.checks import TORCH_DTYPES
+from spqr_format.layout import CHUNK_COLUMNS, TILE, Layout
 
 
 def random_tensors(layout: Layout, outlier_share: float, seed: int, device: str = "cuda") -> tuple[dict[str, Tensor], Layout]:
@@ -21,12 +20,9 @@ def random_tensors(layout: Layout, outlier_share: float, seed: int, device: str 
         weights = layout.out_features * layout.in_features
         places = torch.randint(weights, (round(weights * outlier_share),), generator=generator, device=device).unique()
         layout = layout.with_outliers(places.numel())
-        counts = (places // layout.in_features).bincount(minlength=layout.out_features)
-        tensors["crow_indices"] = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        tensors["col_indices"] = places % layout.in_features
-        tensors["values"] = uniform(-0.1, 0.1, layout.outliers).half().view(torch.int16)
+        values = uniform(-0.1, 0.1, layout.outliers).half().view(torch.int16)
+        tensors["outlier_ptr"], tensors["outliers"] = _in_cells(places, values, layout)
     for leaf, spec in layout.tensors().items():
-        dtype = TORCH_DTYPES[spec.dtype]
         if leaf in ("weight", "stat_codes"):
             tensors[leaf] = torch.randint(
                 -(2**31), 2**31 - 1, spec.shape, generator=generator, device=device, dtype=torch.int32
@@ -44,6 +40,15 @@ def random_tensors(layout: Layout, outlier_share: float, seed: int, device: str 
             tensors[leaf] = torch.randint(high, spec.shape, generator=generator, device=device, dtype=torch.uint8)
         elif leaf == "perm":
             tensors[leaf] = torch.randperm(layout.in_features, generator=generator, device=device).int()
-        else:
-            tensors[leaf] = tensors[leaf].to(dtype)  # int64 to raw 16 bits wraps as it should
     return tensors, layout
+
+
+def _in_cells(places: Tensor, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """outlier_ptr and outliers (spec 5.3) of values int16 at places row * in_features + column int64, none of them twice."""
+    rows, columns = places // layout.in_features, places % layout.in_features
+    cells = rows // TILE * layout.chunks + columns // CHUNK_COLUMNS
+    position = rows % TILE * CHUNK_COLUMNS + columns % CHUNK_COLUMNS
+    order = (cells * TILE * CHUNK_COLUMNS + position).argsort()
+    counts = cells.bincount(minlength=layout.cells)
+    pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    return pointers, (values.int() << 16 | position.int())[order]

@@ -1,4 +1,4 @@
-"""What must hold before a kernel is launched. CSR contents are checked once, at load (spqr_format.payload)."""
+"""What must hold before a kernel is launched. Outliers are checked once, at load (spqr_format.payload)."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ _PIECE = 1 << 22  # weights that are decoded at a time: 8 MB in bf16
 Tensors = Mapping[str, Tensor]
 
 # Where a stored tensor's address stands in cpu_kernels.ARGUMENTS.
-_ADDRESSES = {leaf: leaf for leaf in ("weight", "stat_codes", "tile_stats", "group_sc", "group_zp", "values", "perm")}
-_ADDRESSES |= {"crow_indices": "crow", "col_indices": "columns"}
+_ADDRESSES = {leaf: leaf for leaf in ("weight", "stat_codes", "tile_stats", "group_sc", "group_zp", "outlier_ptr", "perm")}
+_ADDRESSES |= {"outliers": "outlier_words"}
 _compiling = threading.Lock()
 _process = os.getpid()
 
@@ -122,7 +122,7 @@ def _decode(weight: Tensor, first: int, last: int, tensors: Tensors, layout: Lay
     from .cpu_kernels import CHUNK
 
     _run(
-        "decode", tensors, layout, weight.numel(), (3 * TILE + 4) * ceil_div(layout.blocks, CHUNK) * CHUNK,
+        "decode", tensors, layout, weight.numel(), (3 * TILE + 5) * ceil_div(layout.blocks, CHUNK) * CHUNK + 1,
         result=weight.data_ptr(), bf16=weight.dtype == torch.bfloat16, first=first, last=last,
     )  # fmt: skip
     return weight
@@ -153,7 +153,6 @@ def _run(name: str, tensors: Tensors, layout: Layout, work: int, scratch_size: i
     arguments |= {_ADDRESSES[leaf]: tensor.data_ptr() for leaf, tensor in tensors.items()}
     arguments |= {
         "places": _places(layout.weight_bits).ctypes.data,
-        "wide_crow": layout.row_pointer_dtype == "I32", "wide_columns": layout.column_dtype == "I32",
         "scratch": scratch.data_ptr(), "scratch_size": scratch_size, "taken": taken, "threads": begun, "faults": faults,
         "out": layout.out_features, "inn": layout.in_features, "blocks": layout.blocks, "groups": layout.groups,
         "group_blocks": layout.group_size // TILE, "bits": layout.weight_bits, "bilevel": layout.statistics == "bilevel",
@@ -162,7 +161,7 @@ def _run(name: str, tensors: Tensors, layout: Layout, work: int, scratch_size: i
     record = np.array([tuple(arguments.get(field, 0) for field in cpu_kernels.FIELDS)], cpu_kernels.ARGUMENTS)
     _on_threads(kernel(name), record.ctypes.data, threads)
     if counters[2]:
-        raise SpqrError("E509", f"spqr::{name}", "crow_indices, col_indices or perm: an index out of range")
+        raise SpqrError("E509", f"spqr::{name}", "outlier_ptr, outliers or perm: an index out of range")
 
 
 def _on_threads(function: Any, address: int, threads: int) -> None:

@@ -29,9 +29,8 @@ CHUNK_SETS = CHUNK + 32  # groups of a chunk in whole sets: up to 15 stand befor
 
 # All int64; most are addresses, 0 for a tensor that is not there.
 FIELDS = (
-    # stored tensors (spec 5.1); CSR indices as rows of 16 bits, wide_* says that two of them make one index
-    "weight", "stat_codes", "tile_stats", "group_sc", "group_zp", "crow", "columns", "values", "perm",
-    "wide_crow", "wide_columns",
+    # stored tensors (spec 5.1)
+    "weight", "stat_codes", "tile_stats", "group_sc", "group_zp", "outlier_ptr", "outlier_words", "perm",
     # int64 [2 halves, 8 pairs, (word, bit)] of the codes in the words of `_lane_words`
     "places",
     # float32 x [batch, in], and scratch [threads, scratch_size]
@@ -169,34 +168,24 @@ def _power(exponent):
 
 
 @inline
-def _index(raw, i, wide):
-    """CSR index i, as an unsigned number (spec 5.2)."""
-    if wide:
-        return np.int64(np.uint32(raw[2 * i]) | np.uint32(np.uint32(raw[2 * i + 1]) << np.uint32(16)))
-    return np.int64(raw[i])
-
-
-@inline
-def _outlier_range(a, row):
-    """First and last + 1 of the row's outliers."""
-    if a.outliers == 0:
-        return 0, 0
-    crow = _pointer(a.crow, uint16)
-    first, last = _index(crow, row, a.wide_crow), _index(crow, row + 1, a.wide_crow)
+def _cell(a, cell):
+    """First and last + 1 of the cell's outliers (spec 5.3)."""
+    pointers = _pointer(a.outlier_ptr, uint32)
+    first, last = np.int64(pointers[cell]), np.int64(pointers[cell + 1])
     if first > last or last > a.outliers:
         _take(a.faults)
-        last = first
+        first = last = 0
     return first, last
 
 
 @inline
-def _outlier_column(a, i):
-    """Its original column."""
-    column = _index(_pointer(a.columns, uint16), i, a.wide_columns)
-    if column >= a.inn:
+def _place(a, word, height, width):
+    """Row and column of an outlier in its cell, which is so high and so wide (spec 5.3)."""
+    row, column = np.int64(word & 0xFFFF) >> 8, np.int64(word & 255)
+    if row >= height or column >= width:
         _take(a.faults)
-        column = 0
-    return column
+        row = column = 0
+    return row, column
 
 
 @inline
@@ -368,6 +357,25 @@ def _add_groups(a, start, count, dots, sz, sums, y):
     y[8] += y1
 
 
+@inline_sum
+def _add_outliers(a, tile, n, down, y):
+    """Adds outliers times row n of x, cell by cell, to y of the tile's rows."""
+    sums = _room(float32, 16)  # of which LLVM knows that writing to it changes no field of a
+    for i in range(16):
+        sums[i] = 0
+    chunks = (a.inn + 255) // 256
+    for chunk in range(chunks):
+        first, last = _cell(a, tile * chunks + chunk)
+        height, width = min(a.out - 16 * tile, 16), min(a.inn - 256 * chunk, 256)
+        x = _at(_pointer(a.x, float32), n * a.inn + 256 * chunk)
+        words = _pointer(a.outlier_words, uint32)
+        for k in range(first, last):
+            row, column = _place(a, words[k], height, width)
+            sums[row] += _half(_shifted(words[k], 16)) * (x[column] * down)
+    for i in range(16):
+        y[i] += sums[i]
+
+
 def products(address):
     """y = W x for every row of x."""
     a = carray(address, 1)[0]
@@ -416,15 +424,12 @@ def products(address):
                         columns = _at(x, (16 * (n * chunks + chunk) + 2 * pair) * CHUNK)
                         _add_products(word0, bit0, word1, bit1, mask, columns, count, dots)
                     _add_groups(a, start, count, dots, sz, _at(sums, n * a.groups + group), _at(y, 16 * n + lane))
-        for i in range(min(16, a.out - 16 * tile)):
-            row = 16 * tile + i
-            first, last = _outlier_range(a, row)
+        if a.outliers:
             for n in range(a.batch):
-                total = y[16 * n + i]
-                for k in range(first, last):
-                    value = _half(_pointer(a.values, uint16)[k])
-                    total += value * (_pointer(a.x, float32)[n * a.inn + _outlier_column(a, k)] * down[n])
-                _pointer(a.result, float32)[n * a.out + row] = total * up[n]
+                _add_outliers(a, tile, n, down[n], _at(y, 16 * n))
+        for i in range(min(16, a.out - 16 * tile)):
+            for n in range(a.batch):
+                _pointer(a.result, float32)[n * a.out + 16 * tile + i] = y[16 * n + i] * up[n]
         tile = following
 
 
@@ -497,15 +502,44 @@ def _bf16(value):
 
 
 @inline
-def _finish(a, i, row, ordered):
+def _outlier_starts(a, tile, starts):
+    """Where the outliers of row r in chunk h of the tile begin, starts[16 * h + r]; behind them all, where they end."""
+    chunks = (a.inn + 255) // 256
+    known = 0  # starts that are written
+    end, _ = _cell(a, tile * chunks)
+    height = min(a.out - 16 * tile, 16)
+    words = _pointer(a.outlier_words, uint32)
+    for chunk in range(chunks):
+        first, last = _cell(a, tile * chunks + chunk)
+        if first != end:  # behind a cell whose pointers are at fault
+            continue
+        for k in range(first, last):
+            row, _ = _place(a, words[k], height, 256)
+            if 16 * chunk + row < known - 1:  # it would count for a row below
+                _take(a.faults)
+            while known <= 16 * chunk + row:
+                starts[known] = np.uint32(k)
+                known += 1
+        end = last
+    while known <= 16 * chunks:
+        starts[known] = np.uint32(end)
+        known += 1
+
+
+@inline
+def _finish(a, i, row, ordered, starts):
     """Writes row i of W: columns into original order, outliers added, rounded if bf16 is asked for."""
     if a.perm:
         for j in range(a.inn):
             ordered[_original_column(a, j)] = row[j]
     decoded = ordered if a.perm else row
-    first, last = _outlier_range(a, i)
-    for k in range(first, last):
-        decoded[_outlier_column(a, k)] += _half(_pointer(a.values, uint16)[k])
+    if a.outliers:
+        words = _pointer(a.outlier_words, uint32)
+        for chunk in range((a.inn + 255) // 256):
+            place, width = 16 * chunk + i % 16, min(a.inn - 256 * chunk, 256)
+            for k in range(np.int64(starts[place]), np.int64(starts[place + 1])):
+                _, column = _place(a, words[k], 16, width)
+                decoded[256 * chunk + column] += _half(_shifted(words[k], 16))
     start = (i - 16 * a.first) * a.inn
     if a.bf16:
         rounded = _at(_pointer(a.result, uint16), start)
@@ -520,10 +554,12 @@ def _finish(a, i, row, ordered):
 def decode(address):
     """Rows of W in original column order, equal to the spec's decode bit for bit (spec 3), in bf16 its rounded values."""
     a = carray(address, 1)[0]
-    rows = _pointer(a.scratch + 4 * a.scratch_size * _take(a.threads), float32)
+    scratch = a.scratch + 4 * a.scratch_size * _take(a.threads)
+    rows = _pointer(scratch, float32)
     width = (a.blocks + 15) // 16 * 256
     ordered = _at(rows, 2 * width)
     stats = _at(rows, 3 * width)
+    starts = _pointer(scratch + 4 * (3 * width + (a.blocks + CHUNK - 1) // CHUNK * CHUNK4), uint32)
     places, mask = _pointer(a.places, int64), np.uint32((1 << a.bits) - 1)
     of_groups, of_blocks, words = _room(float32, CHUNK4), _room(float32, CHUNK4), _room(uint32, CHUNK4)
     sz = of_groups if a.group_blocks == 1 else of_blocks
@@ -531,6 +567,8 @@ def decode(address):
     while tile < a.last:
         for start in range(0, a.blocks, CHUNK):
             _tile_statistics(a, tile, start, min(CHUNK, a.blocks - start), _at(stats, 4 * start))
+        if a.outliers:
+            _outlier_starts(a, tile, starts)
         for lane in range(8):
             for start in range(0, a.blocks, CHUNK):
                 count = min(CHUNK, a.blocks - start)
@@ -544,7 +582,7 @@ def decode(address):
             for half in range(2):
                 i = 16 * tile + 8 * half + lane
                 if i < a.out:
-                    _finish(a, i, _at(rows, half * width), ordered)
+                    _finish(a, i, _at(rows, half * width), ordered, starts)
         tile = a.first + _take(a.taken)
 
 

@@ -33,6 +33,8 @@ def field_constants(bits: int) -> tuple[int, int]:
 # The spec rounds every operation on its own, so a product and a sum are not to become one fma.
 EXACT = {"enable_fp_fusion": False}
 
+CELLS = 4  # cells of outliers a program: with 1 % of the weights a cell has 41
+
 
 @triton.jit
 def _half(pointer, mask):
@@ -137,41 +139,36 @@ def dense_kernel(
 
 
 @triton.jit
-def _index(pointer, mask, WIDE: tl.constexpr):
-    """A CSR index; narrow ones are unsigned 16-bit integers."""
-    value = tl.load(pointer, mask=mask, other=0).to(tl.int32)
-    if WIDE:
-        return value
-    else:
-        return value & 0xFFFF
-
-
-@triton.jit
 def outliers_kernel(
-    Weight, StatCodes, TileStats, GroupSc, GroupZp, Place, Crow, Col, Val, Out, out_features, in_features, blocks, groups,
+    Weight, StatCodes, TileStats, GroupSc, GroupZp, Place, OutlierPtr, Outliers, Out, out_features, in_features, blocks, groups,
     WORDS: tl.constexpr, BITS_AT: tl.constexpr, BITS: tl.constexpr, SPREAD_BIT: tl.constexpr, GROUP: tl.constexpr,
-    BILEVEL: tl.constexpr, PERMUTED: tl.constexpr, WIDE_ROWS: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
+    BILEVEL: tl.constexpr, PERMUTED: tl.constexpr, CELLS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Out[row, column] = s (q - z) + value at every outlier. One program 4 rows. Place: stored column of a column."""
-    row = tl.program_id(0) * 4 + tl.arange(0, 4)
-    begin = _index(Crow + row, row < out_features, WIDE_ROWS)
-    end = _index(Crow + row + 1, row < out_features, WIDE_ROWS)
+    """Out[row, column] = s (q - z) + value at every outlier (spec 5.3), for CELLS cells. Place: stored column of a column."""
+    chunks = (in_features + 255) // 256
+    cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    known = cell < ((out_features + 15) // 16) * chunks
+    begin = tl.load(OutlierPtr + cell, mask=known, other=0)
+    end = tl.load(OutlierPtr + cell + 1, mask=known, other=0)
     longest = tl.max(end - begin, axis=0)
-    at_row = row.to(tl.int64)[:, None]
+    first_row = (cell // chunks).to(tl.int64)[:, None] * 16
+    first_column = (cell % chunks)[:, None] * 256
     for first in range(0, longest, ENTRIES):
-        at = begin[:, None] + first + tl.arange(0, ENTRIES)[None, :]
+        at = begin[:, None].to(tl.int64) + first + tl.arange(0, ENTRIES)[None, :]
         inside = at < end[:, None]
-        column = _index(Col + at, inside, WIDE_COLUMNS)
+        word = tl.load(Outliers + at, mask=inside, other=0)
+        row = first_row + ((word >> 8) & 15)
+        column = first_column + (word & 255)
         if PERMUTED:
             c = tl.load(Place + column, mask=inside, other=0).to(tl.int32)
         else:
             c = column
         value = _decode(
-            Weight, StatCodes, TileStats, GroupSc, GroupZp, at_row + 0 * c, c, inside, blocks, groups,
+            Weight, StatCodes, TileStats, GroupSc, GroupZp, row, c, inside, blocks, groups,
             WORDS, BITS_AT, BITS, SPREAD_BIT, GROUP, BILEVEL,
         )  # fmt: skip
-        value += _half(Val + at, inside)
-        tl.store(Out + at_row * in_features + column, value.to(Out.dtype.element_ty), mask=inside)
+        value += (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        tl.store(Out + row * in_features + column, value.to(Out.dtype.element_ty), mask=inside)
 
 
 def dequantize(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
@@ -204,9 +201,8 @@ def dequantize(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype
         if layout.permuted:
             perm = tensors["perm"].to(torch.int64)
             place = torch.empty_like(perm).scatter_(0, perm, torch.arange(perm.numel(), device=device))
-        outliers_kernel[(ceil_div(layout.out_features, 4),)](
-            *stored, place, tensors["crow_indices"], tensors["col_indices"], tensors["values"], weight, *sizes, **constants,
-            WIDE_ROWS=layout.row_pointer_dtype == "I32", WIDE_COLUMNS=layout.column_dtype == "I32", ENTRIES=64, num_warps=4,
-            **EXACT,
+        outliers_kernel[(ceil_div(layout.cells, CELLS),)](
+            *stored, place, tensors["outlier_ptr"], tensors["outliers"], weight, *sizes, **constants,
+            CELLS=CELLS, ENTRIES=64, num_warps=4, **EXACT,
         )  # fmt: skip
     return weight

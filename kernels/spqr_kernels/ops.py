@@ -12,16 +12,14 @@ from spqr_format.layout import Layout
 from . import dispatch
 from .checks import check_operand, check_tensors
 
-LEAVES = (
-    "weight", "stat_codes", "tile_stats", "group_sc", "group_zp", "crow_indices", "col_indices", "values", "perm",
-)  # fmt: skip
+LEAVES = ("weight", "stat_codes", "tile_stats", "group_sc", "group_zp", "outlier_ptr", "outliers", "perm")
 
 
 def _layout(tensors: Mapping[str, Tensor | None], out: int, inn: int, bits: int, group: int) -> Layout:
-    values = tensors.get("values")
+    outliers = tensors.get("outliers")
     return Layout(
         out, inn, bits, group, "bilevel" if tensors.get("stat_codes") is not None else "direct",
-        outliers=0 if values is None else values.numel(), permuted=tensors.get("perm") is not None, where="spqr::linear",
+        outliers=0 if outliers is None else outliers.numel(), permuted=tensors.get("perm") is not None, where="spqr::linear",
     )  # fmt: skip
 
 
@@ -32,10 +30,10 @@ def _present(*tensors: Tensor | None) -> dict[str, Tensor]:
 @torch.library.custom_op("spqr::dequantize", mutates_args=())
 def _dequantize(
     weight: Tensor, stat_codes: Tensor | None, tile_stats: Tensor | None, group_sc: Tensor | None, group_zp: Tensor | None,
-    crow_indices: Tensor | None, col_indices: Tensor | None, values: Tensor | None, perm: Tensor | None,
+    outlier_ptr: Tensor | None, outliers: Tensor | None, perm: Tensor | None,
     out_features: int, in_features: int, weight_bits: int, group_size: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    present = _present(weight, stat_codes, tile_stats, group_sc, group_zp, crow_indices, col_indices, values, perm)
+    present = _present(weight, stat_codes, tile_stats, group_sc, group_zp, outlier_ptr, outliers, perm)
     layout = _layout(present, out_features, in_features, weight_bits, group_size)
     check_tensors(present, layout, "spqr::dequantize")
     return dispatch.dequantize(present, layout, dtype)
@@ -51,10 +49,10 @@ def _(weight, *arguments):
 def _linear(
     x: Tensor, bias: Tensor | None,
     weight: Tensor, stat_codes: Tensor | None, tile_stats: Tensor | None, group_sc: Tensor | None, group_zp: Tensor | None,
-    crow_indices: Tensor | None, col_indices: Tensor | None, values: Tensor | None, perm: Tensor | None,
+    outlier_ptr: Tensor | None, outliers: Tensor | None, perm: Tensor | None,
     out_features: int, in_features: int, weight_bits: int, group_size: int,
 ) -> Tensor:  # fmt: skip
-    present = _present(weight, stat_codes, tile_stats, group_sc, group_zp, crow_indices, col_indices, values, perm)
+    present = _present(weight, stat_codes, tile_stats, group_sc, group_zp, outlier_ptr, outliers, perm)
     layout = _layout(present, out_features, in_features, weight_bits, group_size)
     check_operand(x, bias, layout, check_tensors(present, layout))
     return dispatch.linear(x, present, layout, bias)
@@ -88,7 +86,7 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     """y = x W^T + bias.
 
     x: float16, bfloat16, float32 or float64 [..., in], any strides, any batch (0 included).
-    tensors: leaf -> stored tensor, dtypes and shapes as in `layout.tensors()`, all on x's device, CSR already checked.
+    tensors: leaf -> stored tensor, dtypes and shapes as in `layout.tensors()`, all on x's device, outliers already checked.
     bias: [out] or None. Returns [..., out] in x's dtype; differentiable in x and bias. Accumulates in float32.
     Raises SpqrError E509 before anything is launched where an operand does not fit.
     """

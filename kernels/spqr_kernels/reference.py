@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spqr_format.layout import CHUNK, LANES, TILE, Layout
+from spqr_format.layout import CHUNK, CHUNK_COLUMNS, LANES, TILE, Layout, ceil_div
 from spqr_format.packing import FIELDS, PAIRS, SET, SET_WORDS, SPREAD, is_spread
 
 _PIECE = 1 << 20  # weights that are decoded at a time: 4 MB in float32
@@ -100,30 +100,30 @@ def statistics(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[Tensor, T
     return scales, zeros
 
 
-def indices(stored: Tensor) -> Tensor:
-    """Stored CSR indices as int64: I16 tensors hold unsigned 16-bit integers (spec 6.1)."""
-    return stored.to(torch.int64) & 0xFFFF if stored.dtype == torch.int16 else stored.to(torch.int64)
-
-
-def outlier_rows(crow_indices: Tensor, count: int) -> Tensor:
-    """Row of each of `count` stored values, int64 [count], from int64 crow_indices [out + 1]."""
-    rows = torch.arange(crow_indices.numel() - 1, device=crow_indices.device)
-    return rows.repeat_interleave(crow_indices.diff(), output_size=count)
+def outliers(tensors: Mapping[str, Tensor], in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns int64 and values float16, each [outliers], in stored order (spec 5.3)."""
+    pointers, words = tensors["outlier_ptr"], tensors["outliers"]
+    cells = torch.arange(pointers.numel() - 1, device=words.device)
+    cells = cells.repeat_interleave(pointers.diff(), output_size=words.numel())
+    chunks = ceil_div(in_features, CHUNK_COLUMNS)
+    position = words & 0xFFFF
+    rows = cells // chunks * TILE + position // CHUNK_COLUMNS
+    columns = cells % chunks * CHUNK_COLUMNS + position % CHUNK_COLUMNS
+    return rows, columns, (words >> 16).to(torch.int16).view(torch.float16)
 
 
 def add_outliers(weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Add S in place to weight float [out, in] (spec 6); returns weight. The CSR must have been checked."""
-    columns = indices(tensors["col_indices"])
-    rows = outlier_rows(indices(tensors["crow_indices"]), columns.numel())
+    """Add S in place to weight float [out, in] (spec 3); returns weight. The outliers must have been checked."""
+    rows, columns, values = outliers(tensors, weight.shape[1])
     # No two values share a place, so that this is exact and the same on every run.
-    weight.view(-1).index_add_(0, rows * weight.shape[1] + columns, tensors["values"].view(torch.float16).to(weight.dtype))
+    weight.view(-1).index_add_(0, rows * weight.shape[1] + columns, values.to(weight.dtype))
     return weight
 
 
 def rows_of(tensors: Mapping[str, Tensor], layout: Layout, first: int, last: int) -> tuple[dict[str, Tensor], Layout]:
-    """Stored tensors and layout of the row tiles first..last - 1: views, but for a shifted crow_indices.
+    """Stored tensors and layout of the row tiles first..last - 1: views, but for a shifted outlier_ptr.
 
-    Reads two of the row pointers, which on a GPU waits for it.
+    Reads two of the pointers, which on a GPU waits for it.
     """
     rows = slice(first * TILE, min(last * TILE, layout.out_features))
     part = {"weight": tensors["weight"][first:last]}
@@ -132,17 +132,16 @@ def rows_of(tensors: Mapping[str, Tensor], layout: Layout, first: int, last: int
         part["tile_stats"] = tensors["tile_stats"][first:last]
     else:
         part |= {leaf: tensors[leaf][rows] for leaf in ("group_sc", "group_zp")}
-    outliers = 0
+    count = 0
     if layout.outliers:
-        crow = indices(tensors["crow_indices"][rows.start : rows.stop + 1])
-        begin, end = int(crow[0]), int(crow[-1])
-        outliers = end - begin
-        if outliers:
-            part |= {leaf: tensors[leaf][begin:end] for leaf in ("col_indices", "values")}
-            part["crow_indices"] = crow - begin
+        pointers = tensors["outlier_ptr"][first * layout.chunks : last * layout.chunks + 1]
+        begin, end = int(pointers[0]), int(pointers[-1])
+        count = end - begin
+        if count:
+            part |= {"outlier_ptr": pointers - begin, "outliers": tensors["outliers"][begin:end]}
     if layout.permuted:
         part["perm"] = tensors["perm"]
-    fields = {**layout.as_dict(), "out_features": rows.stop - rows.start, "outliers": outliers}
+    fields = {**layout.as_dict(), "out_features": rows.stop - rows.start, "outliers": count}
     return part, Layout(**fields)
 
 

@@ -240,7 +240,7 @@ class SpqrFormatQuantizer(HfQuantizer):
 
 
 def refuse_sharding(model: PreTrainedModel) -> None:
-    """Raises SpqrError E508 where the model is to be cut over devices: a CSR must not be cut as a dense tensor is."""
+    """Raises SpqrError E508 where the model is to be cut over devices: outliers must not be cut as a dense tensor is."""
     distributed = getattr(model.config, "distributed_config", None)
     for name in ("tp_size", "pp_size", "ep_size", "fsdp_size"):
         size = getattr(distributed, name, None) or 1

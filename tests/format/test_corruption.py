@@ -90,6 +90,7 @@ def mutate(source: random.Random) -> bytes:
     """A file with one to three structural faults."""
     name = source.choice(["base", "direct", "hashed"])
     file = FILES[name]()
+    spans = [entry["data_offsets"][:] for entry in file.entries.values()]
     for _ in range(source.randint(1, 3)):
         entry = source.choice(list(file.entries.values()))
         modules = file.metadata.get("spqr_modules")
@@ -117,7 +118,7 @@ def mutate(source: random.Random) -> bytes:
         elif kind == 8:
             entry["shape"] = source.choice([[], [[]], [0], [2**20] * 3, list(entry["shape"])[::-1], {}, "x"])
         else:
-            place = source.randrange(len(file.data))
+            place = source.randrange(*source.choice(spans))  # a small tensor is hit as often as a large one
             patch = source.choice([b"\xff\xff", b"\0\0", b"\x00\x7e", b"\xff\xff\xff\xff", b"\x00\x00\x00\x80"])
             file.data = file.data[:place] + patch + file.data[place + len(patch) :]
         if any("shape" not in e or "data_offsets" not in e for e in file.entries.values()):

@@ -33,9 +33,9 @@ BEYOND_VECTORS = {
     ("layout", "E104", "expected bilevel or direct"): "test_packing::test_layouts_that_do_not_exist",
     ("header", "E001", "the header alone needs"): "the read that follows finds it too; here no memory is taken first",
     ("metadata", "E104", "not JSON"): "the schema that follows refuses it too; here the message is better",
-    ("payload", "E107", "the tensor is missing"): "test_csr::test_tensors_that_do_not_fit_the_layout",
-    ("payload", "E109", "expected"): "test_csr::test_tensors_that_do_not_fit_the_layout",
-    ("payload", "E110", "expected"): "test_csr::test_tensors_that_do_not_fit_the_layout",
+    ("payload", "E107", "the tensor is missing"): "test_outliers::test_tensors_that_do_not_fit_the_layout",
+    ("payload", "E109", "expected"): "test_outliers::test_tensors_that_do_not_fit_the_layout",
+    ("payload", "E110", "expected"): "test_outliers::test_tensors_that_do_not_fit_the_layout",
 }  # fmt: skip
 
 RUNNER = """
@@ -78,7 +78,7 @@ def sites() -> list[tuple[str, int, str, str]]:
             if isinstance(value, (ast.Yield, ast.YieldFrom)):
                 value = value.value
             text = ast.unparse(value) if value is not None else ""
-            calls = ("SpqrError(", "_dirty(", "_not_finite(", "_masked_rows(", "_perm(", "_column_order(", "_nothing(")
+            calls = ("SpqrError(", "_dirty(", "_not_finite(", "_masked_rows(", "_perm(", "_positions(", "_nothing(")
             if isinstance(value, ast.Call) and text.startswith(calls):
                 code = next((a.value for a in value.args if isinstance(a, ast.Constant) and str(a.value).startswith("E")), "?")
                 found.append((name, node.lineno, str(code), text))

@@ -12,7 +12,7 @@ import pytest
 
 import spqr_format
 from spqr_format import CODES, header, layout, metadata
-from spqr_format.packing import FIELDS, SPREAD, pack_codes, pack_stat_codes, to_grid
+from spqr_format.packing import FIELDS, SPREAD, pack_codes, pack_outliers, pack_stat_codes, to_grid
 
 PACKAGE = Path(spqr_format.__file__).parent
 
@@ -75,6 +75,20 @@ def test_worked_examples_with_a_chunk_and_a_tail(page):
     r, g = np.indices((16, 18))
     packed = pack_stat_codes(((3 * r + 1 + g) % 8).astype(np.uint8), ((5 * r * r + 2 + 3 * g) % 8).astype(np.uint8))
     assert packed.view(np.uint32)[0].tolist() == [word for line in words(page, "spqr-stats-set") for word in line]
+
+
+def test_worked_example_of_outliers(page):
+    found = re.findall(r"S\[(\d+), (\d+)\] = (-?\d+(?:\.\d+)?)", page)
+    dense = np.zeros((18, 300), np.float16)
+    assert f"A matrix of {dense.shape[0]} x {dense.shape[1]}" in page
+    for row, column, value in found:
+        dense[int(row), int(column)] = value
+    rows, columns = np.nonzero(dense)
+    crow = np.concatenate([[0], np.bincount(rows, minlength=18).cumsum()])
+    pointers, outliers = pack_outliers(crow, columns, dense[rows, columns], 300)
+    example = re.findall(r"```spqr-outliers\n(.+)\n(.+)\n```", page)
+    assert len(rows) == 4
+    assert example == [(" ".join(map(str, pointers)), " ".join(f"{word:08x}" for word in outliers.view(np.uint32)))]
 
 
 def test_worked_numbers_of_the_decoding(page):

@@ -59,11 +59,11 @@ def flipped_header_byte(path: Path) -> None:
 
 
 def column_out_of_range(header: dict, data: bytearray) -> None:
-    data[element(header, "layers.0.up.col_indices", 5, 2)] = struct.pack("<H", 50)
+    data[element(header, "layers.0.up.outliers", 5, 4)] = struct.pack("<He", 50, 1.0)
 
 
-def falling_row_pointer(header: dict, data: bytearray) -> None:
-    data[element(header, "layers.0.up.crow_indices", 20, 2)] = struct.pack("<H", 0)
+def falling_pointer(header: dict, data: bytearray) -> None:
+    data[element(header, "layers.0.up.outlier_ptr", 2, 4)] = struct.pack("<i", 0)
 
 
 def missing_tensor(header: dict, data: bytearray) -> None:
@@ -79,7 +79,7 @@ def nan_statistic(header: dict, data: bytearray) -> None:
 
 
 FAULTS = [
-    (truncated, "E001"), (flipped_header_byte, "E112"), (column_out_of_range, "E304"), (falling_row_pointer, "E302"),
+    (truncated, "E001"), (flipped_header_byte, "E112"), (column_out_of_range, "E304"), (falling_pointer, "E302"),
     (missing_tensor, "E107"), (unknown_version, "E102"), (nan_statistic, "E201"),
 ]  # fmt: skip
 
@@ -102,20 +102,20 @@ def test_a_report_holds_all_findings_and_says_what_was_checked(checkpoint):
     seen: list[tuple[int, int]] = []
     report = validate(checkpoint, deep=True, progress=lambda done, total: seen.append((done, total)))
     assert report.as_dict() == {
-        "ok": True, "findings": [], "modules": 3, "tensors": 3 * 7 + 1, "bytes": report.bytes,
+        "ok": True, "findings": [], "modules": 3, "tensors": 3 * 6 + 1, "bytes": report.bytes,
         "hashes": "checked", "truncated": False,
     }  # fmt: skip
     assert seen == sorted(seen)
     assert seen[-1] == (2 * report.bytes, 2 * report.bytes)
     for k in range(3):
         edit_shard(checkpoint / f"model-0000{k + 1}-of-00004.safetensors", lambda header, data, k=k: data.__setitem__(
-            element(header, f"layers.{k}.up.values", 3, 2), struct.pack("<e", float("inf"))))  # fmt: skip
+            element(header, f"layers.{k}.up.outliers", 7, 2), struct.pack("<e", float("inf"))))  # fmt: skip
     report = validate(checkpoint, deep=True)
     assert [(finding.code, finding.where) for finding in report.findings] == [
-        ("E306", f"layers.{k}.up.values[3]") for k in range(3)
+        ("E306", f"layers.{k}.up.outliers[3]") for k in range(3)
     ]
     assert report.hashes == "not covered"
-    assert str(report.findings[0]) == "SPQR-E306 layers.0.up.values[3]: F16 bits 0x7c00, expected a finite number"
+    assert str(report.findings[0]) == "SPQR-E306 layers.0.up.outliers[3]: outlier bits 0x7c00001b, expected a finite number"
     assert json.dumps(report.as_dict())
 
 

@@ -169,8 +169,8 @@ def poke(folder: Path, leaf: str, dtype: str, change: Callable[[np.ndarray], Any
     path.write_bytes(path.read_bytes()[: -len(data)] + data[:begin] + array.tobytes() + data[end:])
 
 
-def column_out_of_range(folder: Path) -> None:
-    poke(folder, "col_indices", "<u2", lambda x: x.__setitem__(-1, 256))
+def position_out_of_range(folder: Path) -> None:
+    poke(folder, "outliers", "<u2", lambda x: x.__setitem__(-2, 4096))  # of the last one
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,7 +17,7 @@ import spqr_loaders
 from spqr_format.errors import SpqrError
 from spqr_format.validate import validate
 
-from .conftest import MODULE, How, Quantized, column_out_of_range, join, poke, shard_of, split, write_model
+from .conftest import MODULE, How, Quantized, join, poke, position_out_of_range, shard_of, split, write_model
 
 
 def truncated(folder: Path) -> None:
@@ -38,8 +38,8 @@ def flipped_digit_of_a_shape(folder: Path) -> None:
     path.write_bytes(raw.replace(b'"shape":[16,384]', b'"shape":[16,385]', 1))
 
 
-def falling_row_pointer(folder: Path) -> None:
-    poke(folder, "crow_indices", "<u2", lambda x: x.__setitem__(slice(100, 102), (150, 5)))
+def falling_pointer(folder: Path) -> None:
+    poke(folder, "outlier_ptr", "<i4", lambda x: x.__setitem__(slice(10, 12), (150, 5)))
 
 
 def nan_statistic(folder: Path) -> None:
@@ -62,7 +62,7 @@ def without(folder: Path, name: str) -> None:
 
 
 def missing_tensor(folder: Path) -> None:
-    name = f"{MODULE}.values"
+    name = f"{MODULE}.outliers"
     without(folder, name)
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -112,8 +112,8 @@ BROKEN = {
     truncated: "E001",
     flipped_header_byte: "E003",
     flipped_digit_of_a_shape: "E004",
-    column_out_of_range: "E304",
-    falling_row_pointer: "E302",
+    position_out_of_range: "E304",
+    falling_pointer: "E302",
     nan_statistic: "E201",
     missing_tensor: "E107",
     unknown_version_in_config: "E102",
@@ -150,7 +150,7 @@ def test_broken_checkpoint_is_refused_with_its_code(copied: Path, breaking: Call
 
 @pytest.mark.usefixtures("no_kernels")
 def test_broken_payload_is_refused_where_it_is_offloaded_or_dequantized(copied: Path, tmp_path: Path) -> None:
-    column_out_of_range(copied)
+    position_out_of_range(copied)
     with pytest.raises(SpqrError, match="E304"):
         AutoModelForCausalLM.from_pretrained(copied, quantization_config=spqr_loaders.SpqrFormatConfig(dequantize=True))
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}

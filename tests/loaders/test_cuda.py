@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from spqr_format.errors import SpqrError
 from spqr_loaders import SpqrFormatConfig
 
-from .conftest import IDS, column_out_of_range, layers
+from .conftest import IDS, layers, position_out_of_range
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -54,7 +54,7 @@ def test_static_cache_compiles(tiny):
 
 
 def test_broken_payload_never_reaches_the_gpu_kernels(copied):
-    column_out_of_range(copied)
+    position_out_of_range(copied)
     with pytest.raises(SpqrError, match="E304"):
         AutoModelForCausalLM.from_pretrained(copied, device_map="cuda")
     assert torch.ones(3, device="cuda").sum() == 3  # no illegal access has happened
