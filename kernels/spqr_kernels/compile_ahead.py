@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from spqr_format.packing import SPREAD
 
-from . import decode, dequant, fit, matvec, unpack
+from . import decode, dequant, fit, gemm, matvec, unpack
 from .dispatch import FIT_COLUMNS
 
 NVIDIA = (80, 89, 90)
@@ -43,7 +43,8 @@ class Variant:
     arguments: dict[str, str]
     constants: dict[str, Any]
     warps: int
-    registers: int | None = None  # a thread's limit, where the compiler's own choice spills
+    registers: int | None = None  # a thread's limit, where the compiler's own choice spills or leaves room for fewer programs
+    nvidia: tuple[int, ...] = NVIDIA
 
     @property
     def portable(self) -> bool:
@@ -73,11 +74,7 @@ def variants() -> list[Variant]:
         for flavor, dtype in ((0, "*fp16"), (matvec.BF16, "*bf16")):
             operands = {"X": dtype, "XDense": dtype, "Zeros": "*u8"} | _STORED | _OUTLIERS | {"Bias": dtype, "Y": dtype}
             sizes = {"out_features": "i32", "chunks": "i32", "groups": "i32", "all_outliers": "i32"}
-            constants = (
-                kind
-                | sparse
-                | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2}
-            )
+            constants = kind | sparse | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2}
             found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4))
         operands = {"X": "*fp16", "Scale": "*fp32"} | _STORED | _OUTLIERS | {"Bias": "*fp16", "Y": "*fp16"}
         sizes = {"batch": "i32", "out_features": "i32", "tile_rows": "i32", "chunks": "i32", "groups": "i32"}
@@ -99,6 +96,16 @@ def variants() -> list[Variant]:
             )
             found.append(Variant(f"decode {title} batch {batch}", decode.decode_kernel, operands | sizes, constants, warps,
                                  decode.REGISTERS.get(batch)))  # fmt: skip
+        sizes |= {"a_split": "i32"}
+        for batch, (warps, turn, registers, _) in gemm.CHOICES.items():
+            constants = (
+                kind
+                | sparse
+                | {"SCALED": False, "PARTIAL": False, "ORDERED": batch >= gemm.IN_ORDER, "BATCH": batch, "WARPS": warps,
+                   "TURN": turn, "ENTRIES": 2}
+            )  # fmt: skip
+            found.append(Variant(f"gemm {title} batch {batch}", gemm.gemm_kernel, operands | sizes, constants, warps, registers,
+                                 nvidia=(90,)))  # fmt: skip
         sizes = {"out_features": "i32", "in_features": "i32", "chunks": "i32", "groups": "i32"}
         operands = _STORED | {"Out": "*fp16"} | sizes
         found.append(Variant(f"unpack {title}", unpack.unpack_kernel, operands, kind | {"BF": 0, "WARPS": 4}, 4))
@@ -110,8 +117,8 @@ def variants() -> list[Variant]:
         }  # fmt: skip
         operands = _STORED | {"Perm": "*i32", "Out": "*fp16"} | shape
         found.append(Variant(f"dense {title}", dequant.dense_kernel, operands, constants | {"COLUMNS": 128}, 4))
-        operands = _STORED | {"Place": "*i64"} | _CSR | {"Out": "*fp16"} | shape
-        constants = constants | {"WIDE_ROWS": True, "WIDE_COLUMNS": False, "ENTRIES": 64}
+        operands = _STORED | {"Place": "*i64", "OutlierPtr": "*i32", "Outliers": "*i32"} | {"Out": "*fp16"} | shape
+        constants = constants | {"CELLS": 4, "ENTRIES": 64}
         found.append(Variant(f"outliers {title}", dequant.outliers_kernel, operands, constants, 4))
     return found + _fit_variants()
 

@@ -25,26 +25,15 @@ from .lanes import (
     commit_copies,
     copy_async,
     copy_chunks,
-    for_all_rows,
     four_words,
-    funnel,
     room_for_chunks,
     wait_copies,
 )
+from .weights import dequantize_lane, four_groups, half_statistics, set_of_codes
 
 REGISTERS = {64: 255}  # limit for a thread by padded batch, where the compiler's own choice spills
-_LANE = gl.constexpr({bits: ptx.dequantize_lane(bits) for bits in (2, 3, 4)})
-_LANE_REGISTERS = gl.constexpr({bits: ptx.dequantize_lane_constraints(bits) for bits in (2, 3, 4)})
-_BILEVEL = gl.constexpr({bits: ptx.half_statistics(bits) for bits in (2, 3, 4)})
-_BILEVEL_REGISTERS = gl.constexpr(ptx.HALF_STATISTICS_CONSTRAINTS)
 _MMA = gl.constexpr(ptx.MMA)
 _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
-_MIDDLE = gl.constexpr({2: 0x40004000, 3: 0x44004400, 4: 0x48004800})  # half2 of 2, 4, 8
-_DIRECT = gl.constexpr(
-    # $0 scale, $1 offset as half2; $2 scale (raw fp16), $3 zero point (integer), $4 half2 of middle
-    "{ .reg .b32 z; .reg .b16 h; mov.b32 z, $3; cvt.rn.f16.u32 h, z; mov.b32 z, {h, h};"
-    " prmt.b32 $0, $2, $2, 0x1010; sub.rn.f16x2 z, $4, z; mul.rn.f16x2 $1, z, $0; }"
-)
 
 
 def _bases(first: int, last: int, dim: int, rank: int = 2) -> list[list[int]]:
@@ -97,69 +86,6 @@ def _eight_of_x(buffer, TILES: gl.constexpr, SPLIT: gl.constexpr, read: gl.const
 
 
 @gluon.jit
-def _four_groups(tile, layout: gl.constexpr):
-    """[WARPS, 16 groups] to four [32 * WARPS]: groups tid, 4 + tid, 8 + tid, 12 + tid."""
-    even, odd = gl.split(gl.permute(gl.reshape(tile, [tile.shape[0], 2, 2, 4]), [0, 3, 1, 2]))
-    w0, w2 = gl.split(even)
-    w1, w3 = gl.split(odd)
-    return for_all_rows(w0, layout), for_all_rows(w1, layout), for_all_rows(w2, layout), for_all_rows(w3, layout)
-
-
-@gluon.jit
-def _spread_pairs(value, layout: gl.constexpr):
-    """[WARPS, 8 gid, 2], the last dimension tid // 2, to [32 * WARPS]."""
-    WARPS: gl.constexpr = value.shape[0]
-    twice: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1], [1, 8, 2, 2], [WARPS, 1, 1, 1], [3, 2, 1, 0])
-    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(3, twice), assert_trivial=True), 3)
-    value = value + gl.zeros([WARPS, 8, 2, 2], value.dtype, twice)
-    return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
-
-
-@gluon.jit
-def _spread_rows(value, layout: gl.constexpr):
-    """[WARPS, 8 gid] to [32 * WARPS]."""
-    WARPS: gl.constexpr = value.shape[0]
-    cube: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
-    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(2, cube), assert_trivial=True), 2)
-    value = value + gl.zeros([WARPS, 8, 4], value.dtype, cube)
-    return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
-
-
-@gluon.jit
-def _set_of_codes(codes, tid, layout: gl.constexpr):
-    """Words of spec 4.3 [WARPS, 64] to four [32 * WARPS] with the codes of groups tid, 4 + tid, 8 + tid, 12 + tid at bit 0."""
-    WARPS: gl.constexpr = codes.shape[0]
-    warp_bases: gl.constexpr = WARP_BASES[WARPS]
-    words: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 2]], [[0, 0], [0, 1], [0, 4], [0, 8], [0, 16]], warp_bases, [], [WARPS, 32]
-    )
-    halves: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1]], [[0, 0], [0, 0], [0, 2], [0, 4], [0, 8]], warp_bases, [], [WARPS, 16]
-    )
-    own = gl.permute(gl.reshape(codes.slice(0, 32, 1).load(words), [WARPS, 8, 2, 2]), [0, 1, 3, 2])
-    own0, own1 = gl.split(own)
-    own0 = _spread_pairs(own0, layout)
-    own1 = _spread_pairs(own1, layout)
-    half0, half1 = gl.split(gl.reshape(codes.slice(32, 16, 1).load(halves), [WARPS, 8, 2]))
-    side = tid // 2 * 16
-    half0 = _spread_rows(half0, layout) >> side
-    half1 = _spread_rows(half1, layout) >> side
-    shift = tid % 2 * 12
-    behind = tid * 0 + 24  # the high byte of a lane's word goes on in its half word
-    return own0 >> shift, own1 >> shift, funnel(own0, half0, behind) >> shift, funnel(own1, half1, behind) >> shift
-
-
-@gluon.jit
-def _dequantize_lane(words, s0, o0, s1, o1, BITS: gl.constexpr):
-    return gl.inline_asm_elementwise(
-        _LANE[BITS], _LANE_REGISTERS[BITS], words + (s0, o0, s1, o1),
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32,
-               gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
-        is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _multiply(a, x, c):
     """c plus the product of the weights of one block with x."""
     for i in gl.static_range(4):
@@ -182,9 +108,9 @@ def decode_kernel(
 ):  # fmt: skip
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), n < batch <= BATCH, a multiple of 8.
 
-    X fp16 [batch, chunks * 256], permuted where need be. Scale fp32 [batch] where SCALED. Y [batch, out], contiguous. Statistics: bilevel with groups of 16, or direct. WHOLE: chunks is a multiple of
-    STAGES * WARPS / TILES. FULL: batch is BATCH.
-    """
+    X fp16 [batch, chunks * 256], permuted where need be. Scale fp32 [batch] where SCALED. Y [batch, out], contiguous.
+    Statistics: bilevel with groups of 16, or direct. WHOLE: chunks is a multiple of STAGES * WARPS / TILES. FULL: batch is
+    BATCH."""
     SPLIT: gl.constexpr = WARPS // TILES
     NT: gl.constexpr = BATCH // 8
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -219,7 +145,6 @@ def decode_kernel(
     row1 = row0 + 8
     zero = gl.zeros([32 * WARPS], gl.float32, layout)
     none = gl.zeros([32 * WARPS], gl.int32, layout)
-    middle = none + _MIDDLE[BITS]
 
     words_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, quads))[:, None]
     words_lane = gl.arange(0, 128, layout=gl.SliceLayout(0, quads))[None, :]
@@ -305,47 +230,30 @@ def decode_kernel(
             for k in gl.static_range(BITS):
                 four = four_words(now[k].load(quads), layout)
                 slots = (slots[0] + (four[0],), slots[1] + (four[1],), slots[2] + (four[2],), slots[3] + (four[3],))
+            codes = (none, none, none, none)
+            tops = (none, none, none, none)
             if BILEVEL:
-                codes = _set_of_codes(now[BITS], tid, layout)
-                tops = _four_groups(now[BITS + 1].load(tops_read), layout)
+                codes = set_of_codes(now[BITS], tid, layout)
+                tops = four_groups(now[BITS + 1].load(tops_read), layout)
             for k in gl.static_range(4):
-                if OUTLIERS:
-                    if k % 2 == 0:
-                        room, places = outliers.put(room, words, ENTRIES)
-                        put_words = words
-                        if k == 0:
-                            words = outliers.fetch(Outliers, begin1, begin2, lane, ENTRIES)
-                            most = gl.maximum(most, begin2 - begin1)
-                            cell += 2 * SPLIT
-                            begin0 = gl.load(Pointers + gl.minimum(cell, last_cell))
-                            begin1 = gl.load(Pointers + gl.minimum(cell, last_cell) + 1)
-                            begin2 = gl.load(Pointers + gl.minimum(cell, last_cell) + 2)
-                        else:
-                            words = outliers.fetch(Outliers, begin0, begin1, lane, ENTRIES)
-                            most = gl.maximum(most, begin1 - begin0)
-                if BILEVEL:
-                    top0, top1 = gl.inline_asm_elementwise(
-                        "mov.b64 {$0, $1}, $2;", "=r,=r,l", [tops[k]], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-                    )
-                    s0, o0, s1, o1 = gl.inline_asm_elementwise(
-                        _BILEVEL[BITS], _BILEVEL_REGISTERS, [codes[k], codes[k], none, top0, top1],
-                        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-                    )  # fmt: skip
-                else:
-                    group = gl.minimum((chunk * 16 + 4 * k + tid) // BLOCKS_A_GROUP, groups - 1)
-                    at0 = gl.minimum(row0, out_features - 1).to(gl.int64) * groups + group
-                    at1 = gl.minimum(row1, out_features - 1).to(gl.int64) * groups + group
-                    raw0 = gl.load(GroupSc + at0).to(gl.int32)
-                    raw1 = gl.load(GroupSc + at1).to(gl.int32)
-                    zero0 = gl.load(GroupZp + at0).to(gl.int32)
-                    zero1 = gl.load(GroupZp + at1).to(gl.int32)
-                    s0, o0 = gl.inline_asm_elementwise(
-                        _DIRECT, "=&r,=&r,r,r,r", [raw0, zero0, middle], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-                    )
-                    s1, o1 = gl.inline_asm_elementwise(
-                        _DIRECT, "=&r,=&r,r,r,r", [raw1, zero1, middle], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-                    )
-                weights = _dequantize_lane(slots[k], s0, o0, s1, o1, BITS)
+                if OUTLIERS and k % 2 == 0:
+                    room, places = outliers.put(room, words, ENTRIES)
+                    put_words = words
+                    if k == 0:
+                        words = outliers.fetch(Outliers, begin1, begin2, lane, ENTRIES)
+                        most = gl.maximum(most, begin2 - begin1)
+                        cell += 2 * SPLIT
+                        begin0 = gl.load(Pointers + gl.minimum(cell, last_cell))
+                        begin1 = gl.load(Pointers + gl.minimum(cell, last_cell) + 1)
+                        begin2 = gl.load(Pointers + gl.minimum(cell, last_cell) + 2)
+                    else:
+                        words = outliers.fetch(Outliers, begin0, begin1, lane, ENTRIES)
+                        most = gl.maximum(most, begin1 - begin0)
+                s0, o0, s1, o1 = half_statistics(
+                    codes[k], tops[k], GroupSc, GroupZp, row0, row1, out_features, groups, chunk * 16 + 4 * k + tid,
+                    BLOCKS_A_GROUP, BITS, BILEVEL,
+                )  # fmt: skip
+                weights = dequantize_lane(slots[k], s0, o0, s1, o1, BITS)
                 if OUTLIERS:
                     weights = outliers.add(weights, room, lane, k % 2)
                     if k % 2 == 1:
@@ -358,7 +266,7 @@ def decode_kernel(
             chunk += SPLIT
 
     wait_copies(0)
-    if OUTLIERS:
+    if OUTLIERS:  # noqa: SIM102, the compiler's condition and the GPU's
         if gl.max(most, axis=0) > 32 * ENTRIES:  # what did not fit, one by one
             own = Pointers + tile.to(gl.int64) * (2 * chunks)
             for which in range(0, 2 * chunks):
@@ -374,10 +282,21 @@ def decode_kernel(
                     updated = ()
                     for part8 in gl.static_range(NT):
                         x_row8 = 8 * part8 + 2 * tid
-                        extra0 = gl.load(x_cell + x_row8.to(gl.int64) * (chunks * 256), mask=there & (x_row8 < batch), other=0).to(gl.float32)
-                        extra1 = gl.load(x_cell + (x_row8 + 1).to(gl.int64) * (chunks * 256), mask=there & (x_row8 + 1 < batch), other=0).to(gl.float32)
+                        extra0 = gl.load(
+                            x_cell + x_row8.to(gl.int64) * (chunks * 256), mask=there & (x_row8 < batch), other=0
+                        ).to(gl.float32)
+                        extra1 = gl.load(
+                            x_cell + (x_row8 + 1).to(gl.int64) * (chunks * 256), mask=there & (x_row8 + 1 < batch), other=0
+                        ).to(gl.float32)
                         sums8 = acc[part8]
-                        updated = updated + ((sums8[0] + value0 * extra0, sums8[1] + value0 * extra1, sums8[2] + value1 * extra0, sums8[3] + value1 * extra1),)
+                        updated = updated + (
+                            (
+                                sums8[0] + value0 * extra0,
+                                sums8[1] + value0 * extra1,
+                                sums8[2] + value1 * extra0,
+                                sums8[3] + value1 * extra1,
+                            ),
+                        )
                     acc = updated
     lane2 = gl.arange(0, 32 * TILES, layout=gl.SliceLayout(1, final))[:, None]
     value2 = gl.arange(0, 4, layout=gl.SliceLayout(0, final))[None, :]

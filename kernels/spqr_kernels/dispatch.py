@@ -13,8 +13,9 @@ from spqr_format.layout import CHUNK, TILE, Layout
 
 from . import cpu, reference
 
-# Largest batch of each kernel, without outliers and with them; beyond, dequantizing and cuBLAS are faster. On an H200 (measured: a table in
-# kernels/benchmarks/README.md); the decode kernel stands in where `wgmma` is not (there nothing was measured).
+# Largest batch of each kernel, without outliers and with them; beyond, dequantizing and cuBLAS are faster. On an H200
+# (measured: a table in kernels/benchmarks/README.md); the decode kernel stands in where `wgmma` is not (there nothing was
+# measured).
 GEMM_BATCH = {False: 1280, True: 1024}
 DECODE_BATCH = {False: 64, True: 32}
 FIT_COLUMNS = 16  # the widest group that a thread of fit.py holds in its registers

@@ -1,9 +1,8 @@
 """Batched kernel for NVIDIA Hopper (sm_90): y = x W^T with `wgmma`, outliers fused, from small batches to prefill.
 
-A warp group of 4 warps holds 4 tiles, 64 rows of W: a lane's words become fp16 weights in registers, and these are the A operand of
-`wgmma` as they stand; x is B, in shared memory, read once for the 64 rows. The next weights are made while the tensor cores work.
-Outliers are added to the weights before the product: each pair of lanes walks along a row of the CSR, and puts what falls into the next
-columns where the lane that holds the weight will find it.
+A warp group of 4 warps holds 4 tiles, 64 rows of W: a lane's words become fp16 weights in registers, and these are the A
+operand of `wgmma` as they stand; x is B, in shared memory, read once for the 64 rows. The next weights are made while the
+tensor cores work. Outliers are added to the weights before the product (`outliers`).
 
 Every sum has one fixed order, so results repeat bit for bit.
 """
@@ -22,18 +21,20 @@ from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 
 from . import outliers
 from .checks import aligned
-from .decode import _DIRECT, _MIDDLE, _dequantize_lane, _four_groups, _set_of_codes, _BILEVEL, _BILEVEL_REGISTERS
 from .lanes import CHUNK_BYTES, WARP_BASES, commit_copies, copy_async, copy_chunks, four_words, room_for_chunks, wait_copies
+from .weights import dequantize_lane, four_groups, half_statistics, set_of_codes
 
 
 @gluon.jit
 def _operand(a, A: gl.constexpr):
-    """16 words a lane ([32 * WARPS] each: pairs 0..7 of row l, of row l + 8, of block tid) to fp16 [16 * WARPS, 64], where column
-    16 c + 8 h + 2 tid + i is column 4 c + 2 h + i of block tid."""
+    """16 words a lane ([32 * WARPS] each: pairs 0..7 of row l, of row l + 8, of block tid) to fp16 [16 * WARPS, 64], where
+    column 16 c + 8 h + 2 tid + i is column 4 c + 2 h + i of block tid."""
     WARPS: gl.constexpr = a[0].shape[0] // 32
     halves = ()
     for k in gl.static_range(16):
-        low, high = gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [a[k]], dtype=(gl.float16, gl.float16), is_pure=True, pack=1)
+        low, high = gl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [a[k]], dtype=(gl.float16, gl.float16), is_pure=True, pack=1
+        )
         halves = halves + (gl.join(low, high),)
     couples = ()
     for c in gl.static_range(4):
@@ -44,33 +45,6 @@ def _operand(a, A: gl.constexpr):
     # warp, gid, tid, i, h, half, c % 2, c // 2
     t = gl.permute(gl.reshape(t, [WARPS, 8, 4, 2, 2, 2, 2, 2]), [0, 5, 1, 7, 6, 4, 2, 3])
     return gl.convert_layout(gl.reshape(t, [16 * WARPS, 64]), A, assert_trivial=True)
-
-
-@gluon.jit
-def _statistics(codes, tops, slot: gl.constexpr, none, GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP: gl.constexpr, BITS: gl.constexpr, BILEVEL: gl.constexpr):
-    """Scale and offset of rows l and l + 8 in the group of block 4 slot + tid, as half2."""
-    if BILEVEL:
-        top0, top1 = gl.inline_asm_elementwise(
-            "mov.b64 {$0, $1}, $2;", "=r,=r,l", [tops[slot]], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-        )
-        s0, o0, s1, o1 = gl.inline_asm_elementwise(
-            _BILEVEL[BITS], _BILEVEL_REGISTERS, [codes[slot], codes[slot], none, top0, top1],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
-        at0 = gl.minimum(row0, out_features - 1).to(gl.int64) * groups + group
-        at1 = gl.minimum(row1, out_features - 1).to(gl.int64) * groups + group
-        middle = none + _MIDDLE[BITS]
-        s0, o0 = gl.inline_asm_elementwise(
-            _DIRECT, "=&r,=&r,r,r,r", [gl.load(GroupSc + at0).to(gl.int32), gl.load(GroupZp + at0).to(gl.int32), middle],
-            dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-        s1, o1 = gl.inline_asm_elementwise(
-            _DIRECT, "=&r,=&r,r,r,r", [gl.load(GroupSc + at1).to(gl.int32), gl.load(GroupZp + at1).to(gl.int32), middle],
-            dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-    return s0, o0, s1, o1
 
 
 @gluon.jit
@@ -91,7 +65,9 @@ def _add_rest(
                 word = gl.load(Outliers + at)
                 column = word & 127
                 if ORDERED:
-                    column = column // 64 * 64 + column % 16 // 4 * 16 + column % 4 // 2 * 8 + column % 64 // 16 * 2 + column % 2
+                    column = (
+                        column // 64 * 64 + column % 16 // 4 * 16 + column % 4 // 2 * 8 + column % 64 // 16 * 2 + column % 2
+                    )
                 x = gl.load(x_row + (cell * 128 + column), mask=n < batch, other=0).to(gl.float32)
                 value = (word >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
                 total += gl.where(row == ((word >> 12) & 15), value, 0.0)[:, None] * x[None, :]
@@ -188,7 +164,7 @@ def gemm_kernel(
     if OUTLIERS:
         room = outliers.room_for_cells(2 * WARPS * CHUNK_BYTES[2 * BITS + BILEVEL] + RING * 128 * BATCH, warp, lane)
         cell = (tile * chunks + begin) * 2
-        most = outliers.most_in_a_cell(Pointers, cell, (tile * chunks + end) * 2, lane)
+        most = outliers.most_in_a_cell(Pointers, cell, (end - begin) * 2, lane)
         rest = gl.max(most, axis=0) > 32 * ENTRIES
         last_cell = tile_rows * chunks * 2
         bound0 = gl.load(Pointers + cell)
@@ -216,7 +192,8 @@ def gemm_kernel(
                         codes_at += 48
                         tops_at += 16
                         copy_chunks(
-                            ring[(4 * j + s + TURN * AHEAD) // 4 % 2], words_at, codes_at, tops_at, codes_lane, wanted, wanted, wanted, BITS, BILEVEL
+                            ring[(4 * j + s + TURN * AHEAD) // 4 % 2], words_at, codes_at, tops_at, codes_lane, wanted, wanted,
+                            wanted, BITS, BILEVEL,
                         )  # fmt: skip
                     for k in gl.static_range(TURN):
                         copy_async(x_ring[(4 * j + s + TURN * AHEAD + k) % RING], x_at, mask=x_there & wanted)
@@ -231,8 +208,8 @@ def gemm_kernel(
                     codes = (none, none, none, none)
                     tops = (none, none, none, none)
                     if BILEVEL:
-                        codes = _set_of_codes(now[BITS], tid, layout)
-                        tops = _four_groups(now[BITS + 1].load(tops_read), layout)
+                        codes = set_of_codes(now[BITS], tid, layout)
+                        tops = four_groups(now[BITS + 1].load(tops_read), layout)
                 if OUTLIERS:
                     if TURN == 4:
                         if s == 0:
@@ -257,10 +234,10 @@ def gemm_kernel(
                     if s == 2:
                         room, places = outliers.put(room, words1, ENTRIES)
                 block = (chunk + j) * 16 + 4 * s + tid
-                s0, o0, s1, o1 = _statistics(
-                    codes, tops, s, none, GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP, BITS, BILEVEL
+                s0, o0, s1, o1 = half_statistics(
+                    codes[s], tops[s], GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP, BITS, BILEVEL
                 )
-                weights = _dequantize_lane(slots[s], s0, o0, s1, o1, BITS)
+                weights = dequantize_lane(slots[s], s0, o0, s1, o1, BITS)
                 if OUTLIERS:
                     weights = outliers.add(weights, room, lane, s % 2)
                     if s == 1:
@@ -286,12 +263,13 @@ def gemm_kernel(
         if HAS_BIAS:
             total += gl.load(Bias + row, mask=row < out_features, other=0).to(gl.float32)
     gl.store(Y + n.to(gl.int64) * out_features + row, total.to(Y.dtype.element_ty), mask=inside)
-    if OUTLIERS:
+    if OUTLIERS:  # noqa: SIM102, the compiler's condition and the GPU's
         if rest:
             gl.thread_barrier()
             for each in range(WARPS):
                 _add_rest(
-                    Y, X, Scale, Pointers, Outliers, first_tile + each, 2 * begin, 2 * end, first_row, batch, out_features, tile_rows, 2 * chunks,
+                    Y, X, Scale, Pointers, Outliers, first_tile + each, 2 * begin, 2 * end, first_row, batch, out_features,
+                    tile_rows, 2 * chunks,
                     SCALED and not PARTIAL, ORDERED, BATCH, WARPS, 32 * ENTRIES,
                 )  # fmt: skip
 
@@ -306,8 +284,10 @@ def finish_kernel(
     at = gl.program_id(0).to(gl.int64) * BLOCK + gl.arange(0, BLOCK, layout=layout)
     inside = at < size
     total = gl.zeros([BLOCK], gl.float32, layout)
-    for split in range(splits):
-        total += gl.load(Partial + split.to(gl.int64) * size + at, mask=inside, other=0)
+    source = Partial + at
+    for _ in range(splits):
+        total += gl.load(source, mask=inside, other=0)
+        source += size
     if SCALED:
         total *= gl.load(Scale + at // out_features, mask=inside, other=0)
     if HAS_BIAS:
@@ -322,10 +302,9 @@ def prepare_kernel(
 ):  # fmt: skip
     """A row of X [batch, in_features] in fp16, Out [batch, columns], zeros behind in_features.
 
-    SCALED: by a power of two that brings its largest value below 2**15, with the inverse in Scale; exact for all that is within
-    2**-29 of the largest. ORDERED: column 16 b + 4 c + 2 h + i of each 64 stands at 16 c + 8 h + 2 b + i. A program takes BLOCK columns, or a
-    whole row where SCALED.
-    """
+    SCALED: by a power of two that brings its largest value below 2**15, with the inverse in Scale; exact for all that is
+    within 2**-29 of the largest. ORDERED: column 16 b + 4 c + 2 h + i of each 64 stands at 16 c + 8 h + 2 b + i. A program
+    takes BLOCK columns, or a whole row where SCALED."""
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     row = gl.program_id(0).to(gl.int64)
     begin = gl.program_id(1) * BLOCK
@@ -351,14 +330,14 @@ def prepare_kernel(
         gl.store(Out + row * columns + to, (x.to(gl.float32) * factor).to(gl.float16), mask=to < columns)
 
 
-# Rows of x that a program multiplies with, by the smallest such number that is not below the batch, at most 256: warps, slots a turn,
-# the limit of registers, and programs from which on the columns are not split any further (measured on an H200).
+# Rows of x that a program multiplies with, by the smallest such number that is not below the batch, at most 256: warps, slots a
+# turn, the limit of registers, and programs from which on the columns are not split any further (measured on an H200).
 CHOICES = {
     8: (4, 4, 128, 512), 16: (4, 4, 128, 512), 32: (4, 2, 128, 384), 64: (4, 2, 168, 256), 128: (8, 1, None, 132),
     256: (8, 1, None, 132),
 }  # fmt: skip
 _LEAST_CHUNKS = 4  # of a split
-_IN_ORDER = 32  # from this batch on, copies of 16 bytes of a reordered x are faster than copies of 4 bytes
+IN_ORDER = 32  # from this batch on, copies of 16 bytes of a reordered x are faster than copies of 4 bytes
 
 
 def linear(
@@ -366,15 +345,15 @@ def linear(
     padded: int | None = None, warps: int | None = None, ordered: bool | None = None, registers: int | None = None,
     turn: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, and checked operands of a layout of whole chunks, not permuted where it has
-    outliers. Returns [batch, out] in x's dtype."""
+    """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, and checked operands of a layout of whole chunks, not
+    permuted where it has outliers. Returns [batch, out] in x's dtype."""
     out_dtype = x.dtype
     batch = x.shape[0]
     if padded is None:
         padded = next((n for n in CHOICES if n >= batch), 256)
     chosen = CHOICES[padded]
     warps, turn = warps or chosen[0], turn or chosen[1]
-    ordered = padded >= _IN_ORDER if ordered is None else ordered
+    ordered = padded >= IN_ORDER if ordered is None else ordered
     if layout.permuted:
         x = x.index_select(1, tensors["perm"])
     columns = layout.blocks * TILE
@@ -383,7 +362,15 @@ def linear(
     if scaled or ordered or columns != layout.in_features:
         given, x = x, torch.empty(batch, columns, dtype=torch.float16, device=x.device)
         prepare_kernel[(batch, 1 if scaled else ceil_div(columns, 2048))](
-            given, x, x if scale is None else scale, layout.in_features, columns, SCALED=scaled, ORDERED=ordered, BLOCK=2048, num_warps=4
+            given,
+            x,
+            x if scale is None else scale,
+            layout.in_features,
+            columns,
+            SCALED=scaled,
+            ORDERED=ordered,
+            BLOCK=2048,
+            num_warps=4,
         )
     x = aligned(x)
     chunks = layout.blocks // CHUNK
@@ -402,7 +389,8 @@ def linear(
     gemm_kernel[(parts, tiles, splits)](
         x, unused if scale is None else scale, tensors["weight"], tensors.get("stat_codes", unused),
         tensors.get("tile_stats", unused), tensors.get("group_sc", unused), tensors.get("group_zp", unused),
-        tensors.get("outlier_ptr", unused), tensors.get("outliers", unused), unused if bias is None else bias, out, batch, layout.out_features, layout.tile_rows, chunks, layout.groups, a_split,
+        tensors.get("outlier_ptr", unused), tensors.get("outliers", unused), unused if bias is None else bias, out,
+        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, a_split,
         BITS=layout.weight_bits, BILEVEL=layout.statistics == "bilevel", BLOCKS_A_GROUP=layout.group_size // TILE,
         OUTLIERS=layout.outliers > 0, HAS_BIAS=bias is not None, SCALED=scale is not None,
         PARTIAL=splits > 1, ORDERED=ordered, BATCH=padded, WARPS=warps, TURN=turn,

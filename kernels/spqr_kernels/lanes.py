@@ -56,16 +56,6 @@ def load1(pointer):
 
 
 @gluon.jit
-def index(pointer, mask, WIDE: gl.constexpr):
-    """A CSR index; narrow ones are unsigned 16-bit integers."""
-    value = gl.load(pointer, mask=mask, other=0)
-    if WIDE:
-        return value
-    else:
-        return value.to(gl.int32) & 0xFFFF
-
-
-@gluon.jit
 def funnel(low, high, shift):
     """Bits shift .. shift + 31 of (high, low), shift below 32."""
     return gl.inline_asm_elementwise(

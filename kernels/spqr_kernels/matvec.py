@@ -490,4 +490,3 @@ def matvec_warps(layout: Layout) -> int:
     while warps > most:
         warps //= 2
     return warps
-

@@ -1,13 +1,14 @@
-"""How the tensor-core kernels come by their outliers: cells of a tile and 128 columns (spec 4.4), through shared memory.
+"""How the tensor-core kernels come by their outliers: cells of a tile and 128 columns (spec 5.3), through shared memory.
 
-Batches: a warp puts the outliers of a cell into zeros, each where the lane that holds its weight will look for it, and the lanes add
-what they find to their weights before the product: `fetch`, `put`, `add`, `clear`. This costs the same for any batch.
+Batches: a warp puts the outliers of a cell into zeros, each where the lane that holds its weight will look for it, and the
+lanes add what they find to their weights before the product: `fetch`, `put`, `add`, `clear`. This costs the same for any
+batch.
 
-Batch 1: the outliers of a tile are copied to shared memory on the way (`ask`) and multiplied with x at the end (`products`). Each lane has a
-sum of its own for each of the 16 rows, so that no two lanes meet, and the order of every sum is fixed.
+Batch 1: the outliers of a tile are copied to shared memory on the way (`ask`) and multiplied with x at the end (`products`).
+Each lane has a sum of its own for each of the 16 rows, so that no two lanes meet, and the order of every sum is fixed.
 
-Gluon gives no address within shared memory, so this memory is declared in PTX; a warp uses its part alone, and waits for its own lanes only.
-"""
+Gluon gives no address within shared memory, so this memory is declared in PTX; a warp uses its part alone, and waits for its
+own lanes only."""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ _POWER_ABOVE = gl.constexpr({kb: 1 << (1024 * (kb + 1)).bit_length() - (kb & (kb
 _NONE = gl.constexpr(0xF000)  # a word of no outlier: its value is 0
 
 
-# Room for a cell is [16 rows][128 columns] of fp16, in pieces of 16 bytes whose lowest bit is flipped in odd rows: the pieces that a quarter of a warp
-# reads at once then lie in different banks. PTX: address $0 of the outlier of word $1 (spec 4.4: bits 0 .. 6 its column in the cell, 12 .. 15 its
-# row) in the room at $2.
+# Room for a cell is [16 rows][128 columns] of fp16, in pieces of 16 bytes whose lowest bit is flipped in odd rows: the pieces
+# that a quarter of a warp reads at once then lie in different banks. PTX: address $0 of the outlier of word $1 (spec 5.3: bits
+# 0 .. 6 its column in the cell, 12 .. 15 its row) in the room at $2.
 _AT = gl.constexpr("""{
 .reg .b32 t, u;
 and.b32 t, $1, 127;
@@ -71,18 +72,18 @@ _ADD_REGISTERS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 18))
 
 @gluon.jit
 def opt_in(OWN: gl.constexpr, SHARED: gl.constexpr):
-    """A launch is allowed more than 48 KB of shared memory only where Triton's own part, SHARED bytes, is more: makes it so where OWN bytes
-    of ours bring the sum above that."""
-    if OWN + SHARED > 49152:
-        if SHARED <= 49152:
-            spare: gl.constexpr = _POWER_ABOVE[(49152 - SHARED) // 1024]
-            memory = gl.allocate_shared_memory(gl.int32, [spare // 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-            memory._keep_alive()
+    """A launch is allowed more than 48 KB of shared memory only where Triton's own part, SHARED bytes, is more: makes it so
+    where OWN bytes of ours bring the sum above that."""
+    if OWN + SHARED > 49152 and SHARED <= 49152:
+        spare: gl.constexpr = _POWER_ABOVE[(49152 - SHARED) // 1024]
+        memory = gl.allocate_shared_memory(gl.int32, [spare // 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        memory._keep_alive()
 
 
 @gluon.jit
 def room_for_cells(SHARED: gl.constexpr, warp, lane):
-    """Address, for each lane, of room for a cell of its warp, all zeros. SHARED: bytes of shared memory of the kernel beside."""
+    """Address, for each lane, of room for a cell of its warp, all zeros. SHARED: bytes of shared memory of the kernel
+    beside."""
     WARPS: gl.constexpr = warp.shape[0] // 32
     opt_in(_CELL_BYTES * WARPS, SHARED)
     room = gl.inline_asm_elementwise(_ROOMS[_CELL_BYTES * WARPS], "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
@@ -102,12 +103,13 @@ def fetch(Outliers, begin, end, lane, ENTRIES: gl.constexpr):
 
 
 @gluon.jit
-def most_in_a_cell(Pointers, begin, end, lane):
-    """How many outliers the fullest of the cells begin .. end - 1 has, of those that the lane looks at."""
+def most_in_a_cell(Pointers, begin, cells, lane):
+    """How many outliers the fullest of `cells` cells from `begin` on has, of those that the lane looks at."""
     most = lane * 0
-    for first in range(0, gl.max(end - begin, axis=0), 32):
-        at = begin + first + lane
-        most = gl.maximum(most, gl.load(Pointers + at + 1, mask=at < end, other=0) - gl.load(Pointers + at, mask=at < end, other=0))
+    for first in range(0, cells, 32):
+        there = first + lane < cells
+        at = Pointers + begin + first + lane
+        most = gl.maximum(most, gl.load(at + 1, mask=there, other=0) - gl.load(at, mask=there, other=0))
     return most
 
 
@@ -146,14 +148,14 @@ def add(weights, room, lane, slot: gl.constexpr):
 
 
 def outliers_a_lane(layout: Layout) -> int:
-    """Outliers of a cell that a lane fetches, 1, 2 or 4: enough for nearly all cells of a matrix whose outliers lie anywhere. What does not
-    fit is added by a slow way."""
+    """Outliers of a cell that a lane fetches, 1, 2 or 4: enough for nearly all cells of a matrix whose outliers lie
+    anywhere. What does not fit is added by a slow way."""
     mean = 16 * CELL * layout.outliers / (layout.out_features * layout.in_features)
     return next((n for n in (1, 2) if mean + 5 * mean**0.5 <= 32 * n), 4)
 
 
-# Copies the outliers $2 from place $3, a multiple of 4, on and below $4, as many as are kept, to the room $1 with the group of copies that is
-# committed next; $5 the thread, $6 threads; the array ends at $7. $0 is $1.
+# Copies the outliers $2 from place $3, a multiple of 4, on and below $4, as many as are kept, to the room $1 with the group of
+# copies that is committed next; $5 the thread, $6 threads; the array ends at $7. $0 is $1.
 _ASK = gl.constexpr(f"""{{
 .reg .pred p;
 .reg .b32 i, a, end, bytes;
@@ -181,13 +183,12 @@ mov.b32 $0, $1;
 def _products(bfloat: bool) -> str:
     """PTX: a thread's outliers times x, added to its sum of their row. It has four in a row of every 4 * threads.
 
-    Inputs: $1 the thread's sums, 128 bytes from row to row; $2 the kept outliers, from place $3 on; $4 all of them; $5 first place and $6 end; $7 the
-    thread, $8 threads; $9 x of the first column of their panel. $0 is $1.
-    """
+    Inputs: $1 the thread's sums, 128 bytes from row to row; $2 the kept outliers, from place $3 on; $4 all of them; $5 first
+    place and $6 end; $7 the thread, $8 threads; $9 x of the first column of their panel. $0 is $1."""
     kind = "bf16" if bfloat else "f16"
     lines = [
         ".reg .pred p, q;", ".reg .b32 i, n, a, c, m, kept;", ".reg .b64 g;",
-        *(f".reg .b32 w{n}, a{n};\n.reg .b16 l{n}, h{n}, x{n};\n.reg .f32 v{n}, f{n}, s{n};\n.reg .pred p{n};" for n in range(4)),
+        *(f".reg .b32 w{n}, a{n}; .reg .b16 l{n}, h{n}, x{n}; .reg .f32 v{n}, f{n}, s{n}; .reg .pred p{n};" for n in range(4)),
         # place of the thread's first four, as multiple of 4
         "and.b32 i, $5, -4;", "mad.lo.s32 i, $7, 4, i;", "sub.s32 n, $6, $5;", f"add.s32 kept, $3, {KEPT};",
         "MORE:", "setp.ge.s32 p, i, $6;", "@p bra DONE;",
@@ -200,7 +201,12 @@ def _products(bfloat: bool) -> str:
         "THERE:",
     ]  # fmt: skip
     for n in range(4):
-        lines += [f"and.b32 c, w{n}, 0xFFF;", "mad.wide.u32 g, c, 2, $9;", f"mov.b16 x{n}, 0;", f"@p{n} ld.global.nc.b16 x{n}, [g];"]
+        lines += [
+            f"and.b32 c, w{n}, 0xFFF;",
+            "mad.wide.u32 g, c, 2, $9;",
+            f"mov.b16 x{n}, 0;",
+            f"@p{n} ld.global.nc.b16 x{n}, [g];",
+        ]
     for n in range(4):
         lines += [
             f"shr.u32 c, w{n}, 5;", "and.b32 c, c, 0x780;", f"add.u32 a{n}, c, $1;", f"ld.shared.f32 s{n}, [a{n}];",
@@ -215,7 +221,8 @@ _PRODUCTS = gl.constexpr({0: _products(False), 8: _products(True)})
 # Sums of a warp over eight lanes: $0 of the row at $2, $1 of the row eight further. Lanes of the quad add to the sum of all.
 _GATHER = gl.constexpr("{ .reg .f32 a, b, c, d, s;\nbar.warp.sync -1;\n" + "\n".join(
     "mov.f32 s, 0f00000000;\n" + "\n".join(
-        f"ld.shared.v4.f32 {{a, b, c, d}}, [$2+{1024 * half + 16 * part}];\nadd.f32 s, s, a;\nadd.f32 s, s, b;\nadd.f32 s, s, c;\nadd.f32 s, s, d;"
+        f"ld.shared.v4.f32 {{a, b, c, d}}, [$2+{1024 * half + 16 * part}];\n"
+        + "".join(f"add.f32 s, s, {word};\n" for word in "abcd")
         for part in range(2)
     ) + f"\nmov.f32 ${half}, s;" for half in range(2)
 ) + "\n}")  # fmt: skip
@@ -230,12 +237,15 @@ def room_for_products(SHARED: gl.constexpr, thread):
     """Address of the room of `ask` and `products`. SHARED: bytes of shared memory of the kernel beside."""
     WARPS: gl.constexpr = thread.shape[0] // 32
     opt_in(_KEPT_BYTES + 2048 * WARPS, SHARED)
-    return gl.inline_asm_elementwise(_ROOMS[_KEPT_BYTES + 2048 * WARPS], "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+    return gl.inline_asm_elementwise(
+        _ROOMS[_KEPT_BYTES + 2048 * WARPS], "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
 def ask(room, Outliers, begin, end, outliers, thread):
-    """Begins to copy the outliers begin .. end - 1 of a tile, of `outliers` in all, with the group of copies that is committed next."""
+    """Begins to copy the outliers begin .. end - 1 of a tile, of `outliers` in all, with the group of copies that is
+    committed next."""
     none = thread * 0
     return gl.inline_asm_elementwise(
         _ASK, "=r,r,l,r,r,r,r,r",
@@ -246,8 +256,8 @@ def ask(room, Outliers, begin, end, outliers, thread):
 
 @gluon.jit
 def products(room, Pointers, Outliers, X, tile, cells, first, thread, BF: gl.constexpr):
-    """Sums of the outliers of a tile, from place `first` on, times x [in]: a lane's share of those of rows gid and gid + 8, to be added
-    over the quad and the warps."""
+    """Sums of the outliers of a tile, from place `first` on, times x [in]: a lane's share of those of rows gid and gid + 8,
+    to be added over the quad and the warps."""
     none = thread * 0
     lane = thread % 32
     sums = room + (_KEPT_BYTES + thread // 32 * 2048)
@@ -258,10 +268,16 @@ def products(room, Pointers, Outliers, X, tile, cells, first, thread, BF: gl.con
         end = gl.load(pointers + gl.minimum(panel + 32, cells))
         own = gl.inline_asm_elementwise(
             _PRODUCTS[BF], "=r,r,r,r,l,r,r,r,r,l",
-            [own, room, none + first // 4 * 4, Outliers + none, none + begin, none + end, thread, none + thread.shape[0], X + (none + panel * 128)],
+            [own, room, none + first // 4 * 4, Outliers + none, none + begin, none + end, thread, none + thread.shape[0],
+             X + (none + panel * 128)],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
         begin = end
     return gl.inline_asm_elementwise(
-        _GATHER, "=&f,=&f,r", [own - lane * 4 + (lane // 4 * 128 + lane % 4 * 32)], dtype=(gl.float32, gl.float32), is_pure=False, pack=1
+        _GATHER,
+        "=&f,=&f,r",
+        [own - lane * 4 + (lane // 4 * 128 + lane % 4 * 32)],
+        dtype=(gl.float32, gl.float32),
+        is_pure=False,
+        pack=1,
     )

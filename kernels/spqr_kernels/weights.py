@@ -1,0 +1,118 @@
+"""A lane's weights in fp16, for the kernels of batches: its words, and the statistics of their groups, to 16 words of two.
+
+Each weight is rounded three times: its scale, its offset (middle - zero) * scale, and the sum of both.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from . import ptx
+from .lanes import WARP_BASES, for_all_rows, funnel
+
+_LANE = gl.constexpr({bits: ptx.dequantize_lane(bits) for bits in (2, 3, 4)})
+_LANE_REGISTERS = gl.constexpr({bits: ptx.dequantize_lane_constraints(bits) for bits in (2, 3, 4)})
+_BILEVEL = gl.constexpr({bits: ptx.half_statistics(bits) for bits in (2, 3, 4)})
+_BILEVEL_REGISTERS = gl.constexpr(ptx.HALF_STATISTICS_CONSTRAINTS)
+_MIDDLE = gl.constexpr({2: 0x40004000, 3: 0x44004400, 4: 0x48004800})  # half2 of 2, 4, 8
+_DIRECT = gl.constexpr(
+    # $0 scale, $1 offset as half2; $2 scale (raw fp16), $3 zero point (integer), $4 half2 of middle
+    "{ .reg .b32 z; .reg .b16 h; mov.b32 z, $3; cvt.rn.f16.u32 h, z; mov.b32 z, {h, h};"
+    " prmt.b32 $0, $2, $2, 0x1010; sub.rn.f16x2 z, $4, z; mul.rn.f16x2 $1, z, $0; }"
+)
+
+
+@gluon.jit
+def four_groups(tile, layout: gl.constexpr):
+    """[WARPS, 16 groups] to four [32 * WARPS]: groups tid, 4 + tid, 8 + tid, 12 + tid."""
+    even, odd = gl.split(gl.permute(gl.reshape(tile, [tile.shape[0], 2, 2, 4]), [0, 3, 1, 2]))
+    w0, w2 = gl.split(even)
+    w1, w3 = gl.split(odd)
+    return for_all_rows(w0, layout), for_all_rows(w1, layout), for_all_rows(w2, layout), for_all_rows(w3, layout)
+
+
+@gluon.jit
+def _spread_pairs(value, layout: gl.constexpr):
+    """[WARPS, 8 gid, 2], the last dimension tid // 2, to [32 * WARPS]."""
+    WARPS: gl.constexpr = value.shape[0]
+    twice: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1], [1, 8, 2, 2], [WARPS, 1, 1, 1], [3, 2, 1, 0])
+    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(3, twice), assert_trivial=True), 3)
+    value = value + gl.zeros([WARPS, 8, 2, 2], value.dtype, twice)
+    return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _spread_rows(value, layout: gl.constexpr):
+    """[WARPS, 8 gid] to [32 * WARPS]."""
+    WARPS: gl.constexpr = value.shape[0]
+    cube: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
+    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(2, cube), assert_trivial=True), 2)
+    value = value + gl.zeros([WARPS, 8, 4], value.dtype, cube)
+    return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def set_of_codes(codes, tid, layout: gl.constexpr):
+    """Words of spec 4.3 [WARPS, 64] to four [32 * WARPS] with the codes of groups tid, 4 + tid, 8 + tid, 12 + tid at bit 0."""
+    WARPS: gl.constexpr = codes.shape[0]
+    warp_bases: gl.constexpr = WARP_BASES[WARPS]
+    words: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 2]], [[0, 0], [0, 1], [0, 4], [0, 8], [0, 16]], warp_bases, [], [WARPS, 32]
+    )
+    halves: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1]], [[0, 0], [0, 0], [0, 2], [0, 4], [0, 8]], warp_bases, [], [WARPS, 16]
+    )
+    own = gl.permute(gl.reshape(codes.slice(0, 32, 1).load(words), [WARPS, 8, 2, 2]), [0, 1, 3, 2])
+    own0, own1 = gl.split(own)
+    own0 = _spread_pairs(own0, layout)
+    own1 = _spread_pairs(own1, layout)
+    half0, half1 = gl.split(gl.reshape(codes.slice(32, 16, 1).load(halves), [WARPS, 8, 2]))
+    side = tid // 2 * 16
+    half0 = _spread_rows(half0, layout) >> side
+    half1 = _spread_rows(half1, layout) >> side
+    shift = tid % 2 * 12
+    behind = tid * 0 + 24  # the high byte of a lane's word goes on in its half word
+    return own0 >> shift, own1 >> shift, funnel(own0, half0, behind) >> shift, funnel(own1, half1, behind) >> shift
+
+
+@gluon.jit
+def half_statistics(
+    codes, tops, GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP: gl.constexpr, BITS: gl.constexpr,
+    BILEVEL: gl.constexpr,
+):  # fmt: skip
+    """Scale and offset, as half2, of rows l and l + 8 in the group that column block `block` of the lane belongs to: from
+    the words of `set_of_codes` and the statistics of `four_groups`, or from GroupSc and GroupZp where not BILEVEL."""
+    none = block * 0
+    if BILEVEL:
+        top0, top1 = gl.inline_asm_elementwise(
+            "mov.b64 {$0, $1}, $2;", "=r,=r,l", [tops], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+        )
+        return gl.inline_asm_elementwise(
+            _BILEVEL[BITS], _BILEVEL_REGISTERS, [codes, codes, none, top0, top1],
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
+        at0 = gl.minimum(row0, out_features - 1).to(gl.int64) * groups + group
+        at1 = gl.minimum(row1, out_features - 1).to(gl.int64) * groups + group
+        middle = none + _MIDDLE[BITS]
+        s0, o0 = gl.inline_asm_elementwise(
+            _DIRECT, "=&r,=&r,r,r,r", [gl.load(GroupSc + at0).to(gl.int32), gl.load(GroupZp + at0).to(gl.int32), middle],
+            dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        s1, o1 = gl.inline_asm_elementwise(
+            _DIRECT, "=&r,=&r,r,r,r", [gl.load(GroupSc + at1).to(gl.int32), gl.load(GroupZp + at1).to(gl.int32), middle],
+            dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        return s0, o0, s1, o1
+
+
+@gluon.jit
+def dequantize_lane(words, s0, o0, s1, o1, BITS: gl.constexpr):
+    return gl.inline_asm_elementwise(
+        _LANE[BITS], _LANE_REGISTERS[BITS], words + (s0, o0, s1, o1),
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32,
+               gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True, pack=1,
+    )  # fmt: skip
