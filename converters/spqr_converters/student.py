@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,16 @@ from spqr_format.reader import Checkpoint
 from .blocks import Plan
 from .dense import dense_tensor
 from .tunable import TunableMatrix, rounded
+
+
+class Learn(NamedTuple):
+    """Which continuous numbers are learnt: statistics and outliers of matrices, dense vectors."""
+
+    matrices: bool
+    vectors: bool
+
+
+LEARN = {"all": Learn(True, True), "matrices": Learn(True, False), "vectors": Learn(False, True)}
 
 
 class TunableVector(nn.Module):
@@ -41,14 +51,16 @@ class TunableVector(nn.Module):
 class Student:
     """The model that a checkpoint holds, run through the modules of `original` with other weights.
 
-    matrices: module name -> its matrix; vectors: tensor name -> a learnt dense vector (none without `vectors`). What else
-    is dense is as the checkpoint has it.
+    matrices: module name -> its matrix; vectors: tensor name -> a dense vector that is learnt. learn: a key of `LEARN`. What
+    is not learnt is as the checkpoint has it.
     Errors: E508 where the checkpoint's tensors are not those of this model.
     """
 
-    def __init__(self, checkpoint: Checkpoint, original: nn.Module, plan: Plan, vectors: bool, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, original: nn.Module, plan: Plan, learn: str, device: torch.device) -> None:
         self.original = original
         self.matrices = {module: TunableMatrix(checkpoint.matrix(module), device) for module in checkpoint.modules}
+        for matrix in self.matrices.values():
+            matrix.requires_grad_(LEARN[learn].matrices)
         self.vectors: dict[str, TunableVector] = {}
         self._singles: dict[str, nn.Module] = {}  # parameter of the model -> what makes it
         self._fixed: dict[str, Tensor] = {}  # parameter of the model -> the checkpoint's tensor, where it is another one
@@ -65,7 +77,7 @@ class Student:
                 raise SpqrError("E508", tensor, "the checkpoint has no such tensor, and the original has")
             stored = dense_tensor(checkpoint, tensor)
             self._fits(tensor, tuple(stored.shape), shape)
-            if vectors and stored.dim() == 1 and stored.dtype in (torch.float16, torch.bfloat16, torch.float32):
+            if LEARN[learn].vectors and stored.dim() == 1 and stored.dtype in (torch.float16, torch.bfloat16, torch.float32):
                 self._singles[name] = self.vectors[tensor] = TunableVector(stored, device)
             elif not torch.equal(value := stored.to(device=device, dtype=torch.float32), original.get_parameter(name)):
                 self._fixed[name] = value
@@ -87,7 +99,7 @@ class Student:
     def parameters(self) -> Iterator[nn.Parameter]:
         """All that is learnt, in an order that is the same for the same checkpoint."""
         for module in (*self.matrices.values(), *self.vectors.values()):
-            yield from module.parameters()
+            yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
 
     def weights(self) -> dict[str, Tensor]:
         """Parameter of the model -> its value, float32, for `logits`."""

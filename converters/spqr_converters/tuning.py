@@ -33,7 +33,7 @@ from .experts import unstack
 from .job import REPORT, companions, context_length, resolve_device, tokenizer_of
 from .report import ModuleReport, Report
 from .sources import Source, open_source
-from .student import Student
+from .student import LEARN, Student
 from .tuning_state import TuningState
 
 STATE = "tuning" + PARTIAL
@@ -46,13 +46,14 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class TuningOptions:
     """epochs: passes over the windows. learning_rate: in the units of `TunableMatrix`. batch: windows in a step. held_out:
-    share of the windows that are only measured. vectors: norms and biases are learnt too. E505 where one is out of range."""
+    share of the windows that are only measured. learn: "matrices" (their statistics and outliers), "vectors" (norms and
+    biases), or "all". E505 where one is out of range."""
 
-    epochs: int = 4
+    epochs: int = 1  # more passes over the usual 131072 tokens fit those alone: converters/benchmarks/quality.md
     learning_rate: float = 1e-3
     batch: int = 2
     held_out: float = 0.125
-    vectors: bool = True
+    learn: str = "all"
 
     def __post_init__(self) -> None:
         for name, fine, expected in (
@@ -60,6 +61,7 @@ class TuningOptions:
             ("learning_rate", 0 < self.learning_rate <= 1, "above 0, at most 1"),
             ("batch", self.batch >= 1, "at least 1"),
             ("held_out", 0 < self.held_out <= 0.5, "above 0, at most 0.5"),
+            ("learn", self.learn in LEARN, " or ".join(LEARN)),
         ):
             if not fine:
                 raise SpqrError("E505", name, f"{getattr(self, name)!r}: expected {expected}")
@@ -82,7 +84,7 @@ class TuningReport:
         return {"kl_before": self.before, "kl_after": self.after, "best_epoch": self.best, "epochs": self.epochs}
 
     def as_dict(self) -> dict[str, Any]:
-        return {**self.figures(), "seconds": round(self.seconds, 1), **self.conversion.totals()}
+        return {**self.conversion.totals(), **self.figures(), "seconds": round(self.seconds, 1)}
 
 
 def tune(
@@ -118,7 +120,7 @@ def tune(
         model = _original(source, where)
         unstack(model, source)
         todo = plan(model, source)
-        student = Student(quantized, model, todo, options.vectors, where)
+        student = Student(quantized, model, todo, options.learn, where)
         made = {
             "calibration": data, "seed": seed, "options": asdict(options),
             "checkpoint": Path(checkpoint).resolve().name, "original_sha256": source.fingerprint(),

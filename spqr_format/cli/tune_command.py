@@ -25,7 +25,7 @@ from .progress import progress_bar
 @click.option("--tokens", type=click.IntRange(1), default=131072, show_default=True, help="Of the calibration text to use.")
 @click.option("--context", type=click.IntRange(1), help="Tokens in a window.  [default: the model's, at most 2048]")
 @click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="Windows in a step.")
-@click.option("--epochs", type=click.IntRange(1), default=4, show_default=True, help="Passes over the windows.")
+@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over the windows.")
 @click.option(
     "--learning-rate",
     type=click.FloatRange(0, 1, min_open=True),
@@ -33,14 +33,20 @@ from .progress import progress_bar
     show_default=True,
     help="1 moves a scale by all of itself in a step.",
 )
-@click.option("--keep-vectors", is_flag=True, help="Leave norms and biases as they are, and tune the quantized layers only.")
+@click.option(
+    "--learn",
+    type=click.Choice(["all", "matrices", "vectors"]),
+    default="all",
+    show_default=True,
+    help="matrices: the statistics and outliers of quantized layers. vectors: norms and biases.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the windows and their order.")
 @device_option
 @click.option("--restart", is_flag=True, help="Throw away what an interrupted tuning left in DESTINATION.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def tune_command(
     model: Path, original: Path, destination: Path, calibration: Path, tokens: int, context: int | None, batch: int,
-    epochs: int, learning_rate: float, keep_vectors: bool, seed: int, device: str, restart: bool, as_json: bool,
+    epochs: int, learning_rate: float, learn: str, seed: int, device: str, restart: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Bring MODEL, an SpQR folder, nearer to ORIGINAL, the dense model it was made of, at the same bits.
 
@@ -59,7 +65,7 @@ def tune_command(
 
         from ..journal import PARTIAL
     data = Calibration(text=calibration, tokens=tokens, seqlen=context)
-    options = TuningOptions(epochs=epochs, learning_rate=learning_rate, batch=batch, vectors=not keep_vectors)
+    options = TuningOptions(epochs=epochs, learning_rate=learning_rate, batch=batch, learn=learn)
     try:
         with progress_bar("tuning", shown=not as_json) as bar:
             report: Any = tune(
