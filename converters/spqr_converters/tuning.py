@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from spqr_format.errors import SpqrError
-from spqr_format.journal import PARTIAL
+from spqr_format.journal import JOURNAL, PARTIAL
 from spqr_format.lock import FolderLock
 from spqr_format.reader import Checkpoint
 from spqr_format.writer import CheckpointWriter, require_empty
@@ -33,6 +33,7 @@ from .experts import unstack
 from .job import REPORT, companions, context_length, resolve_device, tokenizer_of
 from .report import ModuleReport, Report
 from .sources import Source, open_source
+from .sources.base import file_sha256
 from .student import LEARN, Student
 from .tuning_state import TuningState
 
@@ -105,12 +106,15 @@ def tune(
     Both models are held in memory whole, in float32. progress(what, step, steps) is called after every step. A killed run
     goes on from the last finished epoch; the same arguments on the same machine give the same bytes either way.
     Errors: E501 the original or its tokenizer cannot be loaded; E503 the loss is not finite; E505, E506, E507, E511 (another
-    tuning was begun in `destination`; `restart` throws it away), E512; E508 the checkpoint is of another model.
+    tuning, or a conversion, was begun in `destination`; `restart` throws it away), E512; E508 the checkpoint is of another
+    model.
     """
     started = time.monotonic()
     where = resolve_device(device)
     source, target = open_source(original), Path(destination)
-    require_empty(target, resumable=True)
+    require_empty(target)
+    if (target / JOURNAL).exists() and not restart:
+        raise SpqrError("E511", str(target), "a conversion was begun here; --restart throws it away")
     with Checkpoint.open(checkpoint) as quantized:
         if quantized.config is None:
             raise SpqrError("E505", str(checkpoint), "a single file has no config.json: tune the folder")
@@ -157,8 +161,8 @@ def _original(source: Source, device: torch.device) -> nn.Module:
 
 
 def _digests(checkpoint: Checkpoint) -> dict[str, str]:
-    """What identifies the checkpoint's content: its recorded hashes, or, where it has none, its files' sizes."""
-    return checkpoint.sha256 or {path.name: str(path.stat().st_size) for path in checkpoint.headers}
+    """What identifies the checkpoint's content: the recorded hashes of its tensors, or those of its files."""
+    return checkpoint.sha256 or {path.name: file_sha256(path) for path in checkpoint.headers}
 
 
 class _Loop:

@@ -225,6 +225,13 @@ def test_another_model_is_refused(quantized, tiny_llama, random_llama, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_conversion_that_was_begun_is_not_thrown_away(quantized, tiny_llama, tmp_path: Path) -> None:
+    (tmp_path / "journal.spqr-partial").write_text("{}")
+    with pytest.raises(SpqrError, match="E511"):
+        tune(quantized, tiny_llama, tmp_path, TEXT, SHORT, device="cpu")
+    assert (tmp_path / "journal.spqr-partial").read_text() == "{}"
+
+
 def test_too_few_windows_to_hold_one_out(tiny_llama) -> None:
     from transformers import AutoTokenizer
 
