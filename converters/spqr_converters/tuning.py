@@ -50,7 +50,7 @@ class TuningOptions:
     share of the windows that are only measured. learn: "matrices" (their statistics and outliers), "vectors" (norms and
     biases), or "all". E505 where one is out of range."""
 
-    epochs: int = 1  # more passes over the usual 131072 tokens fit those alone: converters/benchmarks/quality.md
+    epochs: int = 1  # more passes over the usual 131072 tokens fit those alone
     learning_rate: float = 1e-3
     batch: int = 2
     held_out: float = 0.125
