@@ -211,8 +211,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(quantized, tiny_llama, tuned, tm
 
 @pytest.mark.parametrize(("learn", "moved"), [("matrices", {"tile_stats", "values"}), ("vectors", {"norm"})])
 def test_only_what_is_asked_for_is_learnt(quantized, tiny_llama, tmp_path: Path, learn, moved) -> None:
-    options = TuningOptions(epochs=1, batch=4, learn=learn)
-    tune(quantized, tiny_llama, tmp_path / "out", dataclasses.replace(TEXT, tokens=1024), options, device="cpu")
+    # bf16 holds three digits: with the usual rate these few steps would not leave a norm's rounding.
+    options = TuningOptions(epochs=1, learning_rate=5e-3, batch=2, learn=learn)
+    report = tune(quantized, tiny_llama, tmp_path / "out", TEXT, options, device="cpu")
+    assert report.best == 1
     assert moved_kinds(quantized, tmp_path / "out") == moved
 
 
