@@ -42,6 +42,26 @@ class Calibration:
 
         Errors: E501 the text cannot be read; E507 it has fewer tokens than one window.
         """
+        ids, starts, provenance = self._draw(tokenizer, context, seed)
+        return _cut(ids, starts, provenance["seqlen"]), provenance
+
+    def split(
+        self, tokenizer: Any, context: int | None, seed: int, share: float
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """The same windows in two parts, the second with `share` of them (at least one), and their provenance. Windows of
+        the first that have tokens in common with one of the second are left out. E507 where none is left."""
+        ids, starts, provenance = self._draw(tokenizer, context, seed)
+        length, count = provenance["seqlen"], max(1, round(share * len(starts)))
+        first, second = starts[:-count], starts[-count:]
+        apart = ((first[:, None] - second).abs() >= length).all(1)
+        if not bool(apart.any()):
+            raise SpqrError("E507", str(self.text), f"{len(starts)} windows of {length} tokens leave none that is held out")
+        train = _cut(ids, first[apart], length)
+        provenance |= {"train_tokens": train.numel(), "held_out_tokens": count * length}
+        return train, _cut(ids, second, length), provenance
+
+    def _draw(self, tokenizer: Any, context: int | None, seed: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """The text's tokens int64 [n], where the random windows start in them, and the provenance."""
         try:
             data = Path(self.text).read_bytes()
             text = data.decode("utf-8")
@@ -59,12 +79,15 @@ class Calibration:
             )
         generator = torch.Generator().manual_seed(seed)
         starts = torch.randint(0, len(ids) - length + 1, (count,), generator=generator)
-        windows = torch.stack([ids[s : s + length] for s in starts.tolist()])
         provenance = {
             "text": Path(self.text).name,
             "text_sha256": hashlib.sha256(data).hexdigest(),
-            "tokens": windows.numel(),
+            "tokens": count * length,
             "seqlen": length,
             "text_tokens": len(ids),
         }
-        return windows, provenance
+        return ids, starts, provenance
+
+
+def _cut(ids: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.stack([ids[s : s + length] for s in starts.tolist()])

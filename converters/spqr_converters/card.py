@@ -45,6 +45,11 @@ def model_card(report: Report) -> bytes:
         f"Bits: {bits:.3f} a quantized weight, {share:.2f} % outliers, counted from the stored bytes; {dense}",
         f"Calibration: {text}",
     ]
+    for tuned in made.get("tuning", ()):
+        facts.append(
+            f"Tuned: {len(tuned['epochs'])} epochs of {tuned['calibration']['tokens']} tokens; KL to the original on windows "
+            f"held out {tuned['kl_before']:.5f} before, {tuned['kl_after']:.5f} after"
+        )
     worst = max(report.modules, key=lambda module: module.weight_error, default=None)
     if worst is not None:
         facts.append(f"Largest error of a module's weights, relative norm: {worst.weight_error:.4f} ({worst.name})")

@@ -23,6 +23,7 @@ from spqr_format.matrix import SpqrMatrix
 from spqr_format.reader import Checkpoint
 from spqr_format.writer import PARTIAL, TORCH_DTYPES, require_empty
 
+from .dense import TORCH, dense_tensor
 from .job import companions
 
 Progress = Callable[[str, int, int], None]
@@ -33,10 +34,6 @@ DTYPES = {
     "gguf": ("auto", "float16", "bfloat16", "float32", "q8_0"),
     "gptq": ("auto",),
 }
-_TORCH = {
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 @dataclass
@@ -163,11 +160,7 @@ class Exporter:
         matrix = self.matrix(name)
         if matrix is not None:
             return torch.from_numpy(dequantized(matrix))
-        kind = self.checkpoint.dtype_of(name)
-        if kind not in _TORCH:
-            raise SpqrError("E505", name, f"stored as {kind}, which is not exported")
-        array = np.array(self.checkpoint.read(name))
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if kind == "BF16" else torch.from_numpy(array)
+        return dense_tensor(self.checkpoint, name)
 
     def cast(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The tensor in a dtype; E505 where that has no room for its values."""
@@ -283,7 +276,7 @@ class _Dense(Exporter):
 
         def make(name: str) -> dict[str, torch.Tensor]:
             tensor = self.load(name)
-            kind = _TORCH[stored[name][0]]
+            kind = TORCH[stored[name][0]]
             return {name: self.cast(name, tensor, kind) if tensor.is_floating_point() else tensor}
 
         self.write_shards(output, stored, make, {name: name for name in self.names}, max_shard_bytes)
@@ -403,12 +396,12 @@ def _natural(name: str) -> list[tuple[int, Any]]:
 
 
 def _itemsize(kind: str) -> int:
-    if kind not in _TORCH:
+    if kind not in TORCH:
         raise SpqrError("E505", "export", f"a tensor of {kind}, which is not exported")
-    return _TORCH[kind].itemsize
+    return TORCH[kind].itemsize
 
 
 def _raw(tensor: torch.Tensor, kind: str, shape: tuple[int, ...], name: str) -> memoryview:
-    if tensor.dtype != _TORCH[kind] or tuple(tensor.shape) != shape:
+    if tensor.dtype != TORCH[kind] or tuple(tensor.shape) != shape:
         raise AssertionError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, planned {kind} {shape}")
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

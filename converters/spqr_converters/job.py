@@ -107,7 +107,7 @@ def convert(
     job = _Job(origin, model, todo, options, where, progress)
     windows, data = None, None
     if calibration is not None:
-        windows, data = calibration.windows(_tokenizer(origin.companions()), context_length(origin.config), seed)
+        windows, data = calibration.windows(tokenizer_of(origin.companions()), context_length(origin.config), seed)
     job.report.source = origin.name
     job.report.mode = "lossless" if lossless else "requantized" if origin.quantized else "quantized"
     job.report.provenance = provenance(origin, None if lossless else options, data, seed, job.report.mode)
@@ -212,7 +212,8 @@ def companions(source: Path) -> dict[str, Path]:
     return found
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
+    """The folder's tokenizer; none of its code is run. E501 where it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:

@@ -11,7 +11,7 @@ import click
 from .. import __version__
 from ..errors import SpqrError
 
-COMMANDS = ("convert", "export", "validate", "inspect", "eval", "generate")
+COMMANDS = ("convert", "tune", "export", "validate", "inspect", "eval", "generate")
 
 BREAKS_THE_SPEC, USAGE, INPUT_OUTPUT = 1, 2, 3  # exit codes; 0 is fine
 
@@ -50,6 +50,7 @@ def main() -> None:
 
     \b
     Make a checkpoint     spqr convert ORIGINAL DESTINATION --calibration text.txt
+    Tune one further      spqr tune DESTINATION ORIGINAL TUNED --calibration text.txt
     Check one             spqr validate DESTINATION --deep
     Look inside           spqr inspect DESTINATION
     Measure it            spqr eval DESTINATION text.txt --reference ORIGINAL
