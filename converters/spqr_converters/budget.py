@@ -65,18 +65,19 @@ def plan_bits(
     what the candidates take, E502 and E503 as the quantizer.
     """
     offered = candidates(bits_per_weight, base)
-    quick = [_quick(options) for options in offered]
-    done = partial(progress, "measuring") if progress else None
-    if windows is None:
-        losses = _data_free(todo, source, quick, device, workers, done)
-    else:
-        losses = sensitivity.Sensitivity(model, todo, source, windows, device, seed).measure(quick, done)
     tensors = list(todo.matrices)
     costs = [[_stored_bytes(source, tensor, options) for options in offered] for tensor in tensors]
     weights = sum(source.entries[tensor].numel for tensor in tensors)
     least, most = (8 * sum(map(pick, costs)) / weights for pick in (min, max))
     if not least <= bits_per_weight <= most:
         raise SpqrError("E505", "bits_per_weight", f"{bits_per_weight}: this model's matrices take {least:.3f} to {most:.3f}")
+    # Candidates are compared after one round: further ones lower the errors of all of them alike.
+    quick = [replace(options, rounds=1) for options in offered]
+    done = partial(progress, "measuring") if progress else None
+    if windows is None:
+        losses = _data_free(todo, source, quick, device, workers, done)
+    else:
+        losses = sensitivity.Sensitivity(model, todo, source, windows, device, seed).measure(quick, done)
     chosen = allocate(costs, [losses[tensor] for tensor in tensors], int(bits_per_weight * weights / 8))
     options = {tensor: offered[i] for tensor, i in zip(tensors, chosen, strict=True)}
     return BitPlan(
@@ -92,11 +93,6 @@ def plan_bits(
             for tensor, cost, i in zip(tensors, costs, chosen, strict=True)
         },
     )  # fmt: skip
-
-
-def _quick(options: SolverOptions) -> SolverOptions:
-    """Candidates are compared after one round: further ones lower the error of all of them alike."""
-    return replace(options, rounds=1)
 
 
 def _stored_bytes(source: Source, tensor: str, options: SolverOptions) -> int:
