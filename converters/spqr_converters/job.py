@@ -41,6 +41,7 @@ from .sources.packed import OPTION_FILES
 
 Progress = Callable[[str, int, int], None]
 _DRIFT_PRIOR = 8  # tokens for each input column that count for no drift
+UNIFORM = ("weight_bits", "group_size", "statistics", "outlier_share", "outlier_threshold")  # what a budget decides instead
 REPORT = "spqr_report.json"
 _NOT_COPIED = {"config.json", REPORT, *OPTION_FILES}  # what would tell a loader of another format
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm"}
@@ -124,6 +125,8 @@ def convert(
     job.report.provenance = provenance(origin, None if lossless else options, data, seed, job.report.mode)
     if bits_per_weight is not None:
         job.report.provenance["budget"] = spread.as_dict()
+        for name in UNIFORM:  # they stand in the plan, module by module
+            del job.report.provenance["solver"][name]
     if keep:
         job.report.provenance["keep_dense"] = list(keep)
 
@@ -165,7 +168,7 @@ def refuse_with_budget(bits_per_weight: float | None, options: SolverOptions) ->
     if not bits_per_weight > 0:
         raise SpqrError("E505", "bits_per_weight", f"{bits_per_weight!r}: expected above 0")
     usual = SolverOptions()
-    for name in ("weight_bits", "group_size", "statistics", "outlier_share", "outlier_threshold"):
+    for name in UNIFORM:
         if getattr(options, name) != getattr(usual, name):
             raise SpqrError("E505", name, "with bits_per_weight the budget decides it for every module")
 

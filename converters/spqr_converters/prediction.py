@@ -11,6 +11,7 @@ import torch
 
 from spqr_format.layout import Layout
 
+from . import sensitivity
 from .blocks import build, linears, plan
 from .budget import plan_bits
 from .calibration import Calibration
@@ -144,6 +145,9 @@ def predict(
         passes += options.sweeps
         squares = sum(layer.in_features**2 for layer in {x.in_features: x for _, x in linears(todo.blocks)}.values())
         flops = streams * 3.5 * 2 * tokens * quantised + streams * 2 * tokens * squares * len(todo.blocks)
+        if budget is not None:  # the hidden states before every block, one pass forward and one with its backward
+            work += 4 * sensitivity.TOKENS * hidden * len(todo.blocks)
+            flops += 4 * 2 * sensitivity.TOKENS * quantised
     seconds = flops / _FLOPS[where.type if where.type in _FLOPS else "cuda"]
     seconds += quantised * passes * options.rounds / 3 / _WEIGHTS[where.type if where.type in _WEIGHTS else "cuda"]
     if lossless:

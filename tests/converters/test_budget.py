@@ -182,6 +182,7 @@ def test_a_budget_is_met_and_the_plan_is_what_is_stored(random_llama, tmp_path, 
     section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     budget = section["provenance"]["budget"]
     assert budget["planned_bits"] == pytest.approx(report.bits, rel=1e-3)
+    assert "weight_bits" not in section["provenance"]["solver"]
     stored = Checkpoint.open(tmp_path / "out").modules
     assert stored.keys() == budget["modules"].keys()
     for name, module in budget["modules"].items():
