@@ -13,6 +13,7 @@ of the gradient over windows. Without calibration every module counts by its siz
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -67,7 +68,8 @@ def _sampled_rows(count: int) -> torch.Tensor:
 def data_free(weight: torch.Tensor, candidates: Sequence[SolverOptions], name: str) -> list[float]:
     """Without calibration: the relative squared error of the weights times their number."""
     energy = float(weight.float().square().sum(dtype=torch.float64))
-    return losses(weight, torch.full((1, 1), weight.numel() / max(energy, 1e-30)), candidates, name)
+    importance = torch.full((1, 1), weight.numel() / max(energy, 1e-30), device=weight.device)
+    return losses(weight, importance, candidates, name)
 
 
 class Sensitivity:
@@ -124,7 +126,6 @@ class Sensitivity:
         """
         table: dict[str, list[float]] = {}
         signals: list[float] = []  # of each measured module, for each of its weights
-        unreached: list[str] = []
 
         def add(tensor: str, found: list[float]) -> None:
             table[tensor] = found
@@ -139,6 +140,8 @@ class Sensitivity:
             for tensor, importance in importances.items():
                 weight = self.source.load(tensor).to(self.device)
                 signal = float((importance * weight.float().square()).mean(dtype=torch.float64))
+                if not math.isfinite(signal):
+                    raise SpqrError("E503", tensor, "the gradients of the calibration text are not finite")
                 if signal > 0:
                     signals.append(signal)
                     add(tensor, losses(weight, importance, candidates, tensor))
@@ -211,7 +214,8 @@ class _Watch:
                 hessian = self.hessians.setdefault(name, Accumulator(x.shape[-1], name, self._device))
                 hessian.add(x.detach())
             self._last = (name, x)
-            out.register_hook(lambda gradient: self._add(name, gradient))
+            if out.requires_grad:  # or nothing that the block is given reaches this layer
+                out.register_hook(lambda gradient: self._add(name, gradient))
 
         return note
 
