@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
 
+from spqr_converters.presets import PRESETS
 from spqr_format.cli import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +92,31 @@ def test_dry_run_predicts_and_writes_nothing(tmp_path, tiny_llama, converted):
     assert predicted["bits"] == pytest.approx(totals["bits_per_quantised_weight"], rel=1e-3)
 
 
+def test_dry_run_prints_the_plan_of_a_budget(tmp_path, tiny_llama):
+    """One block of the model, each of its matrices with its own bits, in the bytes of the preset."""
+    arguments = ["convert", tiny_llama, tmp_path / "none", "--dry-run", "--preset", "small", "--device", "cpu"]
+    kept = [option for layer in "123" for option in ("--keep-dense", f"model.layers.{layer}.*")]
+    predicted = json.loads(spqr(*arguments, *kept, "--json").stdout)
+    assert predicted["bits"] == predicted["budget"]["planned_bits"]
+    assert 0.995 * PRESETS["small"] < predicted["bits"] <= PRESETS["small"]
+    assert len(predicted["budget"]["modules"]) == 7
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_budget_and_uniform_bits_exclude_each_other(tmp_path, tiny_llama):
+    for given in (("--preset", "small", "--weight-bits", 3), ("--preset", "small", "--bits-per-weight", 3.9)):
+        result = spqr("convert", tiny_llama, tmp_path / "none", *given)
+        assert result.exit_code == 2
+        assert "choose one of the two" in result.output
+
+
+def test_the_help_tells_the_budgets_of_the_presets():
+    shown = " ".join(spqr("convert", "--help").output.split())
+    assert "[near-lossless|balanced|small]" in shown
+    assert list(PRESETS) == ["near-lossless", "balanced", "small"]
+    assert "{}, {} or {} stored bits".format(*PRESETS.values()) in shown
+
+
 def test_validate_says_valid(converted):
     result = spqr("validate", converted, "--deep")
     assert result.exit_code == 0
@@ -165,6 +192,37 @@ def test_eval_of_the_original_against_itself_is_zero(tiny_llama):
     figures = json.loads(spqr("eval", tiny_llama, TEXT, *arguments).stdout)
     assert figures["kl"]["mean"] == pytest.approx(0, abs=1e-6)
     assert figures["top1"]["mean"] == 1
+
+
+def test_eval_compares_models_beside_each_other(converted, tiny_llama, tmp_path):
+    """What `eval` says of each alone; the bits are those of `inspect`, and of a model in another format there are none."""
+    pytest.importorskip("matplotlib")
+    common = [TEXT, "--reference", tiny_llama, "--context", 128, "--tokens", 1024, "--device", "cpu"]
+    alone = json.loads(spqr("eval", converted, *common, "--json").stdout)
+    figures = tmp_path / "bits.svg"
+    arguments = ["eval", "--compare", converted, tiny_llama, *common, "--plot", figures]
+    both = json.loads(spqr(*arguments, "--json").stdout)
+    assert both["protocol"] == {"tokens": 8 * 127, "windows": 8, "context": 128, "stride": 128}
+    ours, dense = both["models"]
+    bits = json.loads(spqr("inspect", converted, "--json").output)["totals"]["bits"]
+    assert ours == {"name": str(converted), "bits": pytest.approx(bits), **alone}
+    assert dense["bits"] is None
+    assert dense["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    drawn = figures.read_bytes()
+    texts = [element.text for element in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
+    assert str(converted) in texts
+    assert str(tiny_llama) not in texts
+    shown = spqr(*arguments).output
+    assert f"{bits:.3f}" in shown
+    assert "stride 128" in shown
+    assert figures.read_bytes() == drawn
+
+
+def test_eval_of_several_models_needs_compare_and_an_original(converted, tiny_llama):
+    for arguments in ([converted, tiny_llama, TEXT], ["--compare", converted, TEXT], [converted, TEXT, "--plot", "x.svg"]):
+        result = spqr("eval", *arguments, "--device", "cpu")
+        assert result.exit_code == 2
+        assert "--reference" in result.output or "--compare" in result.output
 
 
 def test_eval_refuses_a_text_that_is_too_short(converted, tmp_path):

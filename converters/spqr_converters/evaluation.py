@@ -8,7 +8,7 @@ the window, not the token, as the unit, for tokens of one window are not indepen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,6 @@ def context_of(config: Any, wanted: int | None = None) -> int:
     return wanted
 
 
-@torch.no_grad()
 def evaluate(
     model: Any, windows: Tensor, *, reference: Any | None = None, batch: int = 1, progress: Progress | None = None
 ) -> Evaluation:
@@ -79,21 +78,38 @@ def evaluate(
 
     Raises SpqrError E503 where a model's logits are not finite.
     """
-    sums: list[Tensor] = []  # per window: nll, reference nll, kl, agreements
+    return evaluate_all([model], windows, reference=reference, batch=batch, progress=progress)[0]
+
+
+@torch.no_grad()
+def evaluate_all(
+    models: Sequence[Any], windows: Tensor, *, reference: Any | None = None, batch: int = 1, progress: Progress | None = None
+) -> list[Evaluation]:
+    """`evaluate` for several models of one vocabulary. The reference runs once over each window, for all of them."""
+    sums: list[list[Tensor]] = [[] for _ in models]  # per window: nll, reference nll, kl, agreements
     for first in range(0, len(windows), batch):
         part = windows[first : first + batch]
-        logits = _logits(model, part, "the model")
-        other = None if reference is None else _logits(reference, part, "the reference").to(logits.device)
-        sums.append(_compare(logits, other, part[:, 1:].to(logits.device)).cpu())
+        other = None if reference is None else _logits(reference, part, "the reference")
+        for own, model in zip(sums, models, strict=True):
+            logits = _logits(model, part, "the model")
+            if other is not None and other.shape != logits.shape:
+                what = f"{logits.shape[-1]} tokens in its vocabulary, the reference has {other.shape[-1]}"
+                raise SpqrError("E508", "the model", what)
+            aligned = None if other is None else other.to(logits.device)
+            own.append(_compare(logits, aligned, part[:, 1:].to(logits.device)).cpu())
         if progress:
             progress(min(first + batch, len(windows)), len(windows))
-    table = torch.cat(sums) / (windows.shape[1] - 1)
+    return [_evaluation(torch.cat(own), windows, reference is not None) for own in sums]
+
+
+def _evaluation(sums: Tensor, windows: Tensor, compared: bool) -> Evaluation:
+    table = sums / (windows.shape[1] - 1)
     nll, reference_nll, kl, top1 = (_estimate(column) for column in table.unbind(1))
     evaluation = {
         "tokens": len(windows) * (windows.shape[1] - 1), "context": windows.shape[1], "windows": len(windows),
         "perplexity": _perplexity(nll),
     }  # fmt: skip
-    if reference is not None:
+    if compared:
         evaluation |= {"reference_perplexity": _perplexity(reference_nll), "kl": kl, "top1": top1}
     return Evaluation(**evaluation)  # type: ignore[arg-type]
 

@@ -71,6 +71,32 @@ def _parameter(name: str, parameter: nn.Parameter, plan: Plan, source: Source) -
     raise SpqrError("E501", str(source.folder), f"tensor {name} is missing")
 
 
+@contextlib.contextmanager
+def loaded_outside(model: Any, plan: Plan, source: Source, device: torch.device, outputs: bool = False) -> Iterator[None]:
+    """Holds the parameters of all that is no decoder block in memory, with `outputs` the output embedding too (E501 where
+    the source has none, not even a tied one)."""
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    skip = {id(m) for m in plan.blocks.modules()}
+    if head is not None and not outputs:
+        skip |= {id(m) for m in head.modules()}
+    if inputs is not None:
+        skip -= {id(m) for m in inputs.modules()}
+    outside = [(name, m) for name, m in model.named_modules() if id(m) not in skip]
+    for name, module in outside:
+        _load_own(module, name, plan, source, device)
+    if outputs and head is not None and head.weight.is_meta:
+        if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+            raise SpqrError("E501", str(source.folder), "the output embedding is missing")
+        head.weight = inputs.weight
+    try:
+        yield
+    finally:
+        for _, module in outside:
+            for name in list(module._parameters):
+                if module._parameters[name] is not None:
+                    set_tensor(module, name, None)
+
+
 class Stream:
     """The hidden states of all calibration windows on their way through the blocks.
 
@@ -82,16 +108,10 @@ class Stream:
         self.device = torch.device(device)
         self.hidden: list[torch.Tensor] = []
         self.calls: dict[tuple[int, ...], list[tuple[tuple, dict]]] = {}
-        outputs = model.get_output_embeddings()
-        skip = {id(m) for m in plan.blocks.modules()}
-        if outputs is not None:
-            skip |= {id(m) for m in outputs.modules()}
-        inputs = model.get_input_embeddings()
-        if inputs is not None:
-            skip -= {id(m) for m in inputs.modules()}
-        outside = [(name, m) for name, m in model.named_modules() if id(m) not in skip]
-        for name, module in outside:
-            _load_own(module, name, plan, source, self.device)
+        with loaded_outside(model, plan, source, self.device):
+            self._record(model, plan, windows, batch)
+
+    def _record(self, model: Any, plan: Plan, windows: torch.Tensor, batch: int) -> None:
         try:
             for i, block in enumerate(plan.blocks):
                 block.forward = self._recorder(i, i + 1 == len(plan.blocks))
@@ -107,10 +127,6 @@ class Stream:
                 # Not set back but deleted: a bound method on its own instance is a cycle, and a copy of the block
                 # would live until the garbage collector comes by.
                 del block.forward
-        for _, module in outside:
-            for name in list(module._parameters):
-                if module._parameters[name] is not None:
-                    set_tensor(module, name, None)
 
     def _recorder(self, index: int, last: bool) -> Callable[..., torch.Tensor]:
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -24,12 +24,13 @@ from spqr_format.writer import CheckpointWriter, Packed, require_empty
 
 from . import calibrated, datafree
 from .blocks import Plan, build, linears, plan
+from .budget import plan_bits
 from .calibration import Calibration
 from .card import model_card
 from .coverage import check_coverage, keep_dense
 from .experts import unstack
 from .forward import Stream, load, unload
-from .hessian import Accumulator
+from .hessian import Accumulator, Factor
 from .lossless import carry_over, lossless_plan, most_common
 from .memory import release
 from .options import SolverOptions
@@ -41,6 +42,7 @@ from .sources.packed import OPTION_FILES
 
 Progress = Callable[[str, int, int], None]
 _DRIFT_PRIOR = 8  # tokens for each input column that count for no drift
+UNIFORM = ("weight_bits", "group_size", "statistics", "outlier_share", "outlier_threshold")  # what a budget decides instead
 REPORT = "spqr_report.json"
 _NOT_COPIED = {"config.json", REPORT, *OPTION_FILES}  # what would tell a loader of another format
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm"}
@@ -56,6 +58,7 @@ def convert(
     statistics: str = "bilevel",
     outlier_share: float | None = None,
     outlier_threshold: float | None = None,
+    bits_per_weight: float | None = None,
     calibration: Calibration | None = None,
     keep: Sequence[str] = (),
     device: str = "auto",
@@ -73,6 +76,8 @@ def convert(
     count), what it stores dense stays dense, and every module is compared with the source's own dequantized weights.
     Without `calibration` the weights alone are used. keep: patterns of module names that stay dense. `solver` carries
     further options; its format fields (weight_bits, group_size, statistics, outliers) are replaced by the arguments here.
+    bits_per_weight: a budget of stored bits a weight instead of them, for which every module gets its own (see budget.py;
+    presets.PRESETS has some with names); the plan stands in the report's provenance.
     progress(module, done, total) is called after every matrix with parameters done and in all. workers: modules at a time,
     where no calibration makes one depend on another; by default one for each core. A GPU solves one after the other, and
     others are read and packed meanwhile (3 at most). Their number does not change a byte of the output.
@@ -89,7 +94,8 @@ def convert(
     )  # fmt: skip
     if max_shard_bytes < 1:
         raise SpqrError("E505", "max_shard_bytes", f"{max_shard_bytes}: expected at least 1")
-    refuse_with_lossless(lossless, calibration, outlier_share, outlier_threshold)
+    refuse_with_lossless(lossless, calibration, outlier_share, outlier_threshold, bits_per_weight)
+    refuse_with_budget(bits_per_weight, options)
     target = Path(destination)
     require_empty(target, resumable=True)
     workers = worker_count(workers)
@@ -107,10 +113,21 @@ def convert(
     job = _Job(origin, model, todo, options, where, progress)
     windows, data = None, None
     if calibration is not None:
-        windows, data = calibration.windows(tokenizer_of(origin.companions()), context_length(origin.config), seed)
+        windows, data = calibration.windows(load_tokenizer(origin.companions()), context_length(origin.config), seed)
+    if bits_per_weight is not None:
+        spread = plan_bits(
+            model, todo, origin, options, bits_per_weight, windows=windows, device=where, workers=workers, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        job.chosen = spread.options
+        base |= spread.usual(todo, origin)
     job.report.source = origin.name
     job.report.mode = "lossless" if lossless else "requantized" if origin.quantized else "quantized"
     job.report.provenance = provenance(origin, None if lossless else options, data, seed, job.report.mode)
+    if bits_per_weight is not None:
+        job.report.provenance["budget"] = spread.as_dict()
+        for name in UNIFORM:  # they stand in the plan, module by module
+            del job.report.provenance["solver"][name]
     if keep:
         job.report.provenance["keep_dense"] = list(keep)
 
@@ -134,13 +151,27 @@ def convert(
 
 
 def refuse_with_lossless(
-    lossless: bool, calibration: Calibration | None, outlier_share: float | None, outlier_threshold: float | None
-) -> None:
+    lossless: bool, calibration: Calibration | None, outlier_share: float | None, outlier_threshold: float | None,
+    bits_per_weight: float | None,
+) -> None:  # fmt: skip
     """E505 for options that a lossless conversion would have to ignore."""
-    options = {"calibration": calibration, "outlier_share": outlier_share, "outlier_threshold": outlier_threshold}
+    options = {"calibration": calibration, "outlier_share": outlier_share, "outlier_threshold": outlier_threshold,
+               "bits_per_weight": bits_per_weight}  # fmt: skip
     for name, value in options.items():
         if lossless and value is not None:
             raise SpqrError("E505", name, "a lossless conversion carries the source's codes over and takes no such option")
+
+
+def refuse_with_budget(bits_per_weight: float | None, options: SolverOptions) -> None:
+    """E505 for options that a budget would have to ignore, and for a budget that is no number of bits."""
+    if bits_per_weight is None:
+        return
+    if not bits_per_weight > 0:
+        raise SpqrError("E505", "bits_per_weight", f"{bits_per_weight!r}: expected above 0")
+    usual = SolverOptions()
+    for name in UNIFORM:
+        if getattr(options, name) != getattr(usual, name):
+            raise SpqrError("E505", name, "with bits_per_weight the budget decides it for every module")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -212,8 +243,8 @@ def companions(source: Path) -> dict[str, Path]:
     return found
 
 
-def tokenizer_of(folder: Path) -> Any:
-    """The folder's tokenizer; none of its code is run. E501 where it cannot be loaded."""
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer; none of its code is run. E501 where transformers cannot load it."""
     from transformers import AutoTokenizer
 
     try:
@@ -229,6 +260,7 @@ class _Job:
     ) -> None:  # fmt: skip
         self.source, self.model, self.plan, self.options = source, model, todo, options
         self.device, self.progress = device, progress
+        self.chosen: dict[str, SolverOptions] = {}  # what a budget decided for single tensors
         self.report = Report()
         self.writer: Any = None
         # A GPU is filled by one matrix; a second one would only take memory.
@@ -237,6 +269,9 @@ class _Job:
         self.total = sum(source.entries[tensor].numel for tensor in todo.matrices)
 
     # What all ways share
+
+    def _options(self, tensor: str) -> SolverOptions:
+        return self.chosen.get(tensor, self.options)
 
     def _finished(self, tensor: str) -> bool:
         """True for what the writer has, from this run or from the one that it takes up."""
@@ -311,7 +346,7 @@ class _Job:
         if self._finished(tensor):
             self._count(tensor)
             return
-        matrix, figures = datafree.solve(self.source.load(tensor).to(self.device), self.options, tensor)
+        matrix, figures = datafree.solve(self.source.load(tensor).to(self.device), self._options(tensor), tensor)
         self._add(tensor, matrix, method, figures)
 
     # Module by module
@@ -345,7 +380,7 @@ class _Job:
         """From the weights alone."""
         weight = self.source.load(tensor)
         with self.turn:
-            matrix, figures = datafree.solve(weight.to(self.device), self.options, tensor)
+            matrix, figures = datafree.solve(weight.to(self.device), self._options(tensor), tensor)
         del weight
         return self._packed(tensor, matrix, "data-free", figures)
 
@@ -435,10 +470,14 @@ class _Job:
                 # With few tokens for each input column the correction is mostly noise.
                 drift *= accumulator.tokens / (accumulator.tokens + _DRIFT_PRIOR * layers[0].in_features)
             del accumulator
-            factor = calibrated.prepare(H, self.options, f"{prefix}.{names[0]}")
+            factors: dict[int, Factor] = {}
             for name, layer in zip(names, layers, strict=True):
                 tensor = self.plan.parameters[f"{prefix}.{name}.weight"]
-                matrix, figures, decoded = calibrated.solve_and_decode(layer.weight, H, self.options, tensor, drift, factor)
+                options = self._options(tensor)
+                if options.group_size not in factors:  # on which the order of the columns depends
+                    factors[options.group_size] = calibrated.prepare(H, options, f"{prefix}.{names[0]}")
+                factor = factors[options.group_size]
+                matrix, figures, decoded = calibrated.solve_and_decode(layer.weight, H, options, tensor, drift, factor)
                 layer.weight = nn.Parameter(decoded, requires_grad=False)
                 solved[tensor] = (matrix, figures)
                 release()

@@ -1,4 +1,4 @@
-"""What a conversion will cost and give, from the source's headers alone."""
+"""What a conversion will cost and give: from the source's headers alone, with a budget of bits from its weights too."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 
 from spqr_format.layout import Layout
 
+from . import sensitivity
 from .blocks import build, linears, plan
+from .budget import plan_bits
 from .calibration import Calibration
 from .coverage import check_coverage, keep_dense
 from .experts import unstack
-from .job import context_length, refuse_with_lossless, resolve_device
+from .job import context_length, load_tokenizer, refuse_with_budget, refuse_with_lossless, resolve_device
 from .lossless import lossless_plan
 from .options import SolverOptions
 from .parallel import beside_gpu, worker_count
@@ -23,7 +25,7 @@ from .sources import Source, open_source
 
 _RUNTIME = 400 << 20  # Python, torch and transformers, as seen
 _FLOPS = {"cpu": 1.0e11, "cuda": 3.0e13}  # float32 products a second, as seen on 2 cores and on an H200
-_WEIGHTS = {"cpu": 4.0e5, "cuda": 1.0e6}  # weights a second and per pass that the search of statistics takes, as seen
+_WEIGHTS = {"cpu": 4.0e5, "cuda": 9.0e7}  # weights a second and per pass that the search of statistics takes, as seen
 
 _CARRIED = 4.0e7  # weights a second that a lossless conversion carries over and compares, as seen on one core
 _CARRIED_BYTES = 8  # a weight of the matrix on its way: codes, words, dequantized, and copies
@@ -31,7 +33,8 @@ _CARRIED_BYTES = 8  # a weight of the matrix on its way: codes, words, dequantiz
 
 @dataclass(frozen=True)
 class Prediction:
-    """bits: stored bits per quantised weight (exact without `outlier_threshold`).
+    """bits: stored bits per quantised weight (exact without `outlier_threshold`). budget: what
+    a budget of bits is spent on (`BitPlan.as_dict`), None without one.
     Bytes of tensors on disk; peak memory in bytes on the host and on the device (the same memory when the device is the
     CPU, then device_memory is 0); seconds are rough."""
 
@@ -46,6 +49,7 @@ class Prediction:
     device_memory: int
     seconds: float
     device: str
+    budget: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,21 +64,25 @@ def predict(
     statistics: str = "bilevel",
     outlier_share: float | None = None,
     outlier_threshold: float | None = None,
+    bits_per_weight: float | None = None,
     calibration: Calibration | None = None,
     keep: Sequence[str] = (),
     device: str = "auto",
+    seed: int = 0,
     workers: int | None = None,
     solver: SolverOptions | None = None,
 ) -> Prediction:
-    """Predict `convert` with the same arguments; reads only config.json and the shards' headers. With a threshold the
-    outliers are not known before and 0.5 % of the weights is assumed. Errors: E501, E504, E505, E513 as `convert`."""
+    """Predict `convert` with the same arguments; reads only config.json and the shards' headers, unless a budget of
+    `bits_per_weight` makes it plan as `convert` does, with the calibration. With a threshold the outliers are not known before
+    and 0.5 % of the weights is assumed. Errors: as `convert`; without a budget E501, E504, E505, E513."""
     from dataclasses import replace
 
     options = replace(
         solver or SolverOptions(), weight_bits=weight_bits, group_size=group_size, statistics=statistics,
         outlier_share=outlier_share, outlier_threshold=outlier_threshold,
     )  # fmt: skip
-    refuse_with_lossless(lossless, calibration, outlier_share, outlier_threshold)
+    refuse_with_lossless(lossless, calibration, outlier_share, outlier_threshold, bits_per_weight)
+    refuse_with_budget(bits_per_weight, options)
     where = torch.device("cpu") if lossless else resolve_device(device)
     origin = source if isinstance(source, Source) else open_source(source)
     model: Any = build(origin.config, str(origin.folder), len(origin.entries))
@@ -84,6 +92,22 @@ def predict(
     if lossless:
         todo, layouts = lossless_plan(todo, origin)
     check_coverage(todo, origin)
+    budget = None
+    if bits_per_weight is not None:
+        windows = None
+        if calibration is not None:
+            windows, _ = calibration.windows(load_tokenizer(origin.companions()), context_length(origin.config), seed)
+        budget = plan_bits(
+            model,
+            todo,
+            origin,
+            options,
+            bits_per_weight,
+            windows=windows,
+            device=where,
+            workers=worker_count(workers),
+            seed=seed,
+        )
     share = 0.005 if options.outlier_threshold is not None else options.outlier_share or 0.0
     quantised_bytes = quantised = largest = widest = 0
     for tensor in todo.matrices:
@@ -91,7 +115,10 @@ def predict(
         if tensor in layouts:
             quantised_bytes += layouts[tensor].stored_bytes()
         else:
-            quantised_bytes += options.layout(rows, columns).stored_bytes(outliers=round(share * rows * columns))
+            own = options if budget is None else budget.options[tensor]
+            quantised_bytes += own.layout(rows, columns).stored_bytes(
+                outliers=round((own.outlier_share or share) * rows * columns)
+            )
         quantised += rows * columns
         largest, widest = max(largest, rows * columns), max(widest, columns)
     dense = [origin.entries[tensor] for tensor in todo.dense]
@@ -118,6 +145,9 @@ def predict(
         passes += options.sweeps
         squares = sum(layer.in_features**2 for layer in {x.in_features: x for _, x in linears(todo.blocks)}.values())
         flops = streams * 3.5 * 2 * tokens * quantised + streams * 2 * tokens * squares * len(todo.blocks)
+        if budget is not None:  # the hidden states before every block, one pass forward and one with its backward
+            work += 4 * sensitivity.TOKENS * hidden * len(todo.blocks)
+            flops += 4 * 2 * sensitivity.TOKENS * quantised
     seconds = flops / _FLOPS[where.type if where.type in _FLOPS else "cuda"]
     seconds += quantised * passes * options.rounds / 3 / _WEIGHTS[where.type if where.type in _WEIGHTS else "cuda"]
     if lossless:
@@ -139,4 +169,5 @@ def predict(
         device_memory=0 if on_host else work,
         seconds=seconds + 5,
         device=str(where),
+        budget=None if budget is None else budget.as_dict(),
     )

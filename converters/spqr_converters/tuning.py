@@ -30,7 +30,7 @@ from .calibration import Calibration
 from .card import model_card
 from .dense import dense_tensor
 from .experts import unstack
-from .job import REPORT, companions, context_length, resolve_device, tokenizer_of
+from .job import REPORT, companions, context_length, load_tokenizer, resolve_device
 from .report import ModuleReport, Report
 from .sources import Source, open_source
 from .sources.base import file_sha256
@@ -119,7 +119,7 @@ def tune(
         if quantized.config is None:
             raise SpqrError("E505", str(checkpoint), "a single file has no config.json: tune the folder")
         train, held_out, data = calibration.split(
-            tokenizer_of(source.companions()), context_length(source.config), seed, options.held_out
+            load_tokenizer(source.companions()), context_length(source.config), seed, options.held_out
         )
         model = _original(source, where)
         unstack(model, source)

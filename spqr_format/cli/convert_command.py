@@ -43,7 +43,10 @@ class Size(click.ParamType):
         return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
 
 
-_REQUANTIZE = ("calibration", "weight_bits", "group_size", "statistics", "outlier_share", "outlier_threshold", "seed")
+_UNIFORM = ("weight_bits", "group_size", "statistics", "outlier_share", "outlier_threshold")  # the same for every module
+_BUDGET = ("bits_per_weight", "preset")
+_REQUANTIZE = ("calibration", *_UNIFORM, *_BUDGET, "seed")
+_PRESETS = ("near-lossless", "balanced", "small")
 
 
 @click.command("convert")
@@ -70,7 +73,19 @@ _REQUANTIZE = ("calibration", "weight_bits", "group_size", "statistics", "outlie
 @click.option("--tokens", type=click.IntRange(1), default=131072, show_default=True, help="Of the calibration text to use.")
 @click.option("--context", type=click.IntRange(1), help="Tokens in a calibration window.  [default: the model's, at most 2048]")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Calibration windows in one forward pass.")
-@click.option("--weight-bits", "-b", type=click.IntRange(2, 4), default=3, show_default=True, help="Bits of a code.")
+@click.option(
+    "--preset",
+    type=click.Choice(_PRESETS),
+    default="balanced",
+    show_default=True,
+    help="A budget with a name: 4.65, 3.9 or 3.15 stored bits a weight. Every module gets its own bits, group size and "
+    "outliers, so that the predicted loss is least.",
+)
+@click.option("--bits-per-weight", type=click.FloatRange(0, min_open=True), help="Instead: a budget of your own, such as 3.9.")
+@click.option(
+    "--weight-bits", "-b", type=click.IntRange(2, 4), default=3, show_default=True,
+    help="Instead of a budget, as the options down to the outliers: bits of a code, the same for every module.",
+)  # fmt: skip
 @click.option(
     "--group-size",
     "-g",
@@ -103,13 +118,14 @@ _REQUANTIZE = ("calibration", "weight_bits", "group_size", "statistics", "outlie
     help="Modules at a time, on a CPU and without calibration. The output is the same.  [default: one a core, at most 8]",
 )
 @click.option("--restart", is_flag=True, help="Throw away what an interrupted conversion left in DESTINATION.")
-@click.option("--dry-run", is_flag=True, help="Print the predicted bits, size, memory and time, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what is predicted and the plan of a budget; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def convert_command(
     invocation: click.Context, source: Path, destination: Path, lossless: bool, gptq_zeros: str, calibration: Path | None,
-    tokens: int, context: int | None, batch: int, weight_bits: int, group_size: int, statistics: str,
-    outlier_share: float | None, outlier_threshold: float | None, keep_dense: tuple[str, ...], seed: int,
-    max_shard_size: int, device: str, workers: int | None, restart: bool, dry_run: bool, as_json: bool,
+    tokens: int, context: int | None, batch: int, preset: str, bits_per_weight: float | None, weight_bits: int,
+    group_size: int, statistics: str, outlier_share: float | None, outlier_threshold: float | None,
+    keep_dense: tuple[str, ...], seed: int, max_shard_size: int, device: str, workers: int | None, restart: bool,
+    dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize a checkpoint: SOURCE, a Hugging Face model folder, into the new folder DESTINATION.
 
@@ -124,7 +140,8 @@ def convert_command(
     \b
     Examples:
       spqr convert ./llama ./llama-spqr --calibration text.txt
-      spqr convert ./llama ./llama-spqr --calibration text.txt --outlier-share 0.3%
+      spqr convert ./llama ./llama-spqr --calibration text.txt --bits-per-weight 3.5
+      spqr convert ./llama ./llama-spqr --calibration text.txt --weight-bits 3 --outlier-share 0.3%
       spqr convert ./llama ./llama-spqr --dry-run
       spqr convert ./llama-gptq ./llama-spqr --lossless
     """
@@ -134,16 +151,18 @@ def convert_command(
     given = [name for name in _REQUANTIZE if invocation.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if lossless and given:
         raise click.UsageError(f"--lossless takes no --{given[0].replace('_', '-')}: the source's codes stay as they are")
+    budget = _budget(given, preset, bits_per_weight) if not lossless else None
     data = None
     if calibration is not None:
         data = Calibration(text=calibration, tokens=tokens, seqlen=context, batch=batch)
     options: dict[str, Any] = {
         "weight_bits": weight_bits, "group_size": group_size, "statistics": statistics, "outlier_share": outlier_share,
-        "outlier_threshold": outlier_threshold, "calibration": data, "device": device, "keep": keep_dense, "workers": workers,
+        "outlier_threshold": outlier_threshold, "bits_per_weight": budget, "calibration": data, "device": device,
+        "keep": keep_dense, "workers": workers,
     }  # fmt: skip
     origin = open_source(source) if gptq_zeros == "auto" else GptqSource(source, zeros=gptq_zeros)  # type: ignore[arg-type]
     if dry_run:
-        _print_prediction(predict(origin, lossless=lossless, **options), as_json)
+        _print_prediction(predict(origin, lossless=lossless, seed=seed, **options), as_json)
         return
     if data is None and not lossless:
         click.echo("no --calibration text: only the weights decide, which costs quality (see --help)", err=True)
@@ -164,11 +183,36 @@ def convert_command(
         _print_report(report, destination)
 
 
+def _budget(given: list[str], preset: str, bits_per_weight: float | None) -> float | None:
+    """Bits a weight to be spread over the modules, or None where the command line says what every module is stored as."""
+    from spqr_converters.presets import PRESETS
+
+    uniform, budgets = [name for name in given if name in _UNIFORM], [name for name in given if name in _BUDGET]
+    if len(budgets) > 1 or (uniform and budgets):
+        one, other = [*budgets, *uniform][:2]
+        raise click.UsageError(f"--{one.replace('_', '-')} and --{other.replace('_', '-')}: choose one of the two")
+    return None if uniform else bits_per_weight or PRESETS[preset]
+
+
+def _print_plan(budget: dict[str, Any]) -> None:
+    rows = [
+        [name, str(module["weight_bits"]), str(module["group_size"]), f"{100 * module['outlier_share']:.1f} %",
+         f"{module['bits']:.3f}", f"{module['predicted_loss']:.2g}"]
+        for name, module in budget["modules"].items()
+    ]  # fmt: skip
+    table(["module", "bits", "group size", "outliers", "stored bits", "predicted loss"], rows)
+    kl = budget["predicted_kl"]
+    predicted = "" if kl is None else f", predicted KL {kl:.3g} nats a token"
+    click.echo(f"{budget['planned_bits']:.3f} bits a weight of {budget['bits_per_weight']:g}{predicted}")
+
+
 def _print_prediction(prediction: Any, as_json: bool) -> None:
     figures = prediction.as_dict()
     if as_json:
         print_json(figures)
         return
+    if budget := figures.pop("budget"):
+        _print_plan(budget)
     rows = [[name.replace("_", " "), _shown(name, value)] for name, value in figures.items()]
     table(["prediction", ""], rows)
 
@@ -186,6 +230,8 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _print_report(report: Any, destination: Path) -> None:
+    if budget := report.provenance.get("budget"):
+        _print_plan(budget)
     totals = report.totals()
     click.echo(f"source: {report.source}, {report.mode}")
     for note in report.notes:

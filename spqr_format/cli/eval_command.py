@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,13 +13,17 @@ from .progress import progress_bar
 
 
 @click.command("eval")
-@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument(
+    "models", metavar="MODEL...", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--reference",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="The original model: adds KL divergence and top-1 agreement.",
 )
+@click.option("--compare", is_flag=True, help="Several MODELs of one original in one table, with their bits on disk.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="With --compare: bits and KL as an SVG file.")
 @click.option("--tokens", type=click.IntRange(2), help="Only the first so many tokens of the text.")
 @click.option("--context", type=click.IntRange(2), help="Window in tokens.  [default: the model's, at most 2048]")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Windows in one forward pass.")
@@ -26,8 +31,8 @@ from .progress import progress_bar
 @dtype_option
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def eval_command(
-    model: Path, text: Path, reference: Path | None, tokens: int | None, context: int | None, batch: int, device: str,
-    dtype: str, as_json: bool,
+    models: tuple[Path, ...], text: Path, reference: Path | None, compare: bool, plot: Path | None, tokens: int | None,
+    context: int | None, batch: int, device: str, dtype: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure perplexity on a text file, and how far a model is from its original.
 
@@ -35,17 +40,64 @@ def eval_command(
     KL(original || model) in nats a token; top-1 is the share of positions where both rank the same token first. ± is one
     standard error, over windows.
 
+    With --compare the original runs once over each window, for all models; all of them are in memory together.
+
     \b
-    Example:  spqr eval ./llama-spqr wikitext2_test.txt --reference ./llama
+    Examples:
+      spqr eval ./llama-spqr wikitext2_test.txt --reference ./llama
+      spqr eval --compare ./llama-3.2 ./llama-3.9 ./llama-4.6 wikitext2_test.txt --reference ./llama --plot bits.svg
     """
+    if compare and reference is None:
+        raise click.UsageError("--compare needs the original: --reference")
+    if not compare and (len(models) > 1 or plot):
+        raise click.UsageError(f"{'--plot' if plot else 'more than one model'} goes with --compare")
     with libraries("transformers"):
-        from spqr_converters.evaluation import context_of, evaluate, read_text, windows_of
+        from spqr_converters.evaluation import context_of, evaluate_all, read_text, windows_of
+    if plot:
+        with libraries("plot"):
+            import matplotlib  # noqa: F401 - said before the work, not after it
     content = read_text(text)
-    loaded = load_model(model, device, dtype)
+    loaded = [load_model(model, device, dtype) for model in models]
     original = None if reference is None else load_model(reference, device, dtype)
-    windows = windows_of(content, load_tokenizer(model), context_of(loaded.config, context), tokens)
+    windows = windows_of(content, load_tokenizer(models[0]), context_of(loaded[0].config, context), tokens)
     with progress_bar("evaluating", shown=not as_json) as bar:
-        result = evaluate(loaded, windows, reference=original, batch=batch, progress=lambda done, total: bar("", done, total))
+        results = evaluate_all(
+            loaded, windows, reference=original, batch=batch, progress=lambda done, total: bar("", done, total)
+        )
+    if compare:
+        _show_comparison(models, results, plot, as_json)
+    else:
+        _show(results[0], as_json)
+
+
+def _show_comparison(models: tuple[Path, ...], results: list[Any], plot: Path | None, as_json: bool) -> None:
+    from spqr_converters import comparison
+
+    rows = [
+        comparison.Compared(str(model), comparison.stored_bits(model), result)
+        for model, result in zip(models, results, strict=True)
+    ]
+    if plot:
+        comparison.plot(rows, plot)
+    first = results[0]
+    if as_json:
+        protocol = {"tokens": first.tokens, "windows": first.windows, "context": first.context, "stride": first.context}
+        print_json({"protocol": protocol, "models": [row.as_dict() for row in rows]})
+        return
+    shown = [["the original", "", _figure(first.reference_perplexity, 3), "", ""]]
+    for row in rows:
+        result, bits = row.evaluation, "-" if row.bits is None else f"{row.bits:.3f}"
+        top1 = _figure(result.top1, 2, 100)
+        shown.append([row.name, bits, _figure(result.perplexity, 3), _figure(result.kl, 5), top1])
+    table(["model", "bits", "perplexity", "KL, nats a token", "top-1, %"], shown)
+    click.echo(f"{first.tokens} tokens in {first.windows} windows of {first.context}, stride {first.context}")
+
+
+def _figure(estimate: Any, digits: int, times: int = 1) -> str:
+    return plus_minus(times * estimate.mean, times * estimate.error, digits)
+
+
+def _show(result: Any, as_json: bool) -> None:
     if as_json:
         print_json(result.as_dict())
         return

@@ -63,7 +63,7 @@ def kill_after(child: int, folder: Path, delay: float) -> tuple[bool, bool]:
 
 
 def main(source: Path, folder: Path, method: str, wanted: int, text: Path) -> dict:
-    job._tokenizer = lambda _: Tokens()
+    job.load_tokenizer = lambda _: Tokens()
     options = {
         "lossless": {"lossless": True},
         "data-free": {"outlier_share": 0.01, "solver": SolverOptions(rounds=1, sweeps=0)},

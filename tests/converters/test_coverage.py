@@ -57,7 +57,7 @@ def test_more_than_a_twentieth_dense_is_an_error(random_llama, gptq_llama, tmp_p
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_modules_stay_dense_when_asked(random_llama, tmp_path, monkeypatch, calibration_text, calibrated) -> None:
     """Whole sets of layers with one input, and one of a set; the rest is quantized, and the dense ones are the source's."""
-    monkeypatch.setattr(job, "_tokenizer", lambda folder: lambda text, **_: {"input_ids": [ord(c) % 300 for c in text]})
+    monkeypatch.setattr(job, "load_tokenizer", lambda folder: lambda text, **_: {"input_ids": [ord(c) % 300 for c in text]})
     source = random_llama()
     data = Calibration(calibration_text, tokens=256, seqlen=64) if calibrated else None
     keep = ["*.down_proj", "model.layers.0.self_attn.q_proj"]

@@ -62,7 +62,7 @@ def test_experts_are_quantized(kind, folders, tmp_path, monkeypatch, calibration
     """Every expert is a matrix of its own; stacked ones give what single ones give, and the loader takes both."""
     import spqr_loaders  # noqa: F401 - registers the format
 
-    monkeypatch.setattr(job, "_tokenizer", lambda folder: lambda text, **_: {"input_ids": [ord(c) % 64 for c in text]})
+    monkeypatch.setattr(job, "load_tokenizer", lambda folder: lambda text, **_: {"input_ids": [ord(c) % 64 for c in text]})
     data = Calibration(calibration_text, tokens=256, seqlen=32) if calibrated else None
     found = {}
     for name, folder in zip(("hub", "stacked"), folders, strict=True):

@@ -207,7 +207,7 @@ torch.set_num_threads(1)
 class Tokens:
     def __call__(self, text, **_): return {"input_ids": [ord(c) % 300 for c in text]}
 import spqr_converters.job as job
-job._tokenizer = lambda folder: Tokens()
+job.load_tokenizer = lambda folder: Tokens()
 data = Calibration(sys.argv[3], tokens=256, seqlen=64) if sys.argv[4] == "calibrated" else None
 convert(sys.argv[1], sys.argv[2], calibration=data, max_shard_bytes=2_000_000,
         group_size=192, statistics="direct", solver=SolverOptions(rounds=1, sweeps=0))

@@ -109,7 +109,7 @@ def test_what_is_done_is_not_done_again(random_llama, tmp_path, monkeypatch, sto
 
 def test_calibrated_blocks_are_not_solved_again(random_llama, tmp_path, monkeypatch, stopped, calibration_text) -> None:
     """Stopped in the middle of the third block of four: two are taken over, their outputs computed anew."""
-    monkeypatch.setattr(job, "_tokenizer", lambda folder: Tokens())
+    monkeypatch.setattr(job, "load_tokenizer", lambda folder: Tokens())
     data = Calibration(calibration_text, tokens=512, seqlen=64)
     options = {"calibration": data, "solver": SolverOptions(rounds=1, sweeps=1), "outlier_share": 0.01, "device": "cpu"}
     source = random_llama(layers=4)
@@ -171,7 +171,7 @@ CHANGES: dict[str, tuple[dict, Callable[[Path], object] | None]] = {
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_change_is_refused(random_llama, tmp_path, monkeypatch, stopped, calibration_text, key) -> None:
     options, change = CHANGES[key]
-    monkeypatch.setattr(job, "_tokenizer", lambda folder: Tokens())
+    monkeypatch.setattr(job, "load_tokenizer", lambda folder: Tokens())
     source = random_llama()
     (source / "tokenizer.json").write_text("{}")
     stopped(source, tmp_path / "out", solver=QUICK)
