@@ -199,6 +199,10 @@ def cells() -> File:
     return file(("a", matrix(45, 18, 300, 2, 512, "direct", 14)))
 
 
+def panels() -> File:
+    return file(("a", matrix(59, 17, 4300, 2, 4304, "direct", 40, quick=True)))
+
+
 def dense_outliers() -> File:
     return file(("a", matrix(21, 3, 5, outliers=15)))
 
@@ -270,10 +274,11 @@ OK: dict[str, tuple[str, Callable[[], File | Folder]]] = {
     "direct_2": ("direct, 2 bits", lambda: file(("a", matrix(19, 3, 50, 2, 32, "direct")))),
     "direct_3": ("direct, 3 bits, one group a row", lambda: file(("a", matrix(20, 18, 19, 3, 32, "direct", 9)))),
     "dense_outliers": ("every weight is an outlier", dense_outliers),
-    "cells": ("outliers in three of four cells", cells),
+    "cells": ("outliers in four of six cells", cells),
+    "panels": ("outliers on both sides of column 4096", panels),
     "empty_rows": ("outliers in the last row only", lambda: file(("a", matrix(22, 5, 16, outliers=1)))),
     "two_modules": ("both encodings in one file", lambda: file(("a", matrix(23, 2, 3)), ("b", matrix(24, 2, 3, 4, 16, "direct")))),
-    "long_rows": ("257 chunks, outliers in the first and the last", long_rows),
+    "long_rows": ("257 chunks in 17 panels, outliers in the first and the last", long_rows),
     "many_outliers": ("pointers above 65535", lambda: file(("a", matrix(25, 257, 256, 2, 256, "direct", 65536, quick=True)))),
     "extremes": ("largest fp16 numbers, subnormals, minus zero", lambda: extremes()),
     "bias_f32": ("an F32 bias", lambda: file(("a", matrix(27, 2, 16)), bias="F32")),
@@ -874,36 +879,39 @@ def invalid_outliers() -> None:
         f.poke("a.outliers", element, words[4:])
         f.poke("a.outliers", element + 1, words[:4])
 
-    # cells: 18 x 300, so two tiles of two chunks, with rows 16 and 17 in tile 1 and columns 256 .. 299 in chunk 1
-    assert np.frombuffer(cells().raw("a.outlier_ptr"), "<i4").tolist() == [0, 8, 12, 12, 14]
+    # cells: 18 x 300, so two tiles of three cells, with rows 16 and 17 in tile 1 and columns 256 .. 299 in the last cell
+    assert np.frombuffer(cells().raw("a.outlier_ptr"), "<i4").tolist() == [0, 4, 8, 12, 12, 12, 14]
+    last_tile = changed(lambda f: [f.poke("a.outlier_ptr", k, struct.pack("<i", 11)) for k in (3, 4, 5)], cells)
     for code, name, why, fault in (
         ("E301", "one", "outlier_ptr starts at 1", pointer(0, 1)),
         ("E301", "negative", "outlier_ptr starts at -1", pointer(0, -1)),
         ("E301", "most", "outlier_ptr starts at 2^31 - 1", pointer(0, 2**31 - 1)),
         ("E302", "middle", "outlier_ptr rises to 2^31 - 1 and falls", pointer(1, 2**31 - 1)),
-        ("E302", "by_one", "outlier_ptr falls by one", pointer(3, 11)),
+        ("E302", "by_one", "outlier_ptr falls by one", pointer(4, 11)),
         ("E302", "negative", "a pointer is -1", pointer(2, -1)),
-        ("E302", "last", "outlier_ptr falls at its end", pointer(4, 11)),
-        ("E302", "over_the_end", "outlier_ptr rises above the outliers and falls back", pointer(3, 15)),
-        ("E303", "short", "outlier_ptr ends one early", pointer(4, 13)),
-        ("E303", "long", "outlier_ptr ends one late", pointer(4, 15)),
-        ("E303", "most", "outlier_ptr ends at 2^31 - 1", pointer(4, 2**31 - 1)),
-        ("E303", "zeros", "outlier_ptr is all 0", changed(lambda f: [f.poke("a.outlier_ptr", k, bytes(4)) for k in range(5)], cells)),
-        ("E304", "column", "column 300 of 300", moved(11, 256 * 10 + 44)),
-        ("E304", "last_column", "the last column of the last cell", moved(13, 256 + 255)),
-        ("E304", "row", "row 18 of 18", moved(13, 256 * 2)),
-        ("E304", "last_row", "the last row of the last cell", moved(13, 256 * 15 + 43)),
-        ("E304", "bit_12", "bit 12 of a position is set", moved(7, 0x1EA2)),
-        ("E304", "bit_15", "bit 15 of a position is set", moved(7, 0x8EA2)),
+        ("E302", "last", "outlier_ptr falls at its end", pointer(6, 11)),
+        ("E302", "over_the_end", "outlier_ptr rises above the outliers and falls back", pointer(5, 15)),
+        ("E303", "short", "outlier_ptr ends one early", pointer(6, 13)),
+        ("E303", "long", "outlier_ptr ends one late", pointer(6, 15)),
+        ("E303", "most", "outlier_ptr ends at 2^31 - 1", pointer(6, 2**31 - 1)),
+        ("E303", "zeros", "outlier_ptr is all 0", changed(lambda f: [f.poke("a.outlier_ptr", k, bytes(4)) for k in range(7)], cells)),
+        ("E304", "column", "column 300 of 300", moved(11, 4096 * 10 + 300)),
+        ("E304", "last_column", "the last column of the last cell", moved(13, 4096 + 383)),
+        ("E304", "row", "row 18 of 18", moved(13, 4096 * 2 + 256)),
+        ("E304", "last_row", "the last row of the last cell", moved(13, 4096 * 15 + 299)),
+        ("E304", "column_before", "the last column of the cell before", moved(8, 4096 + 255)),
+        ("E304", "column_behind", "the first column of the cell behind", moved(3, 4096 * 10 + 128)),
+        ("E304", "column_in_cell", "a column counted from its cell's first", moved(11, 4096 * 9 + 38)),
         ("E304", "most", "position 65535", moved(11, 65535)),
-        ("E304", "next_cell", "an outlier of tile 0 counted to tile 1", pointer(2, 11)),
-        ("E305", "equal", "a position twice in a cell", moved(9, 0x10E)),
+        ("E304", "next_cell", "an outlier counted to the next cell", pointer(1, 3)),
+        ("E304", "next_tile", "an outlier of tile 0 counted to tile 1", last_tile),
+        ("E305", "equal", "a position twice in a cell", moved(9, 4096 + 270)),
         ("E305", "falls", "two outliers change places", changed(lambda f: swapped(f, 2), cells)),
-        ("E305", "last_cell", "a position twice in the last cell", moved(13, 0x104)),
+        ("E305", "last_cell", "a position twice in the last cell", moved(13, 4096 + 260)),
     ):  # fmt: skip
         bad(code, name, why, fault, "cells")
     bad("E304", "base", "column 33 of 33", moved(6, 33, base))
-    bad("E304", "direct", "row 5 of 5", moved(4, 256 * 5, direct, "d"), "direct")
+    bad("E304", "direct", "row 5 of 5", moved(4, 4096 * 5, direct, "d"), "direct")
     bad("E305", "columns", "columns fall within a row", changed(lambda f: swapped(f, 0), dense_outliers), "dense_outliers")
     bad("E305", "rows", "rows fall", changed(lambda f: swapped(f, 4), dense_outliers), "dense_outliers")
     for name, raw in {"nan": NAN, "inf": INF, "minus_inf": MINUS_INF, "minus_nan": b"\xff\xff"}.items():

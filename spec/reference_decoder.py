@@ -159,12 +159,12 @@ def decode(tensors, entry, module):
 
     if entry["outliers"]:  # section 2.5: values add, at original columns
         pointers, words = get("outlier_ptr"), get("outliers")
-        chunks = -(-inn // 256)
+        cells_a_tile = -(-inn // 128)
         for cell in range(len(pointers) - 1):  # section 5.3
-            tile, chunk = divmod(cell, chunks)
+            tile, h = divmod(cell, cells_a_tile)
             for word in words[pointers[cell] : pointers[cell + 1]]:
-                r, c = divmod(int(word) & 0xFFFF, 256)
-                row, column = 16 * tile + r, 256 * chunk + c
+                r, c = divmod(int(word) & 0xFFFF, 4096)
+                row, column = 16 * tile + r, h // 32 * 4096 + c
                 w[row, column] = w[row, column] + half(np.array([word >> 16], "<u2"))[0]
     return w
 

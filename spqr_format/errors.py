@@ -34,7 +34,7 @@ CODES: dict[str, str] = {
     "E301": "outlier_ptr does not start at 0",
     "E302": "outlier_ptr falls",
     "E303": "outlier_ptr does not end at the number of outliers",
-    "E304": "an outlier's position is out of range",
+    "E304": "an outlier lies outside of its cell or of the matrix",
     "E305": "positions of outliers do not rise within a cell",
     "E306": "an outlier's value is not finite",
     # E4xx shards and index

@@ -10,7 +10,8 @@ from .errors import SpqrError
 TILE = 16  # rows of a tile, and columns of a column block (spec 2.2)
 LANES = 8  # a lane holds rows l and l + 8 of a tile (spec 4.1)
 CHUNK = 16  # column blocks of a chunk, whose words lie together (spec 4.2)
-CHUNK_COLUMNS = CHUNK * TILE  # a cell, which owns a run of outliers, is a tile and so many columns (spec 5.3)
+CELL_COLUMNS = 128  # a cell, which owns a run of outliers, is a tile and so many columns (spec 5.3)
+PANEL_COLUMNS = 4096  # an outlier's word has its column modulo this
 WEIGHT_BITS = (2, 3, 4)
 MAX_DIMENSION = 2**31 - 1  # what a kernel takes as int32 (rule E006)
 MAX_ELEMENTS = 2**40
@@ -98,14 +99,14 @@ class Layout:
         return ceil_div(self.in_features, self.group_size)
 
     @property
-    def chunks(self) -> int:
-        """Chunks of 256 columns, the last one possibly narrower."""
-        return ceil_div(self.in_features, CHUNK_COLUMNS)
+    def cells_a_tile(self) -> int:
+        """Cells of 128 columns, the last one possibly narrower."""
+        return ceil_div(self.in_features, CELL_COLUMNS)
 
     @property
     def cells(self) -> int:
-        """Cells of a tile and a chunk; cell tile * chunks + chunk (spec 5.3)."""
-        return self.tile_rows * self.chunks
+        """Cells of all tiles; that of a column is tile * cells_a_tile + column // 128 (spec 5.3)."""
+        return self.tile_rows * self.cells_a_tile
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Leaf name -> dtype and shape of every tensor that this matrix stores, without its bias (spec 5)."""

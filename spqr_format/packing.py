@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SpqrError
-from .layout import CHUNK, CHUNK_COLUMNS, LANES, TILE, ceil_div
+from .layout import CELL_COLUMNS, CHUNK, LANES, PANEL_COLUMNS, TILE, ceil_div
 
 PAIRS = TILE // 2  # column pairs of a block
 PACKED_TILES = 8  # tiles that are packed at once
@@ -215,11 +215,11 @@ def pack_outliers(
     """
     _check_csr(crow, columns, in_features, where)
     out = len(crow) - 1
-    shape = ceil_div(out, TILE), TILE, ceil_div(in_features, CHUNK_COLUMNS)
+    shape = ceil_div(out, TILE), TILE, ceil_div(in_features, CELL_COLUMNS)
     rows = np.repeat(np.arange(out), np.diff(crow))
-    places, starts = _regrouped(rows * shape[2] + columns // CHUNK_COLUMNS, shape)
+    places, starts = _regrouped(rows * shape[2] + columns // CELL_COLUMNS, shape)
     pointers = np.append(starts[..., 0], len(columns)).astype(np.int32)
-    position = rows % TILE * CHUNK_COLUMNS + columns % CHUNK_COLUMNS
+    position = rows % TILE * PANEL_COLUMNS + columns % PANEL_COLUMNS
     bits = np.ascontiguousarray(values, np.float16).view(np.uint16)
     words = np.empty(len(columns), np.uint32)
     words[places] = position.astype(np.uint32) | bits.astype(np.uint32) << np.uint32(16)
@@ -231,17 +231,22 @@ def unpack_outliers(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float16]]:
     """The inverse of `pack_outliers`: crow int64 [out + 1], columns int64 and values float16 [outliers]. The cells must have
     been checked (spec 5.3)."""
-    shape = ceil_div(out_features, TILE), ceil_div(in_features, CHUNK_COLUMNS), TILE
+    shape = ceil_div(out_features, TILE), ceil_div(in_features, CELL_COLUMNS), TILE
     w = np.ascontiguousarray(words).view(np.uint32)
     position = (w & np.uint32(0xFFFF)).astype(np.int64)
     cells = np.repeat(np.arange(len(pointers) - 1), np.diff(pointers))
-    places, starts = _regrouped(cells * TILE + position // CHUNK_COLUMNS, shape)
+    places, starts = _regrouped(cells * TILE + position // PANEL_COLUMNS, shape)
     crow = np.append(starts[..., 0].reshape(-1)[:out_features], len(w))
     columns = np.empty(len(w), np.int64)
-    columns[places] = cells % shape[1] * CHUNK_COLUMNS + position % CHUNK_COLUMNS
+    columns[places] = first_of_panel(cells % shape[1]) + position % PANEL_COLUMNS
     values = np.empty(len(w), np.uint16)
     values[places] = w >> np.uint32(16)
     return crow, columns, values.view(np.float16)
+
+
+def first_of_panel(cells: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """First column of the panel of 4096 columns in which these cells of a tile lie (spec 5.3)."""
+    return cells * CELL_COLUMNS // PANEL_COLUMNS * PANEL_COLUMNS
 
 
 def _regrouped(runs: npt.NDArray[np.int64], shape: tuple[int, int, int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SpqrError
-from .layout import CHUNK, CHUNK_COLUMNS, TILE, Layout
-from .packing import SET, pack_codes, pack_stat_codes
+from .layout import CELL_COLUMNS, CHUNK, PANEL_COLUMNS, TILE, Layout
+from .packing import SET, first_of_panel, pack_codes, pack_stat_codes
 
 Array = npt.NDArray[np.generic]
 BLOCK = 2**18  # elements that are looked at at a time
 PERM_WINDOW = 2**24  # values whose uniqueness is checked at a time
-CELL = TILE * CHUNK_COLUMNS  # positions of a cell (spec 5.3)
+POSITIONS = TILE * PANEL_COLUMNS  # of outliers (spec 5.3)
 
 ITEM = {"I32": 4, "I16": 2, "U8": 1}
 
@@ -244,20 +244,21 @@ def _positions(pointers: Tensor, words: Tensor, layout: Layout, where: str) -> I
     unordered, last = None, -1  # the first place out of order, and what stands there
     for start, cells, block in _words_of_cells(pointers, words, layout):
         position = (np.ascontiguousarray(block).view(np.uint32) & 0xFFFF).astype(np.int64)
-        tiles, chunks = cells // layout.chunks, cells % layout.chunks
-        rows, columns = TILE * tiles + position // CHUNK_COLUMNS, CHUNK_COLUMNS * chunks + position % CHUNK_COLUMNS
-        outside = (position >= CELL) | (rows >= layout.out_features) | (columns >= layout.in_features)
+        tiles, in_tile = cells // layout.cells_a_tile, cells % layout.cells_a_tile
+        rows, columns = TILE * tiles + position // PANEL_COLUMNS, first_of_panel(in_tile) + position % PANEL_COLUMNS
+        outside = (columns // CELL_COLUMNS != in_tile) | (rows >= layout.out_features) | (columns >= layout.in_features)
         if outside.any():
             place = int(outside.argmax())
             at = f"row {rows[place]} and column {columns[place]}"
-            what = f"position {position[place]} of cell {cells[place]}: {at} of {layout.out_features} x {layout.in_features}"
+            cell = f"cell {cells[place]}, which begins at column {CELL_COLUMNS * in_tile[place]}"
+            what = f"position {position[place]}, {at} of {layout.out_features} x {layout.in_features}, in {cell}"
             yield SpqrError("E304", f"{where}[{start + place}]", what)
             return
-        order = cells * CELL + position  # rises from cell to cell, whatever the positions
+        order = cells * POSITIONS + position  # rises from cell to cell, whatever the positions
         falls = np.diff(order, prepend=last) <= 0
         if unordered is None and falls.any():
             place = int(falls.argmax())
-            before = (last if place == 0 else int(order[place - 1])) % CELL
+            before = (last if place == 0 else int(order[place - 1])) % POSITIONS
             unordered = start + place, f"position {position[place]} after {before} in cell {cells[place]}"
         last = int(order[-1])
     if unordered is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spqr_format.layout import CHUNK_COLUMNS, TILE, Layout
+from spqr_format.layout import CELL_COLUMNS, PANEL_COLUMNS, TILE, Layout
 
 
 def random_tensors(layout: Layout, outlier_share: float, seed: int, device: str = "cuda") -> tuple[dict[str, Tensor], Layout]:
@@ -46,9 +46,9 @@ def random_tensors(layout: Layout, outlier_share: float, seed: int, device: str 
 def _in_cells(places: Tensor, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """outlier_ptr and outliers (spec 5.3) of values int16 at places row * in_features + column int64, none of them twice."""
     rows, columns = places // layout.in_features, places % layout.in_features
-    cells = rows // TILE * layout.chunks + columns // CHUNK_COLUMNS
-    position = rows % TILE * CHUNK_COLUMNS + columns % CHUNK_COLUMNS
-    order = (cells * TILE * CHUNK_COLUMNS + position).argsort()
+    cells = rows // TILE * layout.cells_a_tile + columns // CELL_COLUMNS
+    position = rows % TILE * PANEL_COLUMNS + columns % PANEL_COLUMNS
+    order = (cells * TILE * PANEL_COLUMNS + position).argsort()
     counts = cells.bincount(minlength=layout.cells)
     pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
     return pointers, (values.int() << 16 | position.int())[order]

@@ -122,7 +122,7 @@ def _decode(weight: Tensor, first: int, last: int, tensors: Tensors, layout: Lay
     from .cpu_kernels import CHUNK
 
     _run(
-        "decode", tensors, layout, weight.numel(), (3 * TILE + 5) * ceil_div(layout.blocks, CHUNK) * CHUNK + 1,
+        "decode", tensors, layout, weight.numel(), (3 * TILE + 6) * ceil_div(layout.blocks, CHUNK) * CHUNK + 1,
         result=weight.data_ptr(), bf16=weight.dtype == torch.bfloat16, first=first, last=last,
     )  # fmt: skip
     return weight

@@ -179,10 +179,10 @@ def _cell(a, cell):
 
 
 @inline
-def _place(a, word, height, width):
-    """Row and column of an outlier in its cell, which is so high and so wide (spec 5.3)."""
-    row, column = np.int64(word & 0xFFFF) >> 8, np.int64(word & 255)
-    if row >= height or column >= width:
+def _place(a, word, start, height, width):
+    """Row and column of an outlier in its cell, which begins at column `start` and is so high and so wide (spec 5.3)."""
+    row, column = np.int64(word & 0xFFFF) >> 12, np.int64(word & 4095) - (start & 4095)
+    if row >= height or column < 0 or column >= width:
         _take(a.faults)
         row = column = 0
     return row, column
@@ -363,14 +363,15 @@ def _add_outliers(a, tile, n, down, y):
     sums = _room(float32, 16)  # of which LLVM knows that writing to it changes no field of a
     for i in range(16):
         sums[i] = 0
-    chunks = (a.inn + 255) // 256
-    for chunk in range(chunks):
-        first, last = _cell(a, tile * chunks + chunk)
-        height, width = min(a.out - 16 * tile, 16), min(a.inn - 256 * chunk, 256)
-        x = _at(_pointer(a.x, float32), n * a.inn + 256 * chunk)
+    cells = (a.inn + 127) // 128
+    for cell in range(cells):
+        first, last = _cell(a, tile * cells + cell)
+        start = 128 * cell
+        height, width = min(a.out - 16 * tile, 16), min(a.inn - start, 128)
+        x = _at(_pointer(a.x, float32), n * a.inn + start)
         words = _pointer(a.outlier_words, uint32)
         for k in range(first, last):
-            row, column = _place(a, words[k], height, width)
+            row, column = _place(a, words[k], start, height, width)
             sums[row] += _half(_shifted(words[k], 16)) * (x[column] * down)
     for i in range(16):
         y[i] += sums[i]
@@ -503,25 +504,25 @@ def _bf16(value):
 
 @inline
 def _outlier_starts(a, tile, starts):
-    """Where the outliers of row r in chunk h of the tile begin, starts[16 * h + r]; behind them all, where they end."""
-    chunks = (a.inn + 255) // 256
+    """Where the outliers of row r in cell i of the tile begin, starts[16 * i + r]; behind them all, where they end."""
+    cells = (a.inn + 127) // 128
     known = 0  # starts that are written
-    end, _ = _cell(a, tile * chunks)
+    end, _ = _cell(a, tile * cells)
     height = min(a.out - 16 * tile, 16)
     words = _pointer(a.outlier_words, uint32)
-    for chunk in range(chunks):
-        first, last = _cell(a, tile * chunks + chunk)
+    for cell in range(cells):
+        first, last = _cell(a, tile * cells + cell)
         if first != end:  # behind a cell whose pointers are at fault
             continue
         for k in range(first, last):
-            row, _ = _place(a, words[k], height, 256)
-            if 16 * chunk + row < known - 1:  # it would count for a row below
+            row, _ = _place(a, words[k], 128 * cell, height, 128)
+            if 16 * cell + row < known - 1:  # it would count for a row below
                 _take(a.faults)
-            while known <= 16 * chunk + row:
+            while known <= 16 * cell + row:
                 starts[known] = np.uint32(k)
                 known += 1
         end = last
-    while known <= 16 * chunks:
+    while known <= 16 * cells:
         starts[known] = np.uint32(end)
         known += 1
 
@@ -535,18 +536,18 @@ def _finish(a, i, row, ordered, starts):
     decoded = ordered if a.perm else row
     if a.outliers:
         words = _pointer(a.outlier_words, uint32)
-        for chunk in range((a.inn + 255) // 256):
-            place, width = 16 * chunk + i % 16, min(a.inn - 256 * chunk, 256)
+        for start in range(0, a.inn, 128):
+            place, width = start // 8 + i % 16, min(a.inn - start, 128)
             for k in range(np.int64(starts[place]), np.int64(starts[place + 1])):
-                _, column = _place(a, words[k], 16, width)
-                decoded[256 * chunk + column] += _half(_shifted(words[k], 16))
-    start = (i - 16 * a.first) * a.inn
+                _, column = _place(a, words[k], start, 16, width)
+                decoded[start + column] += _half(_shifted(words[k], 16))
+    own = (i - 16 * a.first) * a.inn
     if a.bf16:
-        rounded = _at(_pointer(a.result, uint16), start)
+        rounded = _at(_pointer(a.result, uint16), own)
         for j in range(a.inn):
             rounded[j] = _bf16(decoded[j])
     else:
-        exact = _at(_pointer(a.result, float32), start)
+        exact = _at(_pointer(a.result, float32), own)
         for j in range(a.inn):
             exact[j] = decoded[j]
 

@@ -33,7 +33,7 @@ def field_constants(bits: int) -> tuple[int, int]:
 # The spec rounds every operation on its own, so a product and a sum are not to become one fma.
 EXACT = {"enable_fp_fusion": False}
 
-CELLS = 4  # cells of outliers a program: with 1 % of the weights a cell has 41
+CELLS, ENTRIES = 8, 32  # cells of outliers a program, and outliers of each at a time: with 1 % of the weights a cell has 20
 
 
 @triton.jit
@@ -145,20 +145,20 @@ def outliers_kernel(
     BILEVEL: tl.constexpr, PERMUTED: tl.constexpr, CELLS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """Out[row, column] = s (q - z) + value at every outlier (spec 5.3), for CELLS cells. Place: stored column of a column."""
-    chunks = (in_features + 255) // 256
+    cells_a_tile = (in_features + 127) // 128
     cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
-    known = cell < ((out_features + 15) // 16) * chunks
+    known = cell < ((out_features + 15) // 16) * cells_a_tile
     begin = tl.load(OutlierPtr + cell, mask=known, other=0)
     end = tl.load(OutlierPtr + cell + 1, mask=known, other=0)
     longest = tl.max(end - begin, axis=0)
-    first_row = (cell // chunks).to(tl.int64)[:, None] * 16
-    first_column = (cell % chunks)[:, None] * 256
+    first_row = (cell // cells_a_tile).to(tl.int64)[:, None] * 16
+    panel = (cell % cells_a_tile)[:, None] // 32 * 4096
     for first in range(0, longest, ENTRIES):
         at = begin[:, None].to(tl.int64) + first + tl.arange(0, ENTRIES)[None, :]
         inside = at < end[:, None]
         word = tl.load(Outliers + at, mask=inside, other=0)
-        row = first_row + ((word >> 8) & 15)
-        column = first_column + (word & 255)
+        row = first_row + ((word >> 12) & 15)
+        column = panel + (word & 4095)
         if PERMUTED:
             c = tl.load(Place + column, mask=inside, other=0).to(tl.int32)
         else:
@@ -203,6 +203,6 @@ def dequantize(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype
             place = torch.empty_like(perm).scatter_(0, perm, torch.arange(perm.numel(), device=device))
         outliers_kernel[(ceil_div(layout.cells, CELLS),)](
             *stored, place, tensors["outlier_ptr"], tensors["outliers"], weight, *sizes, **constants,
-            CELLS=CELLS, ENTRIES=64, num_warps=4, **EXACT,
+            CELLS=CELLS, ENTRIES=ENTRIES, num_warps=4, **EXACT,
         )  # fmt: skip
     return weight

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spqr_format.layout import CHUNK, CHUNK_COLUMNS, LANES, TILE, Layout, ceil_div
+from spqr_format.layout import CELL_COLUMNS, CHUNK, LANES, PANEL_COLUMNS, TILE, Layout, ceil_div
 from spqr_format.packing import FIELDS, PAIRS, SET, SET_WORDS, SPREAD, is_spread
 
 _PIECE = 1 << 20  # weights that are decoded at a time: 4 MB in float32
@@ -105,10 +105,11 @@ def outliers(tensors: Mapping[str, Tensor], in_features: int) -> tuple[Tensor, T
     pointers, words = tensors["outlier_ptr"], tensors["outliers"]
     cells = torch.arange(pointers.numel() - 1, device=words.device)
     cells = cells.repeat_interleave(pointers.diff(), output_size=words.numel())
-    chunks = ceil_div(in_features, CHUNK_COLUMNS)
+    cells_a_tile = ceil_div(in_features, CELL_COLUMNS)
     position = words & 0xFFFF
-    rows = cells // chunks * TILE + position // CHUNK_COLUMNS
-    columns = cells % chunks * CHUNK_COLUMNS + position % CHUNK_COLUMNS
+    rows = cells // cells_a_tile * TILE + position // PANEL_COLUMNS
+    panels = cells % cells_a_tile * CELL_COLUMNS // PANEL_COLUMNS
+    columns = panels * PANEL_COLUMNS + position % PANEL_COLUMNS
     return rows, columns, (words >> 16).to(torch.int16).view(torch.float16)
 
 
@@ -134,7 +135,7 @@ def rows_of(tensors: Mapping[str, Tensor], layout: Layout, first: int, last: int
         part |= {leaf: tensors[leaf][rows] for leaf in ("group_sc", "group_zp")}
     count = 0
     if layout.outliers:
-        pointers = tensors["outlier_ptr"][first * layout.chunks : last * layout.chunks + 1]
+        pointers = tensors["outlier_ptr"][first * layout.cells_a_tile : last * layout.cells_a_tile + 1]
         begin, end = int(pointers[0]), int(pointers[-1])
         count = end - begin
         if count:

@@ -22,11 +22,11 @@ def slow_cells(dense: np.ndarray) -> tuple[list[int], list[int]]:
     out, inn = dense.shape
     pointers, words = [0], []
     for tile in range(0, out, 16):
-        for chunk in range(0, inn, 256):
+        for cell in range(0, inn, 128):
             for row in range(tile, min(tile + 16, out)):
-                for column in range(chunk, min(chunk + 256, inn)):
+                for column in range(cell, min(cell + 128, inn)):
                     if dense[row, column]:
-                        words.append(int(dense[row, column]) << 16 | 256 * (row - tile) + column - chunk)
+                        words.append(int(dense[row, column]) << 16 | 4096 * (row % 16) + column % 4096)
             pointers.append(len(words))
     return pointers, words
 
@@ -37,8 +37,8 @@ def csr_of(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return crow, columns, dense[rows, columns].view(np.float16)
 
 
-@given(out=st.integers(1, 50), inn=st.integers(1, 600), share=st.sampled_from([0.0, 0.002, 0.05, 1.0]),
-       seed=st.integers(0, 2**32))  # fmt: skip
+@given(out=st.integers(1, 50), inn=st.integers(1, 600) | st.integers(4000, 4500),
+       share=st.sampled_from([0.0, 0.002, 0.05, 1.0]), seed=st.integers(0, 2**32))  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_outliers_lie_where_the_spec_says(out, inn, share, seed):
     rng = np.random.default_rng(seed)
@@ -75,11 +75,12 @@ def first_broken_rule(pointers: list[int], positions: list[int], out: int, inn: 
             return "E302"
     if pointers[-1] != len(positions):
         return "E303"
-    chunks = -(-inn // 256)
+    cells_a_tile = -(-inn // 128)
     for cell, (begin, end) in enumerate(pairwise(pointers)):
+        tile, h = divmod(cell, cells_a_tile)
+        rows, columns = range(16 * tile, min(16 * tile + 16, out)), range(128 * h, min(128 * h + 128, inn))
         for position in positions[begin:end]:
-            r, c = divmod(position, 256)
-            if r > 15 or 16 * (cell // chunks) + r >= out or 256 * (cell % chunks) + c >= inn:
+            if 16 * tile + position // 4096 not in rows or position % 4096 not in [column % 4096 for column in columns]:
                 return "E304"
     for begin, end in pairwise(pointers):
         if any(b <= a for a, b in pairwise(positions[begin:end])):
@@ -107,12 +108,15 @@ def ours(pointers: list[int], positions: list[int], out: int, inn: int) -> str |
 
 def random_cells(source: random.Random) -> tuple[list[int], list[int], int, int]:
     """Valid cells, or ones with a few random numbers changed."""
-    out, inn = source.randint(1, 40), source.choice([source.randint(1, 30), source.randint(250, 520)])
+    out, inn = (
+        source.randint(1, 40),
+        source.choice([source.randint(1, 30), source.randint(120, 270), source.randint(4090, 4400)]),
+    )
     pointers, positions = [0], []
     for tile in range(0, out, 16):
-        for chunk in range(0, inn, 256):
-            rows, columns = range(min(16, out - tile)), range(min(256, inn - chunk))
-            found = {256 * source.choice(rows) + source.choice(columns) for _ in range(source.choice([0, 0, 1, 3, 5]))}
+        for cell in range(0, inn, 128):
+            rows, columns = range(min(16, out - tile)), range(cell, min(cell + 128, inn))
+            found = {4096 * source.choice(rows) + source.choice(columns) % 4096 for _ in range(source.choice([0, 0, 1, 3, 5]))}
             positions += sorted(found)
             pointers.append(len(positions))
     if not positions:
@@ -168,10 +172,12 @@ def test_errors_name_tensor_index_and_value(random_matrix):
     matrix = random_matrix(20, 300, outliers=1.0)
     stored = {leaf: array.copy() for leaf, array in matrix.pack().items()}
     check_payload(matrix.layout, stored, "layers.0.up")
-    words, last = stored["outliers"].view(np.uint16), 20 * 300 - 1  # of cell 3, tile 1 and chunk 1: position 256 * 3 + 43
+    words, last = stored["outliers"].view(np.uint16), 20 * 300 - 1  # at row 19 = 16 + 3 and column 299, in cell 3 + 2
+    place = "SPQR-E304 layers.0.up.outliers[5999]: position"
     for position, error in (
-        (256 * 4 + 2, "SPQR-E304 layers.0.up.outliers[5999]: position 1026 of cell 3: row 20 and column 258 of 20 x 300"),
-        (256 * 3 + 42, "SPQR-E305 layers.0.up.outliers[5999]: position 810 after 810 in cell 3"),
+        (4096 * 4 + 258, f"{place} 16642, row 20 and column 258 of 20 x 300, in cell 5, which begins at column 256"),
+        (4096 * 3 + 255, f"{place} 12543, row 19 and column 255 of 20 x 300, in cell 5, which begins at column 256"),
+        (4096 * 3 + 298, "SPQR-E305 layers.0.up.outliers[5999]: position 12586 after 12586 in cell 5"),
     ):
         words[2 * last] = position
         with pytest.raises(SpqrError) as caught:

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from spqr_format import Layout
+from spqr_format.payload import check_payload
+
 BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
 MODULES = ("linear", "peers", "random_weights", "report", "timing", "tune_gemlite")
 ABOUT = {
@@ -47,6 +50,17 @@ def test_each_product_agrees_with_float64(benchmark, peer, kind):
     assert all(row["bytes_per_s"] == pytest.approx(row["bytes"] / 10e-6) for row in rows)
     assert rows[0]["weight_bits"] == (kind.get("weight_bits", 3) if peer == "ours" else None)
     assert rows[0]["share"] == (0.01 if peer in ("ours", "csr") else None)
+
+
+def test_random_matrices_are_valid(benchmark):
+    """Kernels follow their outliers without a check."""
+    from random_weights import random_tensors
+
+    tensors, layout = random_tensors(Layout(40, 4400, permuted=True), 0.01, 0, "cpu")
+    assert 1700 < layout.outliers <= 1760
+    check_payload(layout, {leaf: tensor.numpy() for leaf, tensor in tensors.items() if leaf not in ("weight", "stat_codes")} | {
+        leaf: np.zeros_like(tensors[leaf].numpy()) for leaf in ("weight", "stat_codes")  # padding is random, too
+    }, "m")  # fmt: skip
 
 
 def test_bytes_of_ours_are_those_of_the_layout(benchmark):

@@ -25,7 +25,8 @@ BOUND = {torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float32: 1e-5, torch.f
 
 KINDS = st.fixed_dictionaries(
     {
-        "out_features": st.integers(1, 70), "in_features": st.integers(1, 600) | st.integers(2000, 2300),
+        "out_features": st.integers(1, 70),
+        "in_features": st.integers(1, 600) | st.integers(2000, 2300) | st.integers(4090, 4400),
         "weight_bits": st.sampled_from([2, 3, 4]), "statistics": st.sampled_from(["bilevel", "direct"]),
         "group_size": st.sampled_from([16, 32, 48, 128, 2064, 4096]), "permuted": st.booleans(),
         "outliers": st.sampled_from([0.0, 0.02, 1.0]), "seed": st.integers(0, 2**32 - 1),
@@ -181,11 +182,11 @@ def test_a_bad_activation_is_seen_in_the_result(random_matrix, value):
 
 @pytest.mark.parametrize(("leaf", "value"), [
     ("outlier_ptr", 30_000), ("outlier_ptr", 0), ("outlier_ptr", -1), ("perm", 300), ("perm", -1),
-    ("outliers", 44 + 256 * 7), ("outliers", 8 * 256), ("outliers", 4096), ("outliers", -1),
+    ("outliers", 300 + 7 * 4096), ("outliers", 256 + 8 * 4096), ("outliers", 255), ("outliers", 4095), ("outliers", -1),
 ])  # fmt: skip
 def test_an_index_out_of_range_is_refused(random_matrix, leaf, value):
     """Indices are checked at load; where one was missed, no memory outside is read or written."""
-    matrix = random_matrix(40, 300, permuted=True, outliers=0.2)  # three tiles of two chunks
+    matrix = random_matrix(40, 300, permuted=True, outliers=0.2)  # three tiles of three cells
     tensors = stored(matrix)
     tensors[leaf][-1 if leaf == "outliers" else 3] = value
     for batch in (1, cpu.PRODUCT_BATCH + 1):

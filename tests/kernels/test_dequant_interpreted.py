@@ -12,7 +12,7 @@ sys.path.insert(0, {tests!r})
 import numpy as np, torch
 from conftest import make_matrix
 from spqr_kernels import dequant
-for shape in ((1, 1), (17, 33), (40, 130), (17, 256), (33, 688), (5, 1100)):
+for shape in ((1, 1), (17, 33), (40, 130), (17, 256), (33, 688), (5, 1100), (17, 4300)):
     for kind in (
         {{"weight_bits": 3}}, {{"weight_bits": 3, "permuted": True}}, {{"weight_bits": 2, "group_size": 32, "outliers": 0.0}},
         {{"weight_bits": 4, "statistics": "direct", "group_size": 128}},

@@ -170,7 +170,7 @@ def poke(folder: Path, leaf: str, dtype: str, change: Callable[[np.ndarray], Any
 
 
 def position_out_of_range(folder: Path) -> None:
-    poke(folder, "outliers", "<u2", lambda x: x.__setitem__(-2, 4096))  # of the last one
+    poke(folder, "outliers", "<u2", lambda x: x.__setitem__(-2, 4095))  # of the last one
 
 
 @pytest.fixture(scope="session", autouse=True)
