@@ -118,7 +118,7 @@ def variants() -> list[Variant]:
         operands = _STORED | {"Perm": "*i32", "Out": "*fp16"} | shape
         found.append(Variant(f"dense {title}", dequant.dense_kernel, operands, constants | {"COLUMNS": 128}, 4))
         operands = _STORED | {"Place": "*i64", "OutlierPtr": "*i32", "Outliers": "*i32"} | {"Out": "*fp16"} | shape
-        constants = constants | {"CELLS": 4, "ENTRIES": 64}
+        constants = constants | {"CELLS": dequant.CELLS, "ENTRIES": dequant.ENTRIES}
         found.append(Variant(f"outliers {title}", dequant.outliers_kernel, operands, constants, 4))
     return found + _fit_variants()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from spqr_format import SpqrError
+from spqr_format import SpqrError, SpqrMatrix
 from spqr_kernels import dequantize, linear, reference
 from spqr_kernels.checks import aligned
 
@@ -98,6 +98,43 @@ def test_dequantize_matches_numpy(random_matrix, device, kind):
             np.testing.assert_allclose(exact, expected, rtol=1e-5, atol=1e-6)
         half = dequantize(stored(matrix, device), matrix.layout, torch.float16).cpu().numpy()
         np.testing.assert_allclose(half.astype(np.float32), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[3], KINDS[6]], ids=lambda k: "-".join(map(str, k.values())))
+@pytest.mark.gpu
+def test_every_batch_on_cuda(random_matrix, kind):
+    """Each width of the batched kernel, with one and with several of it beside each other, and what comes after the last."""
+    matrix = random_matrix(200, 2048 + 256, **kind)
+    tensors = stored(matrix, "cuda")
+    exact = torch.from_numpy(matrix.dequantize()).double()
+    for batch in (3, 8, 9, 17, 40, 64, 65, 130, 300, 1300):
+        for dtype in (torch.float16, torch.bfloat16):
+            x = torch.randn(batch, matrix.layout.in_features).to(dtype)
+            y = linear(x.cuda(), tensors, matrix.layout)
+            assert relative_error(y, x.double() @ exact.T) < BOUND[dtype], (dtype, batch)
+            assert torch.equal(y, linear(x.cuda(), tensors, matrix.layout))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_crowded_outliers(random_matrix, device):
+    """Cells with up to all of their 2048 weights, beside empty ones: more than kernels fetch at once."""
+    matrix = random_matrix(100, 1024, outliers=0.001)
+    dense = matrix.dequantize()
+    columns = {0: range(128), 17: range(100, 140), 40: range(1024), 41: range(3, 1024, 2), 99: range(512, 640)}
+    rows = [np.arange(1024)[list(columns.get(row, range(row % 3)))] for row in range(100)]
+    rows[:16] = [np.arange(128)] * 16
+    values = np.random.default_rng(3).uniform(-0.1, 0.1, sum(map(len, rows))).astype(np.float16)
+    matrix = SpqrMatrix(
+        matrix.layout.with_outliers(len(values)), matrix.codes, tile_stats=matrix.tile_stats, scale_codes=matrix.scale_codes,
+        zero_codes=matrix.zero_codes, crow_indices=np.cumsum([0, *map(len, rows)]), col_indices=np.concatenate(rows),
+        values=values,
+    )  # fmt: skip
+    assert np.abs(matrix.dequantize() - dense).max() > 0.05
+    tensors = stored(matrix, device)
+    exact = torch.from_numpy(matrix.dequantize()).double()
+    for batch in (1, 3, 20, 40, 100) if device == "cuda" else (1, 3, 20):
+        x = torch.randn(batch, 1024).half()
+        assert relative_error(linear(x.to(device), tensors, matrix.layout), x.double() @ exact.T) < 1e-3, batch
 
 
 @pytest.mark.parametrize("device", DEVICES)
