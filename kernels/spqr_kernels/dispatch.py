@@ -16,8 +16,9 @@ from . import cpu, reference
 # Largest batch of each kernel, without outliers and with them; beyond, dequantizing and cuBLAS are faster. On an H200
 # (measured: a table in kernels/benchmarks/README.md); the decode kernel stands in where `wgmma` is not (there nothing was
 # measured).
-GEMM_BATCH = {False: 1280, True: 1024}
+GEMM_BATCH = {False: 3072, True: 1024}
 DECODE_BATCH = {False: 64, True: 32}
+_SPLIT_BATCH = 256
 FIT_COLUMNS = 16  # the widest group that a thread of fit.py holds in its registers
 
 Tensors = Mapping[str, Tensor]
@@ -89,5 +90,10 @@ def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> 
         y = cpu.linear(rows, tensors, layout, bias)
     else:
         weight = dequantize(tensors, layout, x.dtype)
-        y = F.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+        if half and batch <= _SPLIT_BATCH and device.type == "cuda":
+            # cuBLAS would split the columns and add the parts up in half precision: errors of 2 % were seen in bf16.
+            y = torch.mm(rows, weight.T, out_dtype=torch.float32)
+            y = (y if bias is None else y + bias).to(x.dtype)
+        else:
+            y = F.linear(rows, weight, None if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:-1], layout.out_features)

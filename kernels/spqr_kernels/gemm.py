@@ -330,12 +330,13 @@ def prepare_kernel(
         gl.store(Out + row * columns + to, (x.to(gl.float32) * factor).to(gl.float16), mask=to < columns)
 
 
-# Rows of x that a program multiplies with, by the smallest such number that is not below the batch, at most 256: warps, slots a
-# turn, the limit of registers, and programs from which on the columns are not split any further (measured on an H200).
+# By the rows of x that a program multiplies with: warps, slots a turn, the limit of registers, and how many programs are wanted
+# before the columns are split no further (measured on an H200).
 CHOICES = {
-    8: (4, 4, 128, 512), 16: (4, 4, 128, 512), 32: (4, 2, 128, 384), 64: (4, 2, 168, 256), 128: (8, 1, None, 132),
-    256: (8, 1, None, 132),
+    8: (4, 4, 128, 512), 16: (4, 4, 128, 512), 32: (4, 2, 128, 384), 64: (4, 2, 168, 256), 128: (8, 1, None, 96),
+    256: (8, 1, None, 1),
 }  # fmt: skip
+_FULL = 100  # programs of 256 that fill the GPU; for fewer, those of 128
 _LEAST_CHUNKS = 4  # of a split
 IN_ORDER = 32  # from this batch on, copies of 16 bytes of a reordered x are faster than copies of 4 bytes
 
@@ -351,6 +352,8 @@ def linear(
     batch = x.shape[0]
     if padded is None:
         padded = next((n for n in CHOICES if n >= batch), 256)
+        if padded == 256 and ceil_div(layout.tile_rows, CHOICES[256][0]) * ceil_div(batch, 256) < _FULL:
+            padded = 128
     chosen = CHOICES[padded]
     warps, turn = warps or chosen[0], turn or chosen[1]
     ordered = padded >= IN_ORDER if ordered is None else ordered

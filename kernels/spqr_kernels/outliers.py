@@ -74,7 +74,7 @@ _ADD_REGISTERS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 18))
 def opt_in(OWN: gl.constexpr, SHARED: gl.constexpr):
     """A launch is allowed more than 48 KB of shared memory only where Triton's own part, SHARED bytes, is more: makes it so
     where OWN bytes of ours bring the sum above that."""
-    if OWN + SHARED > 49152 and SHARED <= 49152:
+    if OWN + SHARED + 512 > 49152 and SHARED <= 49152:  # 512 for the scratch of reductions
         spare: gl.constexpr = _POWER_ABOVE[(49152 - SHARED) // 1024]
         memory = gl.allocate_shared_memory(gl.int32, [spare // 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         memory._keep_alive()
