@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from random_weights import random_tensors
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 from spqr_format.layout import Layout
 from spqr_loaders.linear import SpqrLinear
@@ -53,16 +53,23 @@ def pack(model: Any, outliers: float) -> None:
 def measure(model: Any, tokens: int, repeats: int) -> dict[str, float]:
     """Tokens a second, median of `repeats` generations of `tokens` tokens after a warm-up, and the peak memory in bytes."""
     ids = torch.randint(0, 32000, (1, 16), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
-    kwargs = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "cache_implementation": "static"}
+    # One cache for all: a new one for each call may lie elsewhere, and then torch records its graph anew, or gives up graphs.
+    cache = StaticCache(model.config, max_cache_len=ids.shape[1] + tokens)
+    kwargs = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "past_key_values": cache}
+
+    def run() -> None:
+        cache.reset()
+        model.generate(ids, **kwargs)
+
     with torch.no_grad():
         for _ in range(2):
-            model.generate(ids, **kwargs)
+            run()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
-            model.generate(ids, **kwargs)
+            run()
             torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
     return {"tokens_per_s": tokens / statistics.median(times), "peak_bytes": float(torch.cuda.max_memory_allocated())}
