@@ -21,7 +21,9 @@ from . import outliers, ptx
 from .checks import aligned
 from .lanes import (
     CHUNK_BYTES,
+    QUADS,
     WARP_BASES,
+    chunks_at,
     commit_copies,
     copy_async,
     copy_chunks,
@@ -115,13 +117,7 @@ def decode_kernel(
     NT: gl.constexpr = BATCH // 8
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     warp_bases: gl.constexpr = WARP_BASES[WARPS]
-    quads: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
-    codes_copy: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 0]], warp_bases, [], [WARPS, 64]
-    )
-    tops_copy: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1]], [[0, 2], [0, 4], [0, 8], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
-    )
+    quads: gl.constexpr = QUADS[WARPS]
     tops_read: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 4], [0, 8]], [[0, 1], [0, 2], [0, 0], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
     )
@@ -146,18 +142,9 @@ def decode_kernel(
     zero = gl.zeros([32 * WARPS], gl.float32, layout)
     none = gl.zeros([32 * WARPS], gl.int32, layout)
 
-    words_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, quads))[:, None]
-    words_lane = gl.arange(0, 128, layout=gl.SliceLayout(0, quads))[None, :]
-    words_tile = gl.minimum(first_tile + words_warp % TILES, tile_rows - 1).to(gl.int64)
-    words_at = Weight + words_tile * (chunks * (128 * BITS)) + (words_warp // TILES * (128 * BITS) + words_lane)
-    codes_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, codes_copy))[:, None]
-    codes_lane = gl.arange(0, 64, layout=gl.SliceLayout(0, codes_copy))[None, :]
-    codes_tile = gl.minimum(first_tile + codes_warp % TILES, tile_rows - 1).to(gl.int64)
-    codes_at = StatCodes + codes_tile * (chunks * 48) + (codes_warp // TILES * 48 + codes_lane)
-    tops_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, tops_copy))[:, None]
-    tops_lane = gl.arange(0, 16, layout=gl.SliceLayout(0, tops_copy))[None, :]
-    tops_tile = gl.minimum(first_tile + tops_warp % TILES, tile_rows - 1).to(gl.int64)
-    tops_at = TileStats.to(gl.pointer_type(gl.int64)) + tops_tile * (chunks * 16) + (tops_warp // TILES * 16 + tops_lane)
+    words_at, codes_at, tops_at, words_chunk, codes_chunk, tops_chunk, codes_lane = chunks_at(
+        Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, 0, BITS, WARPS, TILES
+    )
     x_row = gl.arange(0, BATCH, layout=gl.SliceLayout(1, x_copy))[:, None]
     x_word = gl.arange(0, 32 * SPLIT, layout=gl.SliceLayout(0, x_copy))[None, :]
     x_part = x_word // 32
@@ -173,8 +160,8 @@ def decode_kernel(
         x_ring = x_ring + (blocks,)
     for j in gl.static_range(STAGES - 1):
         copy_chunks(
-            ring[j], words_at, codes_at, tops_at, codes_lane, SPLIT * j + words_warp // TILES < chunks,
-            SPLIT * j + codes_warp // TILES < chunks, SPLIT * j + tops_warp // TILES < chunks, BITS, BILEVEL,
+            ring[j], words_at, codes_at, tops_at, codes_lane, SPLIT * j + words_chunk < chunks,
+            SPLIT * j + codes_chunk < chunks, SPLIT * j + tops_chunk < chunks, BITS, BILEVEL,
         )  # fmt: skip
         for k in gl.static_range(4):
             copy_async(x_ring[j][k], x_at + 32 * k, mask=(SPLIT * j + x_part < chunks) & (x_row < batch))
@@ -216,8 +203,8 @@ def decode_kernel(
                         copy_async(x_then[k], x_at + 32 * k, mask=more & (x_row < batch))
             else:
                 copy_chunks(
-                    then, words_at, codes_at, tops_at, codes_lane, ahead + words_warp // TILES < chunks,
-                    ahead + codes_warp // TILES < chunks, ahead + tops_warp // TILES < chunks, BITS, BILEVEL,
+                    then, words_at, codes_at, tops_at, codes_lane, ahead + words_chunk < chunks,
+                    ahead + codes_chunk < chunks, ahead + tops_chunk < chunks, BITS, BILEVEL,
                 )  # fmt: skip
                 for k in gl.static_range(4):
                     copy_async(x_then[k], x_at + 32 * k, mask=(ahead + x_part < chunks) & (x_row < batch))

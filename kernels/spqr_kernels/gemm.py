@@ -21,7 +21,18 @@ from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 
 from . import outliers
 from .checks import aligned
-from .lanes import CHUNK_BYTES, WARP_BASES, commit_copies, copy_async, copy_chunks, four_words, room_for_chunks, wait_copies
+from .lanes import (
+    CHUNK_BYTES,
+    QUADS,
+    WARP_BASES,
+    chunks_at,
+    commit_copies,
+    copy_async,
+    copy_chunks,
+    four_words,
+    room_for_chunks,
+    wait_copies,
+)
 from .weights import dequantize_lane, four_groups, half_statistics, set_of_codes
 
 
@@ -94,13 +105,7 @@ def gemm_kernel(
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     warp_bases: gl.constexpr = WARP_BASES[WARPS]
-    quads: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
-    codes_copy: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 0]], warp_bases, [], [WARPS, 64]
-    )
-    tops_copy: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1]], [[0, 2], [0, 4], [0, 8], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
-    )
+    quads: gl.constexpr = QUADS[WARPS]
     tops_read: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 4], [0, 8]], [[0, 1], [0, 2], [0, 0], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
     )
@@ -128,18 +133,9 @@ def gemm_kernel(
     row1 = row0 + 8
     none = gl.zeros([32 * WARPS], gl.int32, layout)
 
-    words_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, quads))[:, None]
-    words_lane = gl.arange(0, 128, layout=gl.SliceLayout(0, quads))[None, :]
-    words_tile = gl.minimum(first_tile + words_warp, tile_rows - 1).to(gl.int64)
-    words_at = Weight + (words_tile * chunks + begin) * (128 * BITS) + words_lane
-    codes_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, codes_copy))[:, None]
-    codes_lane = gl.arange(0, 64, layout=gl.SliceLayout(0, codes_copy))[None, :]
-    codes_tile = gl.minimum(first_tile + codes_warp, tile_rows - 1).to(gl.int64)
-    codes_at = StatCodes + (codes_tile * chunks + begin) * 48 + codes_lane
-    tops_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, tops_copy))[:, None]
-    tops_lane = gl.arange(0, 16, layout=gl.SliceLayout(0, tops_copy))[None, :]
-    tops_tile = gl.minimum(first_tile + tops_warp, tile_rows - 1).to(gl.int64)
-    tops_at = TileStats.to(gl.pointer_type(gl.int64)) + (tops_tile * chunks + begin) * 16 + tops_lane
+    words_at, codes_at, tops_at, _, _, _, codes_lane = chunks_at(
+        Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, begin, BITS, WARPS, WARPS
+    )
     x_row = first_row + gl.arange(0, BATCH, layout=gl.SliceLayout(1, x_copy))[:, None]
     x_word = gl.arange(0, 32, layout=gl.SliceLayout(0, x_copy))[None, :]
     if not ORDERED:  # word 8 c + 4 h + tid of a slot is word 8 tid + 2 c + h of x

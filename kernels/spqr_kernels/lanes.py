@@ -18,6 +18,18 @@ WARP_BASES = gl.constexpr(
     {1: [], 2: [[1, 0]], 4: [[1, 0], [2, 0]], 8: [[1, 0], [2, 0], [4, 0]], 16: [[1, 0], [2, 0], [4, 0], [8, 0]]}
 )
 
+# Layouts of the copies and reads of a chunk a warp, by warps: four words a lane; statistics codes, of whose 64 words 48 are a set;
+# and the statistics of 16 groups, eight bytes each.
+QUADS = gl.constexpr({warps: gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0]) for warps in WARP_BASES.value})
+CODES_COPY = gl.constexpr({
+    warps: gl.DistributedLinearLayout([[0, 1], [0, 2]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 0]], bases, [], [warps, 64])
+    for warps, bases in WARP_BASES.value.items()
+})  # fmt: skip
+TOPS_COPY = gl.constexpr({
+    warps: gl.DistributedLinearLayout([[0, 1]], [[0, 2], [0, 4], [0, 8], [0, 0], [0, 0]], bases, [], [warps, 16])
+    for warps, bases in WARP_BASES.value.items()
+})  # fmt: skip
+
 _STREAM4 = gl.constexpr(ptx.load(4, ".L1::no_allocate"))  # weights are read once
 _LOAD4 = gl.constexpr(ptx.load(4))
 _LOAD4_REGISTERS = gl.constexpr(ptx.load_constraints(4))
@@ -100,6 +112,34 @@ def room_for_chunks(BITS: gl.constexpr, BILEVEL: gl.constexpr, WARPS: gl.constex
         room = room + (gl.allocate_shared_memory(gl.int32, [WARPS, 64], shared),)
         room = room + (gl.allocate_shared_memory(gl.int64, [WARPS, 16], shared),)
     return room
+
+
+@gluon.jit
+def chunks_at(
+    Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, first_chunk, BITS: gl.constexpr, WARPS: gl.constexpr,
+    TILES: gl.constexpr,
+):  # fmt: skip
+    """Where the chunk lies that each warp copies first: first_chunk + warp // TILES of tile first_tile + warp % TILES.
+
+    Returns pointers to its words, statistics codes and tile statistics as `copy_chunks` takes them, the number of the chunk in the shape
+    of each, and the codes' lane.
+    """
+    words_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, QUADS[WARPS]))[:, None]
+    words_lane = gl.arange(0, 128, layout=gl.SliceLayout(0, QUADS[WARPS]))[None, :]
+    words_tile = gl.minimum(first_tile + words_warp % TILES, tile_rows - 1).to(gl.int64)
+    words_chunk = first_chunk + words_warp // TILES
+    words_at = Weight + words_tile * (chunks * (128 * BITS)) + (words_chunk * (128 * BITS) + words_lane)
+    codes_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, CODES_COPY[WARPS]))[:, None]
+    codes_lane = gl.arange(0, 64, layout=gl.SliceLayout(0, CODES_COPY[WARPS]))[None, :]
+    codes_tile = gl.minimum(first_tile + codes_warp % TILES, tile_rows - 1).to(gl.int64)
+    codes_chunk = first_chunk + codes_warp // TILES
+    codes_at = StatCodes + codes_tile * (chunks * 48) + (codes_chunk * 48 + codes_lane)
+    tops_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, TOPS_COPY[WARPS]))[:, None]
+    tops_lane = gl.arange(0, 16, layout=gl.SliceLayout(0, TOPS_COPY[WARPS]))[None, :]
+    tops_tile = gl.minimum(first_tile + tops_warp % TILES, tile_rows - 1).to(gl.int64)
+    tops_chunk = first_chunk + tops_warp // TILES
+    tops_at = TileStats.to(gl.pointer_type(gl.int64)) + tops_tile * (chunks * 16) + (tops_chunk * 16 + tops_lane)
+    return words_at, codes_at, tops_at, words_chunk, codes_chunk, tops_chunk, codes_lane
 
 
 @gluon.jit

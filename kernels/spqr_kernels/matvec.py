@@ -30,7 +30,9 @@ from . import outliers, ptx
 from .checks import aligned
 from .lanes import (
     CHUNK_BYTES,
+    QUADS,
     WARP_BASES,
+    chunks_at,
     commit_copies,
     copy_chunks,
     for_all_rows,
@@ -268,13 +270,7 @@ def matvec_kernel(
     FLAVOR: gl.constexpr = BITS + BF
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     warp_bases: gl.constexpr = WARP_BASES[WARPS]
-    quads: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
-    codes_copy: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 0]], warp_bases, [], [WARPS, 64]
-    )
-    tops_copy: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1]], [[0, 2], [0, 4], [0, 8], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
-    )
+    quads: gl.constexpr = QUADS[WARPS]
     tops_read: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 8]], [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
     )
@@ -298,24 +294,17 @@ def matvec_kernel(
         first_outlier = gl.load(Pointers + tile64 * (2 * chunks))
         last_outlier = gl.load(Pointers + (tile64 + 1) * (2 * chunks))
 
-    # Where the copies of this warp's next chunk begin.
-    words_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, quads))[:, None]
-    words_lane = gl.arange(0, 128, layout=gl.SliceLayout(0, quads))[None, :]
-    words_at = Weight + tile64 * (chunks * (128 * BITS)) + (words_warp * (128 * BITS) + words_lane)
-    codes_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, codes_copy))[:, None]
-    codes_lane = gl.arange(0, 64, layout=gl.SliceLayout(0, codes_copy))[None, :]
-    codes_at = StatCodes + tile64 * (chunks * 48) + (codes_warp * 48 + codes_lane)
-    tops_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, tops_copy))[:, None]
-    tops_lane = gl.arange(0, 16, layout=gl.SliceLayout(0, tops_copy))[None, :]
-    tops_at = TileStats.to(gl.pointer_type(gl.int64)) + tile64 * (chunks * 16) + (tops_warp * 16 + tops_lane)
+    words_at, codes_at, tops_at, words_chunk, codes_chunk, tops_chunk, codes_lane = chunks_at(
+        Weight, StatCodes, TileStats, tile, tile + 1, chunks, 0, BITS, WARPS, 1
+    )
 
     ring = ()
     for _ in gl.static_range(STAGES):
         ring = ring + (room_for_chunks(BITS, BILEVEL, WARPS),)
     for j in gl.static_range(STAGES - 1):
         copy_chunks(
-            ring[j], words_at, codes_at, tops_at, codes_lane, WARPS * j + words_warp < chunks, WARPS * j + codes_warp < chunks,
-            WARPS * j + tops_warp < chunks, BITS, BILEVEL,
+            ring[j], words_at, codes_at, tops_at, codes_lane, WARPS * j + words_chunk < chunks,
+            WARPS * j + codes_chunk < chunks, WARPS * j + tops_chunk < chunks, BITS, BILEVEL,
         )  # fmt: skip
         commit_copies()
         words_at += WARPS * 128 * BITS
@@ -353,8 +342,8 @@ def matvec_kernel(
                 copy_chunks(then, words_at, codes_at, tops_at, codes_lane, more, more, more, BITS, BILEVEL)
             else:
                 copy_chunks(
-                    then, words_at, codes_at, tops_at, codes_lane, ahead + words_warp < chunks, ahead + codes_warp < chunks,
-                    ahead + tops_warp < chunks, BITS, BILEVEL,
+                    then, words_at, codes_at, tops_at, codes_lane, ahead + words_chunk < chunks, ahead + codes_chunk < chunks,
+                    ahead + tops_chunk < chunks, BITS, BILEVEL,
                 )  # fmt: skip
             commit_copies()
             words_at += WARPS * 128 * BITS

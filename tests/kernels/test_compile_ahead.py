@@ -16,7 +16,7 @@ def spills(name: str) -> int:
     """Loads and stores of spilled registers that stand. With sums of 256 columns, half of all registers are sums. Elsewhere
     they are outside of the loop over the columns, and with a register more fewer programs would fit, which was slower."""
     if name.startswith("gemm"):
-        return 32 if name.endswith(" 256") else 8
+        return 48 if name.endswith(" 256") else 8
     return 2 if name.startswith("matvec") and name.endswith("bf16") else 0
 
 
