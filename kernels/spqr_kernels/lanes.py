@@ -18,8 +18,8 @@ WARP_BASES = gl.constexpr(
     {1: [], 2: [[1, 0]], 4: [[1, 0], [2, 0]], 8: [[1, 0], [2, 0], [4, 0]], 16: [[1, 0], [2, 0], [4, 0], [8, 0]]}
 )
 
-# Layouts of the copies and reads of a chunk a warp, by warps: four words a lane; statistics codes, of whose 64 words 48 are a set;
-# and the statistics of 16 groups, eight bytes each.
+# Layouts of the copies and reads of a chunk a warp, by warps: four words a lane; statistics codes, of whose 64 words 48 are a
+# set; and the statistics of 16 groups, eight bytes each.
 QUADS = gl.constexpr({warps: gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0]) for warps in WARP_BASES.value})
 CODES_COPY = gl.constexpr({
     warps: gl.DistributedLinearLayout([[0, 1], [0, 2]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 0]], bases, [], [warps, 64])
@@ -121,8 +121,8 @@ def chunks_at(
 ):  # fmt: skip
     """Where the chunk lies that each warp copies first: first_chunk + warp // TILES of tile first_tile + warp % TILES.
 
-    Returns pointers to its words, statistics codes and tile statistics as `copy_chunks` takes them, the number of the chunk in the shape
-    of each, and the codes' lane.
+    Returns pointers to its words, statistics codes and tile statistics as `copy_chunks` takes them, the number of the chunk in the
+    shape of each, and the codes' lane.
     """
     words_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, QUADS[WARPS]))[:, None]
     words_lane = gl.arange(0, 128, layout=gl.SliceLayout(0, QUADS[WARPS]))[None, :]
