@@ -98,6 +98,8 @@ def variants() -> list[Variant]:
                                  decode.REGISTERS.get(batch)))  # fmt: skip
         sizes |= {"a_split": "i32"}
         for batch, (warps, turn, registers, _) in gemm.CHOICES.items():
+            if title != "3-bit bilevel" and batch not in (16, 256):
+                continue  # minutes of compiling for little
             constants = (
                 kind
                 | sparse
@@ -136,13 +138,13 @@ def _fit_variants() -> list[Variant]:
         for leave, shrinks, refits in ((False, 8, 2), (True, 4, 1)):
             how = {"SHRINKS": shrinks, "REFITS": refits, "LEAVE": leave, "ROWS": fit.ROWS}
             operands = w | per_row | {"Loss": "*fp32"} | sizes
-            found.append(Variant(f"search {title}{' leave' * leave}", fit.search_kernel, operands, kind | how, 2))
-        found.append(Variant(f"round {title}", fit.round_kernel, w | {"Stats": "*fp32"} | best | sizes, kind, 2))
+            found.append(Variant(f"search {title}{' leave' * leave}", fit.search_kernel, operands, kind | how, 2, nvidia=(90,)))
+        found.append(Variant(f"round {title}", fit.round_kernel, w | {"Stats": "*fp32"} | best | sizes, kind, 2, nvidia=(90,)))
         operands, how = w | {"Decoded": "*fp32"} | out | {"R": "i32"}, {"STORE": metric, "ROWS": fit.ROWS}
         operands = {name: operands[name] for name in ("W", "Decoded", "Free", "U", "Values", "Errors", "Loss", "R")}
-        found.append(Variant(f"residual {title}", fit.residual_kernel, operands, kind | how, 2))
+        found.append(Variant(f"residual {title}", fit.residual_kernel, operands, kind | how, 2, nvidia=(90,)))
     operands = per_row | {"Stats": "*fp32", "R": "i32"}
-    found.append(Variant("tile start", fit.tile_start_kernel, operands, {"TILES": fit.TILES}, 2))
+    found.append(Variant("tile start", fit.tile_start_kernel, operands, {"TILES": fit.TILES}, 2, nvidia=(90,)))
     return found
 
 

@@ -25,11 +25,13 @@ from .lanes import (
     CHUNK_BYTES,
     QUADS,
     WARP_BASES,
+    barrier,
     chunks_at,
     commit_copies,
     copy_async,
     copy_chunks,
     four_words,
+    reinterpret,
     room_for_chunks,
     wait_copies,
 )
@@ -241,7 +243,7 @@ def gemm_kernel(
                     if s == 3:
                         room = outliers.clear(room, words1, places, ENTRIES)
                 a = _operand(weights, operand)
-                x = x_ring[(4 * j + s) % RING]._reinterpret(gl.float16, [BATCH, 64], x_halves)
+                x = reinterpret(x_ring[(4 * j + s) % RING], gl.float16, [BATCH, 64], x_halves)
                 acc = hopper.warpgroup_mma(a, x.permute((1, 0)), acc, is_async=True)
                 # the product before is done; of this turn's last one the next turn must not overwrite x
                 acc = hopper.warpgroup_mma_wait(0 if AHEAD == 1 and s % TURN == TURN - 1 else 1, deps=(acc,))
@@ -261,7 +263,7 @@ def gemm_kernel(
     gl.store(Y + n.to(gl.int64) * out_features + row, total.to(Y.dtype.element_ty), mask=inside)
     if OUTLIERS:  # noqa: SIM102, the compiler's condition and the GPU's
         if rest:
-            gl.thread_barrier()
+            barrier()
             for each in range(WARPS):
                 _add_rest(
                     Y, X, Scale, Pointers, Outliers, first_tile + each, 2 * begin, 2 * end, first_row, batch, out_features,

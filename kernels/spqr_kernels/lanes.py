@@ -8,7 +8,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from . import ptx
 
-# Triton 3.9 renamed it.
+# Triton 3.9 renamed them.
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 commit_copies = async_copy.commit_group
 wait_copies = async_copy.wait_group
@@ -121,8 +123,8 @@ def chunks_at(
 ):  # fmt: skip
     """Where the chunk lies that each warp copies first: first_chunk + warp // TILES of tile first_tile + warp % TILES.
 
-    Returns pointers to its words, statistics codes and tile statistics as `copy_chunks` takes them, the number of the chunk in the
-    shape of each, and the codes' lane.
+    Returns pointers to its words, statistics codes and tile statistics as `copy_chunks` takes them, the number of the chunk in
+    the shape of each, and the codes' lane.
     """
     words_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, QUADS[WARPS]))[:, None]
     words_lane = gl.arange(0, 128, layout=gl.SliceLayout(0, QUADS[WARPS]))[None, :]
