@@ -157,17 +157,24 @@ class Usage:
     instructions: collections.Counter[str]
 
 
-def usage(compiled: Any) -> Usage:
-    """What an NVIDIA kernel uses, read from its machine code."""
+def _inspect(compiled: Any, what: str) -> str:
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-        resources = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)", sass, re.MULTILINE)
-    instructions = collections.Counter(names)
-    registers = int(re.findall(r"REG:(\d+)", resources)[0])
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def machine_code(compiled: Any) -> list[str]:
+    """The instructions of an NVIDIA kernel, in their order."""
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", _inspect(compiled, "-sass"), re.MULTILINE)
+
+
+def usage(compiled: Any) -> Usage:
+    """What an NVIDIA kernel uses, read from its machine code."""
+    names = [re.sub(r"^@!?U?P\w+ ", "", line) for line in machine_code(compiled)]
+    instructions = collections.Counter(re.match(r"[A-Z0-9_]*", name)[0] for name in names)  # type: ignore[index]
+    registers = int(re.findall(r"REG:(\d+)", _inspect(compiled, "-res-usage"))[0])
     return Usage(registers, instructions["LDL"] + instructions["STL"], instructions)
 
 

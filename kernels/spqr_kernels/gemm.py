@@ -245,8 +245,12 @@ def gemm_kernel(
                 a = _operand(weights, operand)
                 x = reinterpret(x_ring[(4 * j + s) % RING], gl.float16, [BATCH, 64], x_halves)
                 acc = hopper.warpgroup_mma(a, x.permute((1, 0)), acc, is_async=True)
-                # the product before is done; of this turn's last one the next turn must not overwrite x
-                acc = hopper.warpgroup_mma_wait(0 if AHEAD == 1 and s % TURN == TURN - 1 else 1, deps=(acc,))
+                # The product before is done; of this turn's last one the next turn must not overwrite x. And none is left at
+                # the end of the loop: the assembler was seen to read the sums above a wait that follows the loop.
+                if (AHEAD == 1 and s % TURN == TURN - 1) or (j == 1 and s == 3):
+                    acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
+                else:
+                    acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
     wait_copies(0)
     total = hopper.warpgroup_mma_wait(0, deps=(acc,))
 

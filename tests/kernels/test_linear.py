@@ -104,15 +104,16 @@ def test_dequantize_matches_numpy(random_matrix, device, kind):
 @pytest.mark.gpu
 def test_every_batch_on_cuda(random_matrix, kind):
     """Each width of the batched kernel, with one and with several of it beside each other, and what comes after the last."""
-    matrix = random_matrix(200, 2048 + 256, **kind)
-    tensors = stored(matrix, "cuda")
-    exact = torch.from_numpy(matrix.dequantize()).double()
-    for batch in (3, 8, 9, 17, 40, 64, 65, 130, 300, 1300):
-        for dtype in (torch.float16, torch.bfloat16):
-            x = torch.randn(batch, matrix.layout.in_features).to(dtype)
-            y = linear(x.cuda(), tensors, matrix.layout)
-            assert relative_error(y, x.double() @ exact.T) < BOUND[dtype], (dtype, batch)
-            assert torch.equal(y, linear(x.cuda(), tensors, matrix.layout))
+    for columns in (2048 + 256, 4096):  # an odd and an even number of chunks
+        matrix = random_matrix(200, columns, **kind)
+        tensors = stored(matrix, "cuda")
+        exact = torch.from_numpy(matrix.dequantize()).double()
+        for batch in (3, 8, 9, 17, 40, 64, 65, 130, 300, 1300):
+            for dtype in (torch.float16, torch.bfloat16):
+                x = torch.randn(batch, columns).to(dtype)
+                y = linear(x.cuda(), tensors, matrix.layout)
+                assert relative_error(y, x.double() @ exact.T) < BOUND[dtype], (dtype, batch)
+                assert torch.equal(y, linear(x.cuda(), tensors, matrix.layout))
 
 
 @pytest.mark.parametrize("device", DEVICES)
