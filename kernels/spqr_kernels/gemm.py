@@ -335,7 +335,7 @@ def prepare_kernel(
 # By the rows of x that a program multiplies with: warps, slots a turn, the limit of registers, and how many programs are wanted
 # before the columns are split no further (measured on an H200).
 CHOICES = {
-    8: (4, 4, 128, 512), 16: (4, 4, 128, 512), 32: (4, 2, 128, 384), 64: (4, 2, 168, 256), 128: (8, 1, None, 96),
+    8: (4, 4, 128, 512), 16: (4, 4, 128, 512), 32: (4, 2, 128, 384), 64: (4, 4, 168, 256), 128: (8, 1, None, 96),
     256: (8, 1, None, 1),
 }  # fmt: skip
 _FULL = 100  # programs of 256 that fill the GPU; for fewer, those of 128
