@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -73,18 +73,16 @@ class Student:
                 self._fits(tensor, (matrix.layout.out_features, matrix.layout.in_features), shape)
                 self._singles[name] = matrix
                 continue
-            if tensor not in checkpoint.place:
-                raise SpqrError("E508", tensor, "the checkpoint has no such tensor, and the original has")
-            stored = dense_tensor(checkpoint, tensor)
+            stored = _stored(checkpoint, tensor)
             self._fits(tensor, tuple(stored.shape), shape)
             if LEARN[learn].vectors and stored.dim() == 1 and stored.dtype in (torch.float16, torch.bfloat16, torch.float32):
                 self._singles[name] = self.vectors[tensor] = TunableVector(stored, device)
             elif not torch.equal(value := stored.to(device=device, dtype=torch.float32), original.get_parameter(name)):
                 self._fixed[name] = value
+        # An expert that the checkpoint keeps dense counts as it stands there.
         self._stacks = {
-            name: [[parts[tensor] for tensor in row] for row in rows]
+            name: [[parts.get(tensor) or _constant(checkpoint, tensor, device) for tensor in row] for row in rows]
             for name, rows in plan.experts.items()
-            if all(tensor in parts for row in rows for tensor in row)
         }
         used = {tensor for tensor in wanted.values()} | {t for rows in plan.experts.values() for row in rows for t in row}
         for tensor in parts:
@@ -120,6 +118,19 @@ class Student:
     def matrix(self, module: str) -> SpqrMatrix:
         """A module with what was learnt."""
         return self.matrices[module].matrix()
+
+
+def _stored(checkpoint: Checkpoint, tensor: str) -> Tensor:
+    """A dense tensor that has to be there."""
+    if tensor not in checkpoint.place:
+        raise SpqrError("E508", tensor, "the checkpoint has no such tensor, and the original has")
+    return dense_tensor(checkpoint, tensor)
+
+
+def _constant(checkpoint: Checkpoint, tensor: str, device: torch.device) -> Callable[[], Tensor]:
+    """A matrix, float32 [out, in], that is not learnt."""
+    value = _stored(checkpoint, tensor).to(device=device, dtype=torch.float32)
+    return lambda: value
 
 
 def _logits(output: Any) -> Tensor:

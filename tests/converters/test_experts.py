@@ -113,3 +113,27 @@ def test_a_stack_beside_its_own_experts(kind, folders, tmp_path) -> None:
     with pytest.raises(SpqrError, match=r"SPQR-E501.*stands beside"):
         convert(folders[1], tmp_path / "out", solver=QUICK)
     assert json.loads((folders[1] / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize("keep", [[], ["*.experts.0.*"]], ids=["all", "one-dense"])
+def test_what_is_tuned_is_the_model_that_is_stored(kind, folders, tmp_path, keep) -> None:
+    """Stacked experts, all of them quantized or one kept dense: the logits that tuning starts from are the loader's."""
+    import spqr_loaders  # noqa: F401 - registers the format
+    from spqr_converters.blocks import plan
+    from spqr_converters.experts import unstack
+    from spqr_converters.sources import open_source
+    from spqr_converters.student import Student
+
+    out, cpu = tmp_path / "out", torch.device("cpu")
+    convert(folders[0], out, solver=QUICK, outlier_share=0.02, keep=keep, device="cpu")
+    ids = torch.arange(20)[None]
+    source = open_source(folders[0])
+    original = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32).eval().requires_grad_(False)
+    unstack(original, source)
+    with Checkpoint.open(out) as checkpoint, torch.no_grad():
+        student = Student(checkpoint, original, plan(original, source), "all", cpu)
+        found = student.logits(ids, student.weights())
+    stored = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(found, stored(ids).logits, rtol=0, atol=1e-5)
+    assert (student.target(ids) - found).abs().max() > 1e-3
