@@ -225,6 +225,20 @@ def test_eval_of_several_models_needs_compare_and_an_original(converted, tiny_ll
         assert "--reference" in result.output or "--compare" in result.output
 
 
+def test_eval_refuses_models_of_two_tokenizers(converted, tiny_llama, tmp_path):
+    """They would be compared at other words."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama, other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    ids = content["model"]["vocab"]
+    ids["Ġthe"], ids["Ġof"] = ids["Ġof"], ids["Ġthe"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    result = spqr("eval", converted, TEXT, "--reference", other, "--tokens", 1024, "--context", 128, "--device", "cpu")
+    assert result.exit_code == 1
+    assert "SPQR-E508" in result.output
+    assert str(other) in result.output.replace("\n", "")
+
+
 def test_eval_refuses_a_text_that_is_too_short(converted, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("a few words")

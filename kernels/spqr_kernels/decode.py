@@ -21,17 +21,14 @@ from . import outliers, ptx
 from .checks import aligned
 from .lanes import (
     CHUNK_BYTES,
-    QUADS,
-    WARP_BASES,
     chunks_at,
     commit_copies,
     copy_async,
     copy_chunks,
-    four_words,
     room_for_chunks,
     wait_copies,
 )
-from .weights import dequantize_lane, four_groups, half_statistics, set_of_codes
+from .weights import dequantize_lane, half_statistics, lane_of_chunk
 
 REGISTERS = {64: 255}  # limit for a thread by padded batch, where the compiler's own choice spills
 _MMA = gl.constexpr(ptx.MMA)
@@ -116,11 +113,6 @@ def decode_kernel(
     SPLIT: gl.constexpr = WARPS // TILES
     NT: gl.constexpr = BATCH // 8
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    warp_bases: gl.constexpr = WARP_BASES[WARPS]
-    quads: gl.constexpr = QUADS[WARPS]
-    tops_read: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 4], [0, 8]], [[0, 1], [0, 2], [0, 0], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
-    )
     x_copy: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
     x_shared: gl.constexpr = gl.SharedLinearLayout(_X_SHARED[SPLIT * 256 + BATCH])
     parts: gl.constexpr = _PARTS[WARPS * 16 + TILES]
@@ -140,7 +132,6 @@ def decode_kernel(
     row0 = tile * 16 + gid
     row1 = row0 + 8
     zero = gl.zeros([32 * WARPS], gl.float32, layout)
-    none = gl.zeros([32 * WARPS], gl.int32, layout)
 
     words_at, codes_at, tops_at, words_chunk, codes_chunk, tops_chunk, codes_lane = chunks_at(
         Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, 0, BITS, WARPS, TILES
@@ -213,15 +204,7 @@ def decode_kernel(
             codes_at += SPLIT * 48
             tops_at += SPLIT * 16
             x_at += SPLIT * 128
-            slots = ((), (), (), ())
-            for k in gl.static_range(BITS):
-                four = four_words(now[k].load(quads), layout)
-                slots = (slots[0] + (four[0],), slots[1] + (four[1],), slots[2] + (four[2],), slots[3] + (four[3],))
-            codes = (none, none, none, none)
-            tops = (none, none, none, none)
-            if BILEVEL:
-                codes = set_of_codes(now[BITS], tid, layout)
-                tops = four_groups(now[BITS + 1].load(tops_read), layout)
+            slots, codes, tops = lane_of_chunk(now, tid, layout, BITS, BILEVEL)
             for k in gl.static_range(4):
                 if OUTLIERS and k % 2 == 0:
                     room, places = outliers.put(room, words, ENTRIES)
@@ -312,10 +295,7 @@ def tiles_and_warps(layout: Layout, batch: int) -> tuple[int, int]:
     return tiles, warps
 
 
-def linear(
-    x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, tiles: int | None = None,
-    warps: int | None = None, stages: int = 2,
-) -> Tensor:  # fmt: skip
+def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, batch 1..64, and checked operands of a layout of
     whole chunks. Returns [batch, out] in x's dtype."""
     out_dtype = x.dtype
@@ -334,8 +314,7 @@ def linear(
     while padded < batch:
         padded *= 2
     y = torch.empty(batch, layout.out_features, dtype=out_dtype, device=x.device)
-    chosen = tiles_and_warps(layout, batch)
-    tiles, warps = tiles or chosen[0], warps or chosen[1]
+    (tiles, warps), stages = tiles_and_warps(layout, batch), 2
     chunks = layout.blocks // CHUNK
     limit = {"maxnreg": REGISTERS[padded]} if padded in REGISTERS else {}
     unused = tensors["weight"]

@@ -13,12 +13,12 @@ from spqr_format.layout import CHUNK, TILE, Layout
 
 from . import cpu, reference
 
-# Largest batch of each kernel, without outliers and with them; beyond, dequantizing and cuBLAS are faster. On an H200
-# (measured: a table in kernels/benchmarks/README.md); the decode kernel stands in where `wgmma` is not (there nothing was
-# measured).
+# Largest batch of each kernel, without outliers and with them; beyond, dequantizing and cuBLAS are faster. The first are
+# extrapolated from the times on an H200 at 512 and 2048 (kernels/benchmarks/README.md); the decode kernel stands in where
+# `wgmma` is not, and there nothing was measured.
 GEMM_BATCH = {False: 3072, True: 1024}
 DECODE_BATCH = {False: 64, True: 32}
-_SPLIT_BATCH = 256
+_SPLIT_BATCH = 256  # up to which cuBLAS may split columns: what was seen to lose exactness had 33 rows
 FIT_COLUMNS = 16  # the widest group that a thread of fit.py holds in its registers
 
 Tensors = Mapping[str, Tensor]
@@ -90,7 +90,7 @@ def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> 
         y = cpu.linear(rows, tensors, layout, bias)
     else:
         weight = dequantize(tensors, layout, x.dtype)
-        if half and batch <= _SPLIT_BATCH and device.type == "cuda":
+        if half and batch <= _SPLIT_BATCH and device.type == "cuda" and torch.version.hip is None:  # out_dtype is CUDA's
             # cuBLAS would split the columns and add the parts up in half precision: errors of 2 % were seen in bf16.
             y = torch.mm(rows, weight.T, out_dtype=torch.float32)
             y = (y if bias is None else y + bias).to(x.dtype)

@@ -23,19 +23,16 @@ from . import outliers
 from .checks import aligned
 from .lanes import (
     CHUNK_BYTES,
-    QUADS,
-    WARP_BASES,
     barrier,
     chunks_at,
     commit_copies,
     copy_async,
     copy_chunks,
-    four_words,
     reinterpret,
     room_for_chunks,
     wait_copies,
 )
-from .weights import dequantize_lane, four_groups, half_statistics, set_of_codes
+from .weights import dequantize_lane, half_statistics, lane_of_chunk
 
 
 @gluon.jit
@@ -102,15 +99,10 @@ def gemm_kernel(
 ):  # fmt: skip
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]) for BATCH of the n; the sum over chunks of a split where PARTIAL.
 
-    X fp16 [batch, chunks * 256], in the order of `ordered` where ORDERED. Y [batch, out], or float32 [splits, batch, out] where
-    PARTIAL, without Scale and Bias. TURN slots of 64 columns follow each other between two barriers.
+    X fp16 [batch, chunks * 256], in the order of `prepare_kernel` where ORDERED. Y [batch, out], or fp32 [splits, batch, out]
+    where PARTIAL, without Scale and Bias. TURN slots of 64 columns follow each other between two barriers.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    warp_bases: gl.constexpr = WARP_BASES[WARPS]
-    quads: gl.constexpr = QUADS[WARPS]
-    tops_read: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 4], [0, 8]], [[0, 1], [0, 2], [0, 0], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
-    )
     x_copy: gl.constexpr = gl.BlockedLayout([1, 4 if ORDERED else 1], [4, 8] if ORDERED else [1, 32], [WARPS, 1], [1, 0])
     x_words: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
     x_halves: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -133,7 +125,6 @@ def gemm_kernel(
     tile = gl.minimum(first_tile + warp, tile_rows - 1)
     row0 = tile * 16 + gid
     row1 = row0 + 8
-    none = gl.zeros([32 * WARPS], gl.int32, layout)
 
     words_at, codes_at, tops_at, _, _, _, codes_lane = chunks_at(
         Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, begin, BITS, WARPS, WARPS
@@ -198,16 +189,7 @@ def gemm_kernel(
                         x_at += 32
                     commit_copies()
                 if s == 0:
-                    now = ring[j]
-                    slots = ((), (), (), ())
-                    for k in gl.static_range(BITS):
-                        four = four_words(now[k].load(quads), layout)
-                        slots = (slots[0] + (four[0],), slots[1] + (four[1],), slots[2] + (four[2],), slots[3] + (four[3],))
-                    codes = (none, none, none, none)
-                    tops = (none, none, none, none)
-                    if BILEVEL:
-                        codes = set_of_codes(now[BITS], tid, layout)
-                        tops = four_groups(now[BITS + 1].load(tops_read), layout)
+                    slots, codes, tops = lane_of_chunk(ring[j], tid, layout, BITS, BILEVEL)
                 if OUTLIERS:
                     if TURN == 4:
                         if s == 0:
@@ -343,22 +325,16 @@ _LEAST_CHUNKS = 4  # of a split
 IN_ORDER = 32  # from this batch on, copies of 16 bytes of a reordered x are faster than copies of 4 bytes
 
 
-def linear(
-    x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, splits: int | None = None,
-    padded: int | None = None, warps: int | None = None, ordered: bool | None = None, registers: int | None = None,
-    turn: int | None = None,
-) -> Tensor:  # fmt: skip
+def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, and checked operands of a layout of whole chunks, not
     permuted where it has outliers. Returns [batch, out] in x's dtype."""
     out_dtype = x.dtype
     batch = x.shape[0]
-    if padded is None:
-        padded = next((n for n in CHOICES if n >= batch), 256)
-        if padded == 256 and ceil_div(layout.tile_rows, CHOICES[256][0]) * ceil_div(batch, 256) < _FULL:
-            padded = 128
-    chosen = CHOICES[padded]
-    warps, turn = warps or chosen[0], turn or chosen[1]
-    ordered = padded >= IN_ORDER if ordered is None else ordered
+    padded = next((n for n in CHOICES if n >= batch), 256)
+    if padded == 256 and ceil_div(layout.tile_rows, CHOICES[256][0]) * ceil_div(batch, 256) < _FULL:
+        padded = 128
+    warps, turn, registers, programs = CHOICES[padded]
+    ordered = padded >= IN_ORDER
     if layout.permuted:
         x = x.index_select(1, tensors["perm"])
     columns = layout.blocks * TILE
@@ -380,16 +356,14 @@ def linear(
     x = aligned(x)
     chunks = layout.blocks // CHUNK
     tiles, parts = ceil_div(layout.tile_rows, warps), ceil_div(batch, padded)
-    if splits is None:
-        splits = 1
-        while tiles * parts * splits < chosen[3] and chunks >= 2 * splits * _LEAST_CHUNKS:
-            splits *= 2
+    splits = 1
+    while tiles * parts * splits < programs and chunks >= 2 * splits * _LEAST_CHUNKS:
+        splits *= 2
     a_split = ceil_div(chunks, splits)
     splits = ceil_div(chunks, a_split)
     y = torch.empty(batch, layout.out_features, dtype=out_dtype, device=x.device)
     out = y if splits == 1 else torch.empty(splits, batch, layout.out_features, dtype=torch.float32, device=x.device)
     unused = tensors["weight"]
-    registers = registers or chosen[2]
     limit = {"maxnreg": registers} if registers else {}
     gemm_kernel[(parts, tiles, splits)](
         x, unused if scale is None else scale, tensors["weight"], tensors.get("stat_codes", unused),

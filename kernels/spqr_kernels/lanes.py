@@ -117,6 +117,16 @@ def room_for_chunks(BITS: gl.constexpr, BILEVEL: gl.constexpr, WARPS: gl.constex
 
 
 @gluon.jit
+def words_of_chunk(room, layout: gl.constexpr, BITS: gl.constexpr, WARPS: gl.constexpr):
+    """What each lane holds of the words in `room_for_chunks`: BITS words of each of its blocks, as `four_words` has them."""
+    slots = ((), (), (), ())
+    for k in gl.static_range(BITS):
+        four = four_words(room[k].load(QUADS[WARPS]), layout)
+        slots = (slots[0] + (four[0],), slots[1] + (four[1],), slots[2] + (four[2],), slots[3] + (four[3],))
+    return slots
+
+
+@gluon.jit
 def chunks_at(
     Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, first_chunk, BITS: gl.constexpr, WARPS: gl.constexpr,
     TILES: gl.constexpr,

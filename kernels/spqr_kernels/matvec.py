@@ -30,17 +30,16 @@ from . import outliers, ptx
 from .checks import aligned
 from .lanes import (
     CHUNK_BYTES,
-    QUADS,
     WARP_BASES,
     chunks_at,
     commit_copies,
     copy_chunks,
     for_all_rows,
-    four_words,
     load2,
     load4,
     room_for_chunks,
     wait_copies,
+    words_of_chunk,
 )
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
@@ -270,7 +269,6 @@ def matvec_kernel(
     FLAVOR: gl.constexpr = BITS + BF
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     warp_bases: gl.constexpr = WARP_BASES[WARPS]
-    quads: gl.constexpr = QUADS[WARPS]
     tops_read: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 8]], [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
     )
@@ -363,10 +361,7 @@ def matvec_kernel(
             # B with x of block gid in column gid and A of ones: sum(x) of groups 2 tid and 2 tid + 1 in each row of D
             natural0 = load2(at2)
             natural1 = load2(at2 + 64)
-            slots = ((), (), (), ())
-            for k in gl.static_range(BITS):
-                four = four_words(now[k].load(quads), layout)
-                slots = (slots[0] + (four[0],), slots[1] + (four[1],), slots[2] + (four[2],), slots[3] + (four[3],))
+            slots = words_of_chunk(now, layout, BITS, WARPS)
             dots = _two_products(slots, at0, at1, zero, undo, BITS, BF)
             blank = (zero, zero, zero, zero)
             sums0 = _mma(ones, ones, ones, ones, natural0[0], natural0[1], blank, BF)
@@ -439,14 +434,7 @@ def _zeros(device: torch.device) -> Tensor:
     return made[0]
 
 
-def linear(
-    x: Tensor,
-    tensors: Mapping[str, Tensor],
-    layout: Layout,
-    bias: Tensor | None,
-    warps: int | None = None,
-    stages: int = 2,
-) -> Tensor:
+def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """W x + bias for x fp16 or bf16 [1, in], contiguous, and checked operands of a layout of whole chunks.
 
     Returns [1, out] in x's dtype.
@@ -456,7 +444,7 @@ def linear(
     if layout.in_features % TILE:
         dense = torch.nn.functional.pad(dense, (0, layout.blocks * TILE - layout.in_features))
     y = torch.empty(1, layout.out_features, dtype=x.dtype, device=x.device)
-    warps = warps or matvec_warps(layout)
+    warps, stages = matvec_warps(layout), 2
     chunks = layout.blocks // CHUNK
     unused = tensors["weight"]
     matvec_kernel[(layout.tile_rows,)](

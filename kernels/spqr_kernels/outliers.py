@@ -15,10 +15,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from spqr_format.layout import Layout
+from spqr_format.layout import CELL_COLUMNS, TILE, Layout
 
-CELL = 128  # columns
-CELL_BYTES = 4096  # fp16 of 16 rows and 128 columns
+CELL_BYTES = 2 * TILE * CELL_COLUMNS  # of fp16
 KEPT = 2048  # outliers of a tile that `ask` copies; if there are more, these are read when their turn comes
 
 _CELL_BYTES = gl.constexpr(CELL_BYTES)
@@ -150,7 +149,7 @@ def add(weights, room, lane, slot: gl.constexpr):
 def outliers_a_lane(layout: Layout) -> int:
     """Outliers of a cell that a lane fetches, 1, 2 or 4: enough for nearly all cells of a matrix whose outliers lie
     anywhere. What does not fit is added by a slow way."""
-    mean = 16 * CELL * layout.outliers / (layout.out_features * layout.in_features)
+    mean = TILE * CELL_COLUMNS * layout.outliers / (layout.out_features * layout.in_features)
     return next((n for n in (1, 2) if mean + 5 * mean**0.5 <= 32 * n), 4)
 
 

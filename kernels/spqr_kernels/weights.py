@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from . import ptx
-from .lanes import WARP_BASES, for_all_rows, funnel
+from .lanes import WARP_BASES, for_all_rows, funnel, words_of_chunk
 
 _LANE = gl.constexpr({bits: ptx.dequantize_lane(bits) for bits in (2, 3, 4)})
 _LANE_REGISTERS = gl.constexpr({bits: ptx.dequantize_lane_constraints(bits) for bits in (2, 3, 4)})
@@ -77,6 +77,24 @@ def set_of_codes(codes, tid, layout: gl.constexpr):
 
 
 @gluon.jit
+def lane_of_chunk(room, tid, layout: gl.constexpr, BITS: gl.constexpr, BILEVEL: gl.constexpr):
+    """What a lane holds of the chunk in `room_for_chunks`: four slots of BITS words, and where BILEVEL the four words of
+    `set_of_codes` and statistics of `four_groups` (else zeros)."""
+    WARPS: gl.constexpr = tid.shape[0] // 32
+    tops_read: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 4], [0, 8]], [[0, 1], [0, 2], [0, 0], [0, 0], [0, 0]], WARP_BASES[WARPS], [], [WARPS, 16]
+    )
+    slots = words_of_chunk(room, layout, BITS, WARPS)
+    none = tid * 0
+    codes = (none, none, none, none)
+    tops = (none, none, none, none)
+    if BILEVEL:
+        codes = set_of_codes(room[BITS], tid, layout)
+        tops = four_groups(room[BITS + 1].load(tops_read), layout)
+    return slots, codes, tops
+
+
+@gluon.jit
 def half_statistics(
     codes, tops, GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP: gl.constexpr, BITS: gl.constexpr,
     BILEVEL: gl.constexpr,
@@ -110,6 +128,8 @@ def half_statistics(
 
 @gluon.jit
 def dequantize_lane(words, s0, o0, s1, o1, BITS: gl.constexpr):
+    """A lane's BITS words of a block, and scale and offset of rows l and l + 8 (half2), to 16 words of two fp16 weights: pairs
+    0 .. 7 of row l, then of row l + 8."""
     return gl.inline_asm_elementwise(
         _LANE[BITS], _LANE_REGISTERS[BITS], words + (s0, o0, s1, o1),
         dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32,

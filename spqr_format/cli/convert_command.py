@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from ..journal import JOURNAL
-from .model import device_option, libraries
+from .model import context_option, device_option, libraries, tokens_option
 from .output import duration, print_json, size, table
 from .progress import progress_bar
 
@@ -70,8 +70,8 @@ _PRESETS = ("near-lossless", "balanced", "small")
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A UTF-8 text like the model's use. Without it the weights alone decide, at a visible loss.",
 )
-@click.option("--tokens", type=click.IntRange(1), default=131072, show_default=True, help="Of the calibration text to use.")
-@click.option("--context", type=click.IntRange(1), help="Tokens in a calibration window.  [default: the model's, at most 2048]")
+@tokens_option
+@context_option
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Calibration windows in one forward pass.")
 @click.option(
     "--preset",

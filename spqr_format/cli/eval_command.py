@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .model import device_option, dtype_option, libraries, load_model, load_tokenizer
+from ..errors import SpqrError
+from .model import context_option, device_option, dtype_option, libraries, load_model, load_tokenizer
 from .output import plus_minus, print_json, table
 from .progress import progress_bar
 
@@ -25,7 +26,7 @@ from .progress import progress_bar
 @click.option("--compare", is_flag=True, help="Several MODELs of one original in one table, with their bits on disk.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="With --compare: bits and KL as an SVG file.")
 @click.option("--tokens", type=click.IntRange(2), help="Only the first so many tokens of the text.")
-@click.option("--context", type=click.IntRange(2), help="Window in tokens.  [default: the model's, at most 2048]")
+@context_option
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Windows in one forward pass.")
 @device_option
 @dtype_option
@@ -60,6 +61,10 @@ def eval_command(
     loaded = [load_model(model, device, dtype) for model in models]
     original = None if reference is None else load_model(reference, device, dtype)
     windows = windows_of(content, load_tokenizer(models[0]), context_of(loaded[0].config, context), tokens)
+    for other in [*models[1:], *([] if reference is None else [reference])]:
+        same = windows_of(content, load_tokenizer(other), windows.shape[1], tokens)
+        if same.shape != windows.shape or not (same == windows).all():
+            raise SpqrError("E508", str(other), f"its tokenizer makes other tokens of {text} than that of {models[0]}")
     with progress_bar("evaluating", shown=not as_json) as bar:
         results = evaluate_all(
             loaded, windows, reference=original, batch=batch, progress=lambda done, total: bar("", done, total)
@@ -103,14 +108,9 @@ def _show(result: Any, as_json: bool) -> None:
         return
     rows = []
     if result.reference_perplexity and result.kl and result.top1:
-        rows.append(
-            [
-                "perplexity of the original",
-                plus_minus(result.reference_perplexity.mean, result.reference_perplexity.error, 3),
-            ]
-        )
-    rows.append(["perplexity", plus_minus(result.perplexity.mean, result.perplexity.error, 3)])
+        rows.append(["perplexity of the original", _figure(result.reference_perplexity, 3)])
+    rows.append(["perplexity", _figure(result.perplexity, 3)])
     if result.kl and result.top1:
-        rows.append(["KL to the original, nats a token", plus_minus(result.kl.mean, result.kl.error, 5)])
-        rows.append(["top-1 agreement, %", plus_minus(100 * result.top1.mean, 100 * result.top1.error, 2)])
+        rows.append(["KL to the original, nats a token", _figure(result.kl, 5)])
+        rows.append(["top-1 agreement, %", _figure(result.top1, 2, 100)])
     table([f"{result.tokens} tokens in {result.windows} windows of {result.context}", ""], rows)

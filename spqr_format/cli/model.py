@@ -71,3 +71,17 @@ def dtype_option(command: Any) -> Any:
     return click.option("--dtype", type=choice, default="auto", show_default=True, help="Of activations and dense weights.")(
         command
     )
+
+
+def tokens_option(command: Any) -> Any:
+    """--tokens, of the text that a conversion or a tuning reads."""
+    return click.option(
+        "--tokens", type=click.IntRange(1), default=131072, show_default=True, help="Of the calibration text to use."
+    )(command)
+
+
+def context_option(command: Any) -> Any:
+    """--context, the same in every command that cuts a text into windows."""
+    return click.option("--context", type=click.IntRange(2), help="Tokens in a window.  [default: the model's, at most 2048]")(
+        command
+    )

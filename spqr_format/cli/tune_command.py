@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .model import device_option, libraries
+from .model import context_option, device_option, libraries, tokens_option
 from .output import duration, print_json
 from .progress import progress_bar
 
@@ -22,8 +22,8 @@ from .progress import progress_bar
     required=True,
     help="A UTF-8 text like the model's use.",
 )
-@click.option("--tokens", type=click.IntRange(1), default=131072, show_default=True, help="Of the calibration text to use.")
-@click.option("--context", type=click.IntRange(1), help="Tokens in a window.  [default: the model's, at most 2048]")
+@tokens_option
+@context_option
 @click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="Windows in a step.")
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over the windows.")
 @click.option(

@@ -116,6 +116,23 @@ def test_every_batch_on_cuda(random_matrix, kind):
                 assert torch.equal(y, linear(x.cuda(), tensors, matrix.layout))
 
 
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[4], KINDS[6]], ids=lambda k: "-".join(map(str, k.values())))
+@pytest.mark.gpu
+def test_the_kernel_for_gpus_without_wgmma_on_cuda(random_matrix, kind):
+    """On Hopper nothing dispatches to it, so it is called by its name."""
+    from spqr_kernels import decode
+
+    matrix = random_matrix(200, 2048 + 256, **kind)
+    tensors = stored(matrix, "cuda")
+    exact = torch.from_numpy(matrix.dequantize()).double()
+    for batch in (2, 8, 9, 17, 40, 64):
+        for dtype in (torch.float16, torch.bfloat16):
+            x = torch.randn(batch, 2048 + 256).to(dtype)
+            y = decode.linear(x.cuda(), tensors, matrix.layout, None)
+            assert relative_error(y, x.double() @ exact.T) < BOUND[dtype], (dtype, batch)
+            assert torch.equal(y, decode.linear(x.cuda(), tensors, matrix.layout, None))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_crowded_outliers(random_matrix, device):
     """Cells with up to all of their 2048 weights, beside empty ones: more than kernels fetch at once."""
