@@ -24,12 +24,15 @@ from spqr_format.packing import SPREAD
 
 from . import decode, dequant, fit, gemm, matvec, unpack
 from .dispatch import FIT_COLUMNS
+from .weight_at import field_constants
 
 NVIDIA = (80, 89, 90)
 AMD = ("gfx942",)
 
 _STORED = {"Weight": "*i32", "StatCodes": "*i32", "TileStats": "*i16", "GroupSc": "*i16", "GroupZp": "*u8"}
-_UNALIGNED = ("batch", "out_features", "tile_rows", "chunks", "groups", "a_split", "size", "splits", "all_outliers", "top")
+_UNALIGNED = (
+    "batch", "out_features", "tile_rows", "chunks", "groups", "parts", "whole", "splits", "a_split", "all_outliers", "top",
+)  # fmt: skip
 _FIT = ("search_kernel", "tile_start_kernel", "round_kernel", "residual_kernel")
 _OUTLIERS = {"Pointers": "*i32", "Outliers": "*i32"}
 
@@ -96,23 +99,27 @@ def variants() -> list[Variant]:
             )
             found.append(Variant(f"decode {title} batch {batch}", decode.decode_kernel, operands | sizes, constants, warps,
                                  decode.REGISTERS.get(batch)))  # fmt: skip
-        sizes |= {"a_split": "i32"}
-        for batch, (warps, turn, registers, _) in gemm.CHOICES.items():
+        sizes |= {"parts": "i32", "whole": "i32", "splits": "i32", "a_split": "i32"}
+        operands |= {"Partial": "*fp32"}
+        for batch, choice in gemm.CHOICES.items():
             if title != "3-bit bilevel" and batch not in (16, 256):
                 continue  # minutes of compiling for little
             constants = (
                 kind
                 | sparse
-                | {"SCALED": False, "PARTIAL": False, "ORDERED": batch >= gemm.IN_ORDER, "BATCH": batch, "WARPS": warps,
-                   "TURN": turn, "ENTRIES": 2}
+                | {"SCALED": False, "SPLIT": True, "ORDERED": batch >= gemm.IN_ORDER, "BATCH": batch, "WARPS": choice.warps,
+                   "TURN": choice.turn, "ENTRIES": 2}
             )  # fmt: skip
-            found.append(Variant(f"gemm {title} batch {batch}", gemm.gemm_kernel, operands | sizes, constants, warps, registers,
-                                 nvidia=(90,)))  # fmt: skip
+            x_map = f"tensordesc<fp16[{choice.turn}, {batch}, 64],{gemm.X_LAYOUT!r}>" if batch >= gemm.IN_ORDER else "*fp16"
+            operands = {"X": "*fp16", "Map": x_map} | operands
+            found.append(Variant(f"gemm {title} batch {batch}", gemm.gemm_kernel, operands | sizes, constants, choice.warps,
+                                 choice.registers, nvidia=(90,)))  # fmt: skip
         sizes = {"out_features": "i32", "in_features": "i32", "chunks": "i32", "groups": "i32"}
-        operands = _STORED | {"Out": "*fp16"} | sizes
-        found.append(Variant(f"unpack {title}", unpack.unpack_kernel, operands, kind | {"BF": 0, "WARPS": 4}, 4))
+        operands = _STORED | _OUTLIERS | {"Out": "*fp16"} | sizes
+        words, bits_at = field_constants(kind["BITS"])
+        constants = kind | {"BF": 0, "OUTLIERS": True, "FIELD_WORDS": words, "FIELD_BITS": bits_at, "WARPS": 4}
+        found.append(Variant(f"unpack {title}", unpack.unpack_kernel, operands, constants, 4))
         shape = {"out_features": "i32", "in_features": "i32", "blocks": "i32", "groups": "i32"}
-        words, bits_at = dequant.field_constants(kind["BITS"])
         constants = {
             "WORDS": words, "BITS_AT": bits_at, "BITS": kind["BITS"], "SPREAD_BIT": SPREAD,
             "GROUP": 16 * kind["BLOCKS_A_GROUP"], "BILEVEL": kind["BILEVEL"], "PERMUTED": True,

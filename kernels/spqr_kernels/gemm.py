@@ -9,6 +9,7 @@ Every sum has one fixed order, so results repeat bit for bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -16,11 +17,14 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 
 from . import outliers
 from .checks import aligned
+from .gemm_plan import CHOICES, Plan, plan_for
 from .lanes import (
     CHUNK_BYTES,
     barrier,
@@ -59,13 +63,15 @@ def _operand(a, A: gl.constexpr):
 
 @gluon.jit
 def _add_rest(
-    Y, X, Scale, Pointers, Outliers, tile, begin, end, first_row, batch, out_features, tile_rows, cells,
+    Y, stride, X, Scale, Pointers, Outliers, tile, begin, end, first_row, batch, out_features, tile_rows, cells,
     SCALED: gl.constexpr, ORDERED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, FETCHED: gl.constexpr,
 ):  # fmt: skip
-    """Y += Scale * x times those outliers of a tile's cells begin .. end - 1 that `fetch` left, one by one."""
+    """Y += Scale * x times those outliers of a tile's cells begin .. end - 1 that `fetch` left, one by one. Y points to the
+    tile's first row in the first row of x, and from one row of x to the next it is `stride`."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
-    n = first_row + gl.arange(0, BATCH, layout=gl.SliceLayout(0, layout))
+    near = gl.arange(0, BATCH, layout=gl.SliceLayout(0, layout))
+    n = first_row + near
     x_row = X + n.to(gl.int64) * (cells * 128)
     total = gl.zeros([16, BATCH], gl.float32, layout)
     if tile < tile_rows:
@@ -83,27 +89,51 @@ def _add_rest(
                 total += gl.where(row == ((word >> 12) & 15), value, 0.0)[:, None] * x[None, :]
         if SCALED:
             total *= gl.load(Scale + n, mask=n < batch, other=0)[None, :]
-        at2 = Y + n.to(gl.int64)[None, :] * out_features + (tile * 16 + row)[:, None]
+        at2 = Y + near.to(gl.int64)[None, :] * stride + row[:, None]
         inside = ((tile * 16 + row) < out_features)[:, None] & (n < batch)[None, :]
         gl.store(at2, (gl.load(at2, mask=inside, other=0).to(gl.float32) + total).to(Y.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
+def _expect(arrived, asked: gl.constexpr, chunk, begin, end, TURN: gl.constexpr, RING: gl.constexpr, BATCH: gl.constexpr):
+    """Tells the barrier of TURN slots of x, from number `asked` on behind those before `chunk`, what `_ask` will copy."""
+    waited = chunk + asked // 4 < begin + (end - begin + 1) // 2 * 2  # by a pair of chunks
+    mbarrier.expect(arrived[asked % RING // TURN], TURN * BATCH * 128, pred=waited)
+
+
+@gluon.jit
+def _ask(
+    Map, arrived, x_ring, asked: gl.constexpr, chunk, first_row, begin, end,
+    TURN: gl.constexpr, RING: gl.constexpr, BATCH: gl.constexpr,
+):  # fmt: skip
+    """Begins to copy the slots of x that `_expect` told of. What is not there becomes zeros."""
+    waited = chunk + asked // 4 < begin + (end - begin + 1) // 2 * 2
+    row = gl.where(chunk + asked // 4 < end, first_row, 1 << 30)  # outside of the map are zeros
+    turn: gl.constexpr = asked % RING // TURN
+    slots: gl.constexpr = gl.NVMMASharedLayout(128, 16, 3)
+    room = reinterpret(x_ring[turn], gl.float16, [TURN, BATCH, 64], slots)
+    tma.async_copy_global_to_shared(Map, [chunk * 4 + asked, row, 0], arrived[turn], room, pred=waited)
+
+
+@gluon.jit
 def gemm_kernel(
-    X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
-    batch, out_features, tile_rows, chunks, groups, a_split,
+    X, Map, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial,
+    batch, out_features, tile_rows, chunks, groups, parts, whole, splits, a_split,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, PARTIAL: gl.constexpr, ORDERED: gl.constexpr,
+    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, SPLIT: gl.constexpr, ORDERED: gl.constexpr,
     BATCH: gl.constexpr, WARPS: gl.constexpr, TURN: gl.constexpr,
     ENTRIES: gl.constexpr,
 ):  # fmt: skip
-    """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]) for BATCH of the n; the sum over chunks of a split where PARTIAL.
+    """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out].
 
-    X fp16 [batch, chunks * 256], in the order of `prepare_kernel` where ORDERED. Y [batch, out], or fp32 [splits, batch, out]
-    where PARTIAL, without Scale and Bias. TURN slots of 64 columns follow each other between two barriers.
+    A piece of Y is BATCH of the n and 16 * WARPS of the o; pieces are counted along n first, in `parts`. The first `whole`
+    programs make one piece each. Behind them, where SPLIT, `splits` programs share a piece: each writes its sum over a_split
+    chunks to Partial fp32 [program - whole, BATCH, 16 * WARPS], for `finish_kernel`.
+    X fp16 [batch, chunks * 256]. Where ORDERED it has the order of `prepare_kernel`, and Map is its tensor map, by which it is
+    copied. TURN slots of 64 columns follow each other between two barriers.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    x_copy: gl.constexpr = gl.BlockedLayout([1, 4 if ORDERED else 1], [4, 8] if ORDERED else [1, 32], [WARPS, 1], [1, 0])
+    x_copy: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
     x_words: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
     x_halves: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BATCH, 16])
@@ -117,11 +147,17 @@ def gemm_kernel(
     warp = thread // 32
     gid = lane // 4
     tid = lane % 4
-    first_tile = gl.program_id(1) * WARPS
-    first_row = gl.program_id(0) * BATCH
-    split = gl.program_id(2)
-    begin = split * a_split
-    end = gl.minimum(begin + a_split, chunks)
+    piece = gl.program_id(0)
+    behind = piece - whole
+    begin = 0
+    end = chunks
+    if SPLIT:  # noqa: SIM102, the compiler's condition and the GPU's
+        if behind >= 0:
+            piece = whole + behind // splits
+            begin = behind % splits * a_split
+            end = gl.minimum(begin + a_split, chunks)
+    first_tile = piece // parts * WARPS
+    first_row = piece % parts * BATCH
     tile = gl.minimum(first_tile + warp, tile_rows - 1)
     row0 = tile * 16 + gid
     row1 = row0 + 8
@@ -129,26 +165,38 @@ def gemm_kernel(
     words_at, codes_at, tops_at, _, _, _, codes_lane = chunks_at(
         Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, begin, BITS, WARPS, WARPS
     )
-    x_row = first_row + gl.arange(0, BATCH, layout=gl.SliceLayout(1, x_copy))[:, None]
-    x_word = gl.arange(0, 32, layout=gl.SliceLayout(0, x_copy))[None, :]
-    if not ORDERED:  # word 8 c + 4 h + tid of a slot is word 8 tid + 2 c + h of x
-        x_word = x_word % 4 * 8 + x_word // 8 * 2 + x_word // 4 % 2
-    x_there = x_row < batch
-    x_at = X.to(gl.pointer_type(gl.int32)) + gl.minimum(x_row, batch - 1).to(gl.int64) * (chunks * 128) + (begin * 128 + x_word)
-
     ring = (room_for_chunks(BITS, BILEVEL, WARPS), room_for_chunks(BITS, BILEVEL, WARPS))
     x_ring = ()
-    for _ in gl.static_range(RING):
-        x_ring = x_ring + (gl.allocate_shared_memory(gl.int32, [BATCH, 32], x_words),)
-
+    for _ in gl.static_range(RING // TURN):
+        x_ring = x_ring + (gl.allocate_shared_memory(gl.float16, [TURN * BATCH, 64], x_halves),)
     there = begin < end
-    for turn in gl.static_range(AHEAD):
-        if turn == 0:
-            copy_chunks(ring[0], words_at, codes_at, tops_at, codes_lane, there, there, there, BITS, BILEVEL)
-        for k in gl.static_range(TURN):
-            copy_async(x_ring[turn * TURN + k], x_at, mask=x_there & there)
-            x_at += 32
+    copy_chunks(ring[0], words_at, codes_at, tops_at, codes_lane, there, there, there, BITS, BILEVEL)
+    if ORDERED:
         commit_copies()
+        # Each in memory of its own: the compiler puts fewer barriers between what is done to them then.
+        arrived = ()
+        for turn in gl.static_range(RING // TURN):
+            arrived = arrived + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
+            mbarrier.init(arrived[turn], count=1)
+        barrier()
+        for turn in gl.static_range(AHEAD):
+            _expect(arrived, turn * TURN, begin, begin, end, TURN, RING, BATCH)
+        barrier()
+        for turn in gl.static_range(AHEAD):
+            _ask(Map, arrived, x_ring, turn * TURN, begin, first_row, begin, end, TURN, RING, BATCH)
+    else:  # word 8 c + 4 h + tid of a slot is word 8 tid + 2 c + h of x
+        x_row = first_row + gl.arange(0, BATCH, layout=gl.SliceLayout(1, x_copy))[:, None]
+        x_word = gl.arange(0, 32, layout=gl.SliceLayout(0, x_copy))[None, :]
+        x_word = x_word % 4 * 8 + x_word // 8 * 2 + x_word // 4 % 2
+        x_there = x_row < batch
+        x_at = X.to(gl.pointer_type(gl.int32)) + gl.minimum(x_row, batch - 1).to(gl.int64) * (chunks * 128)
+        x_at += begin * 128 + x_word
+        for turn in gl.static_range(AHEAD):
+            for k in gl.static_range(TURN):
+                slot = x_ring[turn].slice(k * BATCH, BATCH)
+                copy_async(reinterpret(slot, gl.int32, [BATCH, 32], x_words), x_at, mask=x_there & there)
+                x_at += 32
+            commit_copies()
 
     if OUTLIERS:
         room = outliers.room_for_cells(2 * WARPS * CHUNK_BYTES[2 * BITS + BILEVEL] + RING * 128 * BATCH, warp, lane)
@@ -159,60 +207,50 @@ def gemm_kernel(
         bound0 = gl.load(Pointers + cell)
         bound1 = gl.load(Pointers + cell + 1)
         bound2 = gl.load(Pointers + cell + 2)
-        next0 = outliers.fetch(Outliers, bound0, bound1, lane, ENTRIES)
-        if TURN == 4:
-            next1 = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
-            cell = gl.minimum(cell + 2, last_cell)
-            bound0 = bound2
-            bound1 = gl.load(Pointers + gl.minimum(cell + 1, last_cell))
-            bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
+        words = outliers.fetch(Outliers, bound0, bound1, lane, ENTRIES)
+        room, places = outliers.put(room, words, ENTRIES)
 
     acc = gl.zeros([16 * WARPS, BATCH], gl.float32, mma)
     for chunk in range(begin, end, 2):
         for j in gl.static_range(2):
             for s in gl.static_range(4):
                 if s % TURN == 0:
-                    wait_copies(AHEAD - 1)
-                    hopper.fence_async_shared()
-                    # what is asked for now: slots TURN * AHEAD further on
+                    # What is asked for now: x of slots TURN * AHEAD further on, and the weights of the next chunk.
                     wanted = chunk + (4 * j + s + TURN * AHEAD) // 4 < end
-                    if (4 * j + s + TURN * AHEAD) % 4 == 0:
+                    if ORDERED:
+                        _expect(arrived, 4 * j + s + TURN * AHEAD, chunk, begin, end, TURN, RING, BATCH)
+                        if s == 0:
+                            wait_copies(0)
+                        mbarrier.wait(arrived[(4 * j + s) % RING // TURN], j if RING == 4 else (chunk - begin) // 2 & 1)
+                        barrier()  # all warps are done with what is overwritten
+                        _ask(Map, arrived, x_ring, 4 * j + s + TURN * AHEAD, chunk, first_row, begin, end, TURN, RING, BATCH)
+                        weights_wanted = chunk + j + 1 < end
+                    else:
+                        wait_copies(AHEAD - 1)
+                        hopper.fence_async_shared()
+                        weights_wanted = wanted
+                    if s == 0 if ORDERED else (s + TURN * AHEAD) % 4 == 0:
                         words_at += 128 * BITS
                         codes_at += 48
                         tops_at += 16
                         copy_chunks(
-                            ring[(4 * j + s + TURN * AHEAD) // 4 % 2], words_at, codes_at, tops_at, codes_lane, wanted, wanted,
-                            wanted, BITS, BILEVEL,
+                            ring[(j + 1) % 2], words_at, codes_at, tops_at, codes_lane, weights_wanted, weights_wanted,
+                            weights_wanted, BITS, BILEVEL,
                         )  # fmt: skip
-                    for k in gl.static_range(TURN):
-                        copy_async(x_ring[(4 * j + s + TURN * AHEAD + k) % RING], x_at, mask=x_there & wanted)
-                        x_at += 32
-                    commit_copies()
+                    if not ORDERED:
+                        for k in gl.static_range(TURN):
+                            slot = x_ring[(4 * j + s + TURN * AHEAD) % RING // TURN].slice(k * BATCH, BATCH)
+                            copy_async(reinterpret(slot, gl.int32, [BATCH, 32], x_words), x_at, mask=x_there & wanted)
+                            x_at += 32
+                    if s == 0 or not ORDERED:
+                        commit_copies()
                 if s == 0:
                     slots, codes, tops = lane_of_chunk(ring[j], tid, layout, BITS, BILEVEL)
-                if OUTLIERS:
-                    if TURN == 4:
-                        if s == 0:
-                            # Those of the next chunk now, right behind the fence: the next fence would wait for them.
-                            words0 = next0
-                            words1 = next1
-                            next0 = outliers.fetch(Outliers, bound0, bound1, lane, ENTRIES)
-                            next1 = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
-                            cell = gl.minimum(cell + 2, last_cell)
-                            bound0 = bound2
-                            bound1 = gl.load(Pointers + gl.minimum(cell + 1, last_cell))
-                            bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
-                    elif s % 2 == 0:  # those of the next half, for want of registers
-                        words0 = next0
-                        words1 = next0
-                        next0 = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
-                        bound1 = bound2
-                        cell += 1
-                        bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
-                    if s == 0:
-                        room, places = outliers.put(room, words0, ENTRIES)
-                    if s == 2:
-                        room, places = outliers.put(room, words1, ENTRIES)
+                if OUTLIERS and s % 2 == 0:  # those of the next half of a chunk
+                    later = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
+                    bound1 = bound2
+                    cell += 1
+                    bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
                 block = (chunk + j) * 16 + 4 * s + tid
                 s0, o0, s1, o1 = half_statistics(
                     codes[s], tops[s], GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP, BITS, BILEVEL
@@ -220,13 +258,13 @@ def gemm_kernel(
                 weights = dequantize_lane(slots[s], s0, o0, s1, o1, BITS)
                 if OUTLIERS:
                     weights = outliers.add(weights, room, lane, s % 2)
-                    if s == 1:
-                        room = outliers.clear(room, words0, places, ENTRIES)
-                    if s == 3:
-                        room = outliers.clear(room, words1, places, ENTRIES)
                 a = _operand(weights, operand)
-                x = reinterpret(x_ring[(4 * j + s) % RING], gl.float16, [BATCH, 64], x_halves)
+                x = x_ring[(4 * j + s) % RING // TURN].slice(s % TURN * BATCH, BATCH)
                 acc = hopper.warpgroup_mma(a, x.permute((1, 0)), acc, is_async=True)
+                if OUTLIERS and s % 2 == 1:  # while the tensor cores work
+                    room = outliers.clear(room, words, places, ENTRIES)
+                    words = later
+                    room, places = outliers.put(room, words, ENTRIES)
                 # The product before is done; of this turn's last one the next turn must not overwrite x. And none is left at
                 # the end of the loop: the assembler was seen to read the sums above a wait that follows the loop.
                 if (AHEAD == 1 and s % TURN == TURN - 1) or (j == 1 and s == 3):
@@ -236,47 +274,62 @@ def gemm_kernel(
     wait_copies(0)
     total = hopper.warpgroup_mma_wait(0, deps=(acc,))
 
-    row = first_tile * 16 + gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(1, mma))[:, None]
-    n = first_row + gl.arange(0, BATCH, layout=gl.SliceLayout(0, mma))[None, :]
+    near_row = gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(1, mma))[:, None]
+    near_n = gl.arange(0, BATCH, layout=gl.SliceLayout(0, mma))[None, :]
+    row = first_tile * 16 + near_row
+    n = first_row + near_n
     inside = (row < out_features) & (n < batch)
-    if PARTIAL:
-        Y += split.to(gl.int64) * batch * out_features
+    partial = Partial + behind.to(gl.int64) * (16 * WARPS * BATCH)
+    if SPLIT and behind >= 0:
+        gl.store(partial + (near_n * (16 * WARPS) + near_row), total)
     else:
         if SCALED:
             total *= gl.load(Scale + n, mask=n < batch, other=0)
         if HAS_BIAS:
             total += gl.load(Bias + row, mask=row < out_features, other=0).to(gl.float32)
-    gl.store(Y + n.to(gl.int64) * out_features + row, total.to(Y.dtype.element_ty), mask=inside)
+        gl.store(Y + n.to(gl.int64) * out_features + row, total.to(Y.dtype.element_ty), mask=inside)
     if OUTLIERS:  # noqa: SIM102, the compiler's condition and the GPU's
         if rest:
             barrier()
             for each in range(WARPS):
-                _add_rest(
-                    Y, X, Scale, Pointers, Outliers, first_tile + each, 2 * begin, 2 * end, first_row, batch, out_features,
-                    tile_rows, 2 * chunks,
-                    SCALED and not PARTIAL, ORDERED, BATCH, WARPS, 32 * ENTRIES,
-                )  # fmt: skip
+                one = first_tile + each
+                if SPLIT and behind >= 0:
+                    _add_rest(
+                        partial + each * 16, 16 * WARPS, X, Scale, Pointers, Outliers, one, 2 * begin, 2 * end, first_row,
+                        batch, out_features, tile_rows, 2 * chunks, False, ORDERED, BATCH, WARPS, 32 * ENTRIES,
+                    )  # fmt: skip
+                else:
+                    _add_rest(
+                        Y + first_row.to(gl.int64) * out_features + one * 16, out_features, X, Scale, Pointers, Outliers,
+                        one, 2 * begin, 2 * end, first_row, batch, out_features, tile_rows, 2 * chunks, SCALED, ORDERED, BATCH,
+                        WARPS, 32 * ENTRIES,
+                    )  # fmt: skip
 
 
 @gluon.jit
 def finish_kernel(
-    Partial, Scale, Bias, Y, size, out_features, splits,
-    SCALED: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK: gl.constexpr,
+    Partial, Scale, Bias, Y, batch, out_features, parts, whole, splits,
+    SCALED: gl.constexpr, HAS_BIAS: gl.constexpr, BATCH: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """Y [batch, out] = Scale * (sum over splits of Partial) + Bias; size is batch * out."""
+    """The pieces of Y that several programs of `gemm_kernel` shared: Scale * (sum of Partial) + Bias. ROWS is 16 * WARPS."""
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     at = gl.program_id(0).to(gl.int64) * BLOCK + gl.arange(0, BLOCK, layout=layout)
-    inside = at < size
+    shared = at // (ROWS * BATCH)
+    near = (at % (ROWS * BATCH)).to(gl.int32)
+    piece = whole + shared.to(gl.int32)
+    row = piece // parts * ROWS + near % ROWS
+    n = piece % parts * BATCH + near // ROWS
+    inside = (row < out_features) & (n < batch)
     total = gl.zeros([BLOCK], gl.float32, layout)
-    source = Partial + at
+    source = Partial + shared * splits * (ROWS * BATCH) + near
     for _ in range(splits):
         total += gl.load(source, mask=inside, other=0)
-        source += size
+        source += ROWS * BATCH
     if SCALED:
-        total *= gl.load(Scale + at // out_features, mask=inside, other=0)
+        total *= gl.load(Scale + n, mask=inside, other=0)
     if HAS_BIAS:
-        total += gl.load(Bias + at % out_features, mask=inside, other=0).to(gl.float32)
-    gl.store(Y + at, total.to(Y.dtype.element_ty), mask=inside)
+        total += gl.load(Bias + row, mask=inside, other=0).to(gl.float32)
+    gl.store(Y + n.to(gl.int64) * out_features + row, total.to(Y.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
@@ -314,15 +367,14 @@ def prepare_kernel(
         gl.store(Out + row * columns + to, (x.to(gl.float32) * factor).to(gl.float16), mask=to < columns)
 
 
-# By the rows of x that a program multiplies with: warps, slots a turn, the limit of registers, and how many programs are wanted
-# before the columns are split no further (measured on an H200).
-CHOICES = {
-    8: (4, 4, 128, 512), 16: (4, 4, 128, 512), 32: (4, 2, 128, 384), 64: (4, 4, 168, 256), 128: (8, 1, None, 96),
-    256: (8, 1, None, 1),
-}  # fmt: skip
-_FULL = 100  # programs of 256 that fill the GPU; for fewer, those of 128
-_LEAST_CHUNKS = 4  # of a split
-IN_ORDER = 32  # from this batch on, copies of 16 bytes of a reordered x are faster than copies of 4 bytes
+X_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)  # of slots of x in shared memory
+IN_ORDER = 32  # from this width on, a reordered x copied by a tensor map is faster than copies of 4 bytes
+
+
+@functools.cache
+def _plan(batch: int, tile_rows: int, chunks: int, device: torch.device) -> Plan:
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return plan_for(batch, tile_rows, chunks, multiprocessors)
 
 
 def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
@@ -330,11 +382,10 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     permuted where it has outliers. Returns [batch, out] in x's dtype."""
     out_dtype = x.dtype
     batch = x.shape[0]
-    padded = next((n for n in CHOICES if n >= batch), 256)
-    if padded == 256 and ceil_div(layout.tile_rows, CHOICES[256][0]) * ceil_div(batch, 256) < _FULL:
-        padded = 128
-    warps, turn, registers, programs = CHOICES[padded]
-    ordered = padded >= IN_ORDER
+    chunks = layout.blocks // CHUNK
+    plan = _plan(batch, layout.tile_rows, chunks, x.device)
+    choice = CHOICES[plan.width]
+    ordered = plan.width >= IN_ORDER
     if layout.permuted:
         x = x.index_select(1, tensors["perm"])
     columns = layout.blocks * TILE
@@ -354,31 +405,31 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
             num_warps=4,
         )
     x = aligned(x)
-    chunks = layout.blocks // CHUNK
-    tiles, parts = ceil_div(layout.tile_rows, warps), ceil_div(batch, padded)
-    splits = 1
-    while tiles * parts * splits < programs and chunks >= 2 * splits * _LEAST_CHUNKS:
-        splits *= 2
-    a_split = ceil_div(chunks, splits)
-    splits = ceil_div(chunks, a_split)
+    split = plan.splits > 1
+    rows = 16 * choice.warps
     y = torch.empty(batch, layout.out_features, dtype=out_dtype, device=x.device)
-    out = y if splits == 1 else torch.empty(splits, batch, layout.out_features, dtype=torch.float32, device=x.device)
+    shared = (plan.pieces - plan.whole) if split else 0
+    partial = torch.empty(shared * plan.splits * plan.width * rows, dtype=torch.float32, device=x.device) if split else y
     unused = tensors["weight"]
-    limit = {"maxnreg": registers} if registers else {}
-    gemm_kernel[(parts, tiles, splits)](
-        x, unused if scale is None else scale, tensors["weight"], tensors.get("stat_codes", unused),
+    limit = {"maxnreg": choice.registers} if choice.registers else {}
+    x_map = x
+    if ordered:  # slots of 64 columns, one behind the other
+        shape, strides = [columns // 64, batch, 64], [64, columns, 1]
+        x_map = TensorDescriptor(x, shape, strides, [choice.turn, plan.width, 64], X_LAYOUT)
+    gemm_kernel[(plan.programs,)](
+        x, x_map, unused if scale is None else scale, tensors["weight"], tensors.get("stat_codes", unused),
         tensors.get("tile_stats", unused), tensors.get("group_sc", unused), tensors.get("group_zp", unused),
-        tensors.get("outlier_ptr", unused), tensors.get("outliers", unused), unused if bias is None else bias, out,
-        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, a_split,
+        tensors.get("outlier_ptr", unused), tensors.get("outliers", unused), unused if bias is None else bias, y, partial,
+        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, plan.parts, plan.whole, plan.splits, plan.a_split,
         BITS=layout.weight_bits, BILEVEL=layout.statistics == "bilevel", BLOCKS_A_GROUP=layout.group_size // TILE,
         OUTLIERS=layout.outliers > 0, HAS_BIAS=bias is not None, SCALED=scale is not None,
-        PARTIAL=splits > 1, ORDERED=ordered, BATCH=padded, WARPS=warps, TURN=turn,
-        ENTRIES=outliers.outliers_a_lane(layout), num_warps=warps, **limit,
+        SPLIT=split, ORDERED=ordered, BATCH=plan.width, WARPS=choice.warps, TURN=choice.turn,
+        ENTRIES=outliers.outliers_a_lane(layout), num_warps=choice.warps, **limit,
     )  # fmt: skip
-    if splits > 1:
-        size = batch * layout.out_features
-        finish_kernel[(ceil_div(size, 512),)](
-            out, unused if scale is None else scale, unused if bias is None else bias, y, size, layout.out_features, splits,
-            SCALED=scale is not None, HAS_BIAS=bias is not None, BLOCK=512, num_warps=4,
+    if split:
+        finish_kernel[(ceil_div(shared * plan.width * rows, 512),)](
+            partial, unused if scale is None else scale, unused if bias is None else bias, y, batch, layout.out_features,
+            plan.parts, plan.whole, plan.splits,
+            SCALED=scale is not None, HAS_BIAS=bias is not None, BATCH=plan.width, ROWS=rows, BLOCK=512, num_warps=4,
         )  # fmt: skip
     return y

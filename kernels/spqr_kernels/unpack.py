@@ -1,7 +1,8 @@
-"""Dequantize kernel for NVIDIA GPUs (sm_80 and newer): the dense part of W in fp16 or bf16, at the speed of the writes.
+"""Dequantize kernel for NVIDIA GPUs (sm_80 and newer): W in fp16 or bf16, at the speed of the writes.
 
 A warp takes a chunk of 256 columns of a tile. A lane decodes the words of four column blocks in registers; the result is
-turned through shared memory so that a warp writes 512 contiguous bytes of a row.
+turned through shared memory so that a warp writes 512 contiguous bytes of a row. Then the warp writes the places of the
+chunk's outliers again, each decoded anew, with its outlier added before the rounding: all of it is in the caches then.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
+from spqr_format.layout import CELL_COLUMNS, CHUNK, TILE, Layout, ceil_div
+from spqr_format.packing import SPREAD
 
 from . import ptx
-from .lanes import funnel, load1, load2, stream4
+from .lanes import barrier, funnel, load1, load2, stream4
+from .weight_at import EXACT, field_constants, weight_at
 
 BF16 = 8  # flavor: weight_bits for fp16, weight_bits + 8 for bf16
 WARPS = 4
 _DECODE = gl.constexpr({bits + BF16 * bf: ptx.decode_lane(bits, bool(bf)) for bits in (2, 3, 4) for bf in (0, 1)})
 _REGISTERS = gl.constexpr({bits: ptx.decode_lane_constraints(bits) for bits in (2, 3, 4)})
 _STATISTICS = gl.constexpr(ptx.EXACT_STATISTICS)
+_SPREAD = gl.constexpr(SPREAD)
+_CELLS = gl.constexpr(CHUNK * TILE // CELL_COLUMNS)  # of outliers a chunk
 _STATISTICS_REGISTERS = gl.constexpr(ptx.EXACT_STATISTICS_CONSTRAINTS)
 
 
@@ -46,10 +51,11 @@ def _interleave(values):
 
 @gluon.jit
 def unpack_kernel(
-    Weight, StatCodes, TileStats, GroupSc, GroupZp, Out, out_features, in_features, chunks, groups,
-    BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, WARPS: gl.constexpr,
+    Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Out, out_features, in_features, chunks, groups,
+    BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
+    FIELD_WORDS: gl.constexpr, FIELD_BITS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Out[row, column] = s (q - z) for one tile row and WARPS x 256 columns; in_features is chunks * 256."""
+    """Out = W for one tile row and WARPS x 256 columns; in_features is chunks * 256."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     # warp, row of the half tile, 32-bit word of the row
     rows: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [WARPS, 1, 1], [2, 1, 0])
@@ -125,16 +131,36 @@ def unpack_kernel(
         column = gl.expand_dims(first * 8 + warp2 * 128 + 0 * row2, 2) + word2
         inside = gl.expand_dims(row + 0 * warp2 < out_features, 2) & (column < in_features // 2)
         gl.store(out + start + word2, gl.convert_layout(values, rows), mask=inside)
+    if OUTLIERS:
+        barrier()  # what other lanes wrote to these places comes before
+        own = Pointers + tile64 * (chunks * _CELLS) + chunk * _CELLS
+        begin = gl.load(own)
+        end = gl.where(gl.program_id(1) * WARPS + warp < chunks, gl.load(own + _CELLS), begin)
+        for first in range(0, gl.max(end - begin, axis=0), 32):
+            at = begin + first + lane
+            there = at < end
+            entry = gl.load(Outliers + at, mask=there, other=0)
+            at_row = tile64 * 16 + ((entry >> 12) & 15)
+            at_column = chunk * 256 + (entry & 255)
+            value = weight_at(
+                Weight, StatCodes, TileStats, GroupSc, GroupZp, at_row, at_column, there, chunks * 16, groups,
+                FIELD_WORDS, FIELD_BITS, BITS, _SPREAD, BLOCKS_A_GROUP * 16, BILEVEL,
+            )  # fmt: skip
+            value += (entry >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+            gl.store(Out + at_row * in_features + at_column, value.to(Out.dtype.element_ty), mask=there)
 
 
-def dense(weight: Tensor, tensors: Mapping[str, Tensor], layout: Layout) -> None:
-    """Write s (q - z) into weight fp16 or bf16 [out, in], contiguous; in_features a multiple of 256, groups of 16 if
-    bilevel, no permutation."""
+def dequantize(weight: Tensor, tensors: Mapping[str, Tensor], layout: Layout) -> None:
+    """Write W into weight fp16 or bf16 [out, in], contiguous; in_features a multiple of 256, groups of 16 if bilevel, no
+    permutation."""
     unused = tensors["weight"]
+    field_words, field_bits = field_constants(layout.weight_bits)
     unpack_kernel[(layout.tile_rows, ceil_div(layout.blocks, CHUNK * WARPS))](
         tensors["weight"], tensors.get("stat_codes", unused), tensors.get("tile_stats", unused),
-        tensors.get("group_sc", unused), tensors.get("group_zp", unused), weight,
+        tensors.get("group_sc", unused), tensors.get("group_zp", unused), tensors.get("outlier_ptr", unused),
+        tensors.get("outliers", unused), weight,
         layout.out_features, layout.in_features, layout.blocks // CHUNK, layout.groups,
         BITS=layout.weight_bits, BF=BF16 if weight.dtype == torch.bfloat16 else 0,
-        BILEVEL=layout.statistics == "bilevel", BLOCKS_A_GROUP=layout.group_size // TILE, WARPS=WARPS, num_warps=WARPS,
+        BILEVEL=layout.statistics == "bilevel", BLOCKS_A_GROUP=layout.group_size // TILE,
+        OUTLIERS=layout.outliers > 0, FIELD_WORDS=field_words, FIELD_BITS=field_bits, WARPS=WARPS, num_warps=WARPS, **EXACT,
     )  # fmt: skip

@@ -149,6 +149,7 @@ def test_crowded_outliers(random_matrix, device):
     )  # fmt: skip
     assert np.abs(matrix.dequantize() - dense).max() > 0.05
     tensors = stored(matrix, device)
+    assert torch.equal(dequantize(tensors, matrix.layout, torch.float16).cpu(), torch.from_numpy(matrix.dequantize()).half())
     exact = torch.from_numpy(matrix.dequantize()).double()
     for batch in (1, 3, 20, 40, 100) if device == "cuda" else (1, 3, 20):
         x = torch.randn(batch, 1024).half()
