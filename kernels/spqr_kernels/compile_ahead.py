@@ -77,7 +77,7 @@ def variants() -> list[Variant]:
         for flavor, dtype in ((0, "*fp16"), (matvec.BF16, "*bf16")):
             operands = {"X": dtype, "XDense": dtype, "Zeros": "*u8"} | _STORED | _OUTLIERS | {"Bias": dtype, "Y": dtype}
             sizes = {"out_features": "i32", "chunks": "i32", "groups": "i32", "all_outliers": "i32"}
-            constants = kind | sparse | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2}
+            constants = kind | sparse | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2, "KEPT": 2048}
             found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4))
         operands = {"X": "*fp16", "Scale": "*fp32"} | _STORED | _OUTLIERS | {"Bias": "*fp16", "Y": "*fp16"}
         sizes = {"batch": "i32", "out_features": "i32", "tile_rows": "i32", "chunks": "i32", "groups": "i32"}
@@ -111,8 +111,8 @@ def variants() -> list[Variant]:
                    "TURN": choice.turn, "ENTRIES": 2}
             )  # fmt: skip
             x_map = f"tensordesc<fp16[{choice.turn}, {batch}, 64],{gemm.X_LAYOUT!r}>" if batch >= gemm.IN_ORDER else "*fp16"
-            operands = {"X": "*fp16", "Map": x_map} | operands
-            found.append(Variant(f"gemm {title} batch {batch}", gemm.gemm_kernel, operands | sizes, constants, choice.warps,
+            given = {"X": "*fp16", "Map": x_map} | operands
+            found.append(Variant(f"gemm {title} batch {batch}", gemm.gemm_kernel, given | sizes, constants, choice.warps,
                                  choice.registers, nvidia=(90,)))  # fmt: skip
         sizes = {"out_features": "i32", "in_features": "i32", "chunks": "i32", "groups": "i32"}
         operands = _STORED | _OUTLIERS | {"Out": "*fp16"} | sizes

@@ -98,9 +98,7 @@ def dequantize(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype
     }  # fmt: skip
     columns = min(128, triton.next_power_of_2(layout.blocks * TILE))
     grid = (layout.tile_rows, ceil_div(layout.in_features, columns))
-    dense_kernel[grid](
-        *stored, tensors.get("perm", unused), weight, *sizes, **constants, COLUMNS=columns, num_warps=4, **EXACT
-    )
+    dense_kernel[grid](*stored, tensors.get("perm", unused), weight, *sizes, **constants, COLUMNS=columns, num_warps=4, **EXACT)
     if layout.outliers:
         place = unused
         if layout.permuted:

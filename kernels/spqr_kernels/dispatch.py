@@ -13,10 +13,10 @@ from spqr_format.layout import CHUNK, TILE, Layout
 
 from . import cpu, reference
 
-# Largest batch of each kernel, without outliers and with them; beyond, dequantizing and cuBLAS are faster. The first are
-# extrapolated from the times on an H200 at 512 and 2048 (kernels/benchmarks/README.md); the decode kernel stands in where
-# `wgmma` is not, and there nothing was measured.
-GEMM_BATCH = {False: 3072, True: 1024}
+# Largest batch of each kernel; beyond, dequantizing and cuBLAS are faster. The first is between what was measured on an H200
+# at 512, where it is faster, and at 2048 (kernels/benchmarks/README.md); the decode kernel, without outliers and with them,
+# stands in where `wgmma` is not, and there nothing was measured.
+GEMM_BATCH = 1024
 DECODE_BATCH = {False: 64, True: 32}
 _SPLIT_BATCH = 256  # up to which cuBLAS may split columns: what was seen to lose exactness had 33 rows
 FIT_COLUMNS = 16  # the widest group that a thread of fit.py holds in its registers
@@ -78,7 +78,7 @@ def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> 
         from . import matvec
 
         y = matvec.linear(rows.contiguous(), tensors, layout, bias)
-    elif fits and in_place and batch <= GEMM_BATCH[sparse] and has_wgmma(device):
+    elif fits and in_place and batch <= GEMM_BATCH and has_wgmma(device):
         from . import gemm
 
         y = gemm.linear(rows.contiguous(), tensors, layout, bias)

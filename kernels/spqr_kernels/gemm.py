@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
@@ -31,6 +31,7 @@ from .lanes import (
     chunks_at,
     commit_copies,
     copy_async,
+    copy_box,
     copy_chunks,
     reinterpret,
     room_for_chunks,
@@ -112,7 +113,7 @@ def _ask(
     turn: gl.constexpr = asked % RING // TURN
     slots: gl.constexpr = gl.NVMMASharedLayout(128, 16, 3)
     room = reinterpret(x_ring[turn], gl.float16, [TURN, BATCH, 64], slots)
-    tma.async_copy_global_to_shared(Map, [chunk * 4 + asked, row, 0], arrived[turn], room, pred=waited)
+    copy_box(Map, [chunk * 4 + asked, row, 0], arrived[turn], room, pred=waited)
 
 
 @gluon.jit
@@ -166,9 +167,11 @@ def gemm_kernel(
         Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, begin, BITS, WARPS, WARPS
     )
     ring = (room_for_chunks(BITS, BILEVEL, WARPS), room_for_chunks(BITS, BILEVEL, WARPS))
+    # Memory of its own for all that is copied at once: the compiler puts a barrier between two copies to one.
+    SLOTS: gl.constexpr = TURN if ORDERED else 1
     x_ring = ()
-    for _ in gl.static_range(RING // TURN):
-        x_ring = x_ring + (gl.allocate_shared_memory(gl.float16, [TURN * BATCH, 64], x_halves),)
+    for _ in gl.static_range(RING // SLOTS):
+        x_ring = x_ring + (gl.allocate_shared_memory(gl.float16, [SLOTS * BATCH, 64], x_halves),)
     there = begin < end
     copy_chunks(ring[0], words_at, codes_at, tops_at, codes_lane, there, there, there, BITS, BILEVEL)
     if ORDERED:
@@ -193,8 +196,7 @@ def gemm_kernel(
         x_at += begin * 128 + x_word
         for turn in gl.static_range(AHEAD):
             for k in gl.static_range(TURN):
-                slot = x_ring[turn].slice(k * BATCH, BATCH)
-                copy_async(reinterpret(slot, gl.int32, [BATCH, 32], x_words), x_at, mask=x_there & there)
+                copy_async(reinterpret(x_ring[turn * TURN + k], gl.int32, [BATCH, 32], x_words), x_at, mask=x_there & there)
                 x_at += 32
             commit_copies()
 
@@ -208,7 +210,14 @@ def gemm_kernel(
         bound1 = gl.load(Pointers + cell + 1)
         bound2 = gl.load(Pointers + cell + 2)
         words = outliers.fetch(Outliers, bound0, bound1, lane, ENTRIES)
-        room, places = outliers.put(room, words, ENTRIES)
+        if ORDERED:
+            room, places = outliers.put(room, words, ENTRIES)
+        else:
+            second = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
+            cell = gl.minimum(cell + 2, last_cell)
+            bound0 = bound2
+            bound1 = gl.load(Pointers + gl.minimum(cell + 1, last_cell))
+            bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
 
     acc = gl.zeros([16 * WARPS, BATCH], gl.float32, mma)
     for chunk in range(begin, end, 2):
@@ -239,18 +248,32 @@ def gemm_kernel(
                         )  # fmt: skip
                     if not ORDERED:
                         for k in gl.static_range(TURN):
-                            slot = x_ring[(4 * j + s + TURN * AHEAD) % RING // TURN].slice(k * BATCH, BATCH)
-                            copy_async(reinterpret(slot, gl.int32, [BATCH, 32], x_words), x_at, mask=x_there & wanted)
+                            slot = reinterpret(x_ring[(4 * j + s + TURN * AHEAD + k) % RING], gl.int32, [BATCH, 32], x_words)
+                            copy_async(slot, x_at, mask=x_there & wanted)
                             x_at += 32
                     if s == 0 or not ORDERED:
                         commit_copies()
                 if s == 0:
                     slots, codes, tops = lane_of_chunk(ring[j], tid, layout, BITS, BILEVEL)
-                if OUTLIERS and s % 2 == 0:  # those of the next half of a chunk
+                if OUTLIERS and ORDERED and s % 2 == 0:  # those of the next half of a chunk
                     later = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
                     bound1 = bound2
                     cell += 1
                     bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
+                if OUTLIERS and not ORDERED:
+                    if s == 0:  # those of the next chunk, right behind the fence: the next fence would wait for them
+                        now = words
+                        later = second
+                        words = outliers.fetch(Outliers, bound0, bound1, lane, ENTRIES)
+                        second = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
+                        cell = gl.minimum(cell + 2, last_cell)
+                        bound0 = bound2
+                        bound1 = gl.load(Pointers + gl.minimum(cell + 1, last_cell))
+                        bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
+                    if s == 2:
+                        now = later
+                    if s % 2 == 0:
+                        room, places = outliers.put(room, now, ENTRIES)
                 block = (chunk + j) * 16 + 4 * s + tid
                 s0, o0, s1, o1 = half_statistics(
                     codes[s], tops[s], GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP, BITS, BILEVEL
@@ -258,10 +281,12 @@ def gemm_kernel(
                 weights = dequantize_lane(slots[s], s0, o0, s1, o1, BITS)
                 if OUTLIERS:
                     weights = outliers.add(weights, room, lane, s % 2)
+                    if not ORDERED and s % 2 == 1:
+                        room = outliers.clear(room, now, places, ENTRIES)
                 a = _operand(weights, operand)
-                x = x_ring[(4 * j + s) % RING // TURN].slice(s % TURN * BATCH, BATCH)
+                x = x_ring[(4 * j + s) % RING // SLOTS].slice(s % SLOTS * BATCH, BATCH)
                 acc = hopper.warpgroup_mma(a, x.permute((1, 0)), acc, is_async=True)
-                if OUTLIERS and s % 2 == 1:  # while the tensor cores work
+                if OUTLIERS and ORDERED and s % 2 == 1:  # while the tensor cores work
                     room = outliers.clear(room, words, places, ENTRIES)
                     words = later
                     room, places = outliers.put(room, words, ENTRIES)

@@ -20,7 +20,7 @@ class Choice:
 
 CHOICES = {
     8: Choice(4, 4, 128, 4, 0.34), 16: Choice(4, 4, 128, 4, 0.38), 32: Choice(4, 2, 128, 4, 0.45),
-    64: Choice(4, 4, 168, 2, 0.6), 128: Choice(8, 1, None, 1, 1.8), 256: Choice(8, 1, None, 1, 3.0),
+    64: Choice(4, 2, 168, 3, 0.55), 128: Choice(4, 2, None, 2, 0.9), 256: Choice(8, 1, None, 1, 2.75),
 }  # fmt: skip
 _START = 1.5  # chunks that the start and the end of a program take
 _FINISH_US = 3.0  # of `finish_kernel`, and its bytes a microsecond
@@ -45,26 +45,33 @@ class Plan:
         return self.whole + (self.pieces - self.whole) * self.splits
 
 
+def _load(programs: int, multiprocessors: int, choice: Choice) -> float:
+    """How many programs one after the other take as long as so many at once: where a multiprocessor holds fewer than it could,
+    it gets less done, but not in proportion."""
+    slots = choice.resident * multiprocessors
+    rest = ceil_div(programs % slots, multiprocessors)
+    return programs // slots * choice.resident + (rest * choice.resident) ** 0.5
+
+
 def plan_for(batch: int, tile_rows: int, chunks: int, multiprocessors: int) -> Plan:
-    """The plan of the least predicted time: all multiprocessors are to end together, and to be full."""
-    widest = next((n for n in CHOICES if n >= batch), 256)
+    """The plan of the least predicted time: pieces that do not fill all multiprocessors are split until they do."""
+    widest = next((n for n in CHOICES if n >= batch), max(CHOICES))
     plans = []
-    for width in {widest, max(widest // 2, 128)} if widest > 128 else {widest}:
+    for width in (widest, widest // 2) if widest > 128 else (widest,):
         choice = CHOICES[width]
         parts = ceil_div(batch, width)
         pieces = ceil_div(tile_rows, choice.warps) * parts
-        for whole in {pieces, pieces // multiprocessors * multiprocessors, 0}:
-            for wanted in range(1, 1 + max(1, chunks // _LEAST_CHUNKS)) if whole < pieces else (1,):
-                a_split = ceil_div(chunks, wanted)
-                splits = ceil_div(chunks, a_split)
-                shared = (pieces - whole) * splits
-                load = ceil_div(whole, multiprocessors) * (chunks + _START)
-                load += ceil_div(shared, multiprocessors) * (a_split + _START)
-                empty = max(1.0, choice.resident * multiprocessors / (whole + shared))
-                time = load * choice.chunk_us * empty
-                if splits > 1:
-                    time += _FINISH_US + shared * choice.warps * 16 * width * 8 / _FINISH_BYTES
-                elif whole < pieces:
-                    continue  # the same as all whole
+        slots = choice.resident * multiprocessors
+        time = _load(pieces, multiprocessors, choice) * (chunks + _START) * choice.chunk_us
+        plans.append((time, Plan(width, parts, pieces, pieces, 1, chunks)))
+        whole = pieces // slots * slots
+        for wanted in range(2, 1 + chunks // _LEAST_CHUNKS):
+            a_split = ceil_div(chunks, wanted)
+            splits = ceil_div(chunks, a_split)
+            shared = (pieces - whole) * splits
+            load = _load(whole, multiprocessors, choice) * (chunks + _START)
+            load += _load(shared, multiprocessors, choice) * (a_split + _START)
+            time = load * choice.chunk_us + _FINISH_US + shared * choice.warps * 16 * width * 8 / _FINISH_BYTES
+            if shared:
                 plans.append((time, Plan(width, parts, pieces, whole, splits, a_split)))
     return min(plans, key=lambda plan: plan[0])[1]

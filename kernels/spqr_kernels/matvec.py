@@ -258,7 +258,7 @@ def matvec_kernel(
     X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
     out_features, chunks, groups, all_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
+    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
     """Y[o] = sum_i W[o, i] X[i] (+ Bias[o]).
 
@@ -310,8 +310,8 @@ def matvec_kernel(
         tops_at += WARPS * 16
 
     if OUTLIERS:
-        room = outliers.room_for_products(STAGES * WARPS * CHUNK_BYTES[2 * BITS + BILEVEL], thread)
-        room = outliers.ask(room, Outliers, first_outlier, last_outlier, all_outliers, thread)
+        room = outliers.room_for_products(STAGES * WARPS * CHUNK_BYTES[2 * BITS + BILEVEL], thread, KEPT)
+        room = outliers.ask(room, Outliers, first_outlier, last_outlier, all_outliers, thread, KEPT)
 
     # Lane gid = tid (for the second four blocks of a half chunk, gid = tid + 4) brings x of block gid, the others zeros.
     zeros_at = Zeros.to(gl.pointer_type(gl.int32)) + none
@@ -397,7 +397,7 @@ def matvec_kernel(
 
     wait_copies(0)
     if OUTLIERS:
-        sum0, sum1 = outliers.products(room, Pointers, Outliers, X, tile, 2 * chunks, first_outlier, thread, BF)
+        sum0, sum1 = outliers.products(room, Pointers, Outliers, X, tile, 2 * chunks, first_outlier, thread, KEPT, BF)
         y0 += sum0 * (1.0 / _UNIT[FLAVOR])
         y1 += sum1 * (1.0 / _UNIT[FLAVOR])
     y0 = gl.inline_asm_elementwise(_QUAD_SUM, "=f,f", [y0], dtype=gl.float32, is_pure=True, pack=1)
@@ -455,7 +455,7 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
         BITS=layout.weight_bits, BF=BF16 if x.dtype == torch.bfloat16 else 0, BILEVEL=layout.statistics == "bilevel",
         BLOCKS_A_GROUP=layout.group_size // TILE, OUTLIERS=layout.outliers > 0,
         HAS_BIAS=bias is not None, WHOLE=chunks % (warps * stages) == 0, WARPS=warps, STAGES=stages,
-        num_warps=warps,
+        KEPT=outliers.outliers_kept(layout), num_warps=warps,
     )  # fmt: skip
     return y
 

@@ -18,14 +18,15 @@ from triton.experimental.gluon import language as gl
 from spqr_format.layout import CELL_COLUMNS, TILE, Layout
 
 CELL_BYTES = 2 * TILE * CELL_COLUMNS  # of fp16
-KEPT = 2048  # outliers of a tile that `ask` copies; if there are more, these are read when their turn comes
+# Outliers of a tile that `ask` may copy: if there are more, these are read when their turn comes. 6144 is what leaves a
+# program of 4 warps within 48 KB.
+KEPT = (2048, 6144)
 
 _CELL_BYTES = gl.constexpr(CELL_BYTES)
-_KEPT_BYTES = gl.constexpr(4 * KEPT)
 # Shared memory, by its size in bytes. $0 its address; $1 is not read.
 _ROOMS = gl.constexpr({
     size: f"{{ .shared .align 16 .b8 room[{size}]; mov.u32 $0, room; }}"
-    for warps in (1, 2, 4, 8) for size in (CELL_BYTES * warps, 4 * KEPT + 2048 * warps)
+    for warps in (1, 2, 4, 8) for size in (CELL_BYTES * warps, *(4 * kept + 2048 * warps for kept in KEPT))
 })  # fmt: skip
 # Bytes, a power of two, that are more than so many KB and the rest of one.
 _POWER_ABOVE = gl.constexpr({kb: 1 << (1024 * (kb + 1)).bit_length() - (kb & (kb + 1) == 0) for kb in range(49)})
@@ -153,13 +154,13 @@ def outliers_a_lane(layout: Layout) -> int:
     return next((n for n in (1, 2) if mean + 5 * mean**0.5 <= 32 * n), 4)
 
 
-# Copies the outliers $2 from place $3, a multiple of 4, on and below $4, as many as are kept, to the room $1 with the group of
-# copies that is committed next; $5 the thread, $6 threads; the array ends at $7. $0 is $1.
-_ASK = gl.constexpr(f"""{{
+# Copies the outliers $2 from place $3, a multiple of 4, on and below $4, $8 at most, to the room $1 with the group of copies
+# that is committed next; $5 the thread, $6 threads; the array ends at $7. $0 is $1.
+_ASK = gl.constexpr("""{
 .reg .pred p;
 .reg .b32 i, a, end, bytes;
 .reg .b64 g;
-add.s32 end, $3, {KEPT};
+add.s32 end, $3, $8;
 min.s32 end, end, $4;
 mad.lo.s32 a, $5, 16, $1;
 mad.lo.s32 i, $5, 4, $3;
@@ -176,20 +177,20 @@ mad.lo.s32 a, $6, 16, a;
 bra NEXT;
 DONE:
 mov.b32 $0, $1;
-}}""")
+}""")
 
 
 def _products(bfloat: bool) -> str:
     """PTX: a thread's outliers times x, added to its sum of their row. It has four in a row of every 4 * threads.
 
     Inputs: $1 the thread's sums, 128 bytes from row to row; $2 the kept outliers, from place $3 on; $4 all of them; $5 first
-    place and $6 end; $7 the thread, $8 threads; $9 x of the first column of their panel. $0 is $1."""
+    place and $6 end; $7 the thread, $8 threads; $9 x of the first column of their panel; $10 how many are kept. $0 is $1."""
     kind = "bf16" if bfloat else "f16"
     lines = [
         ".reg .pred p, q;", ".reg .b32 i, n, a, c, m, kept;", ".reg .b64 g;",
         *(f".reg .b32 w{n}, a{n}; .reg .b16 l{n}, h{n}, x{n}; .reg .f32 v{n}, f{n}, s{n}; .reg .pred p{n};" for n in range(4)),
         # place of the thread's first four, as multiple of 4
-        "and.b32 i, $5, -4;", "mad.lo.s32 i, $7, 4, i;", "sub.s32 n, $6, $5;", f"add.s32 kept, $3, {KEPT};",
+        "and.b32 i, $5, -4;", "mad.lo.s32 i, $7, 4, i;", "sub.s32 n, $6, $5;", "add.s32 kept, $3, $10;",
         "MORE:", "setp.ge.s32 p, i, $6;", "@p bra DONE;",
         "sub.s32 m, i, $5;",
         *(line for n in range(4) for line in (f"add.s32 c, m, {n};", f"setp.lt.u32 p{n}, c, n;")),
@@ -232,43 +233,42 @@ _ZERO_SUMS = gl.constexpr(
 
 
 @gluon.jit
-def room_for_products(SHARED: gl.constexpr, thread):
+def room_for_products(SHARED: gl.constexpr, thread, KEPT: gl.constexpr):
     """Address of the room of `ask` and `products`. SHARED: bytes of shared memory of the kernel beside."""
     WARPS: gl.constexpr = thread.shape[0] // 32
-    opt_in(_KEPT_BYTES + 2048 * WARPS, SHARED)
-    return gl.inline_asm_elementwise(
-        _ROOMS[_KEPT_BYTES + 2048 * WARPS], "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
-    )
+    opt_in(4 * KEPT + 2048 * WARPS, SHARED)
+    return gl.inline_asm_elementwise(_ROOMS[4 * KEPT + 2048 * WARPS], "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def ask(room, Outliers, begin, end, outliers, thread):
-    """Begins to copy the outliers begin .. end - 1 of a tile, of `outliers` in all, with the group of copies that is
-    committed next."""
+def ask(room, Outliers, begin, end, outliers, thread, KEPT: gl.constexpr):
+    """Begins to copy the outliers begin .. end - 1 of a tile, KEPT at most, of `outliers` in all, with the group of copies that
+    is committed next."""
     none = thread * 0
     return gl.inline_asm_elementwise(
-        _ASK, "=r,r,l,r,r,r,r,r",
-        [room, Outliers + none, none + begin // 4 * 4, none + end, thread, none + thread.shape[0], none + outliers],
+        _ASK, "=r,r,l,r,r,r,r,r,r",
+        [room, Outliers + none, none + begin // 4 * 4, none + end, thread, none + thread.shape[0], none + outliers,
+         none + KEPT],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
-def products(room, Pointers, Outliers, X, tile, cells, first, thread, BF: gl.constexpr):
+def products(room, Pointers, Outliers, X, tile, cells, first, thread, KEPT: gl.constexpr, BF: gl.constexpr):
     """Sums of the outliers of a tile, from place `first` on, times x [in]: a lane's share of those of rows gid and gid + 8,
     to be added over the quad and the warps."""
     none = thread * 0
     lane = thread % 32
-    sums = room + (_KEPT_BYTES + thread // 32 * 2048)
+    sums = room + (4 * KEPT + thread // 32 * 2048)
     own = gl.inline_asm_elementwise(_ZERO_SUMS, "=r,r", [sums + lane * 16], dtype=gl.int32, is_pure=False, pack=1) - lane * 12
     pointers = Pointers + tile.to(gl.int64) * cells
     begin = first
     for panel in range(0, cells, 32):  # 4096 columns
         end = gl.load(pointers + gl.minimum(panel + 32, cells))
         own = gl.inline_asm_elementwise(
-            _PRODUCTS[BF], "=r,r,r,r,l,r,r,r,r,l",
+            _PRODUCTS[BF], "=r,r,r,r,l,r,r,r,r,l,r",
             [own, room, none + first // 4 * 4, Outliers + none, none + begin, none + end, thread, none + thread.shape[0],
-             X + (none + panel * 128)],
+             X + (none + panel * 128), none + KEPT],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
         begin = end
@@ -280,3 +280,9 @@ def products(room, Pointers, Outliers, X, tile, cells, first, thread, BF: gl.con
         is_pure=False,
         pack=1,
     )
+
+
+def outliers_kept(layout: Layout) -> int:
+    """How many outliers of a tile `ask` copies: nearly always all of them, unless there are very many."""
+    mean = TILE * layout.outliers / layout.out_features
+    return next((kept for kept in KEPT if mean + 5 * mean**0.5 <= kept), KEPT[-1])

@@ -2,7 +2,7 @@
 
 A warp takes a chunk of 256 columns of a tile. A lane decodes the words of four column blocks in registers; the result is
 turned through shared memory so that a warp writes 512 contiguous bytes of a row. Then the warp writes the places of the
-chunk's outliers again, each decoded anew, with its outlier added before the rounding: all of it is in the caches then.
+chunk's outliers again, each decoded on its own, with its outlier added before the rounding.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _REGISTERS = gl.constexpr({bits: ptx.decode_lane_constraints(bits) for bits in (
 _STATISTICS = gl.constexpr(ptx.EXACT_STATISTICS)
 _SPREAD = gl.constexpr(SPREAD)
 _CELLS = gl.constexpr(CHUNK * TILE // CELL_COLUMNS)  # of outliers a chunk
+_EARLY = gl.constexpr(2)  # outliers of a chunk by lane: with 1 % of the weights a chunk has 41
 _STATISTICS_REGISTERS = gl.constexpr(ptx.EXACT_STATISTICS_CONSTRAINTS)
 
 
@@ -47,6 +48,25 @@ def _interleave(values):
     values = _join_halves(values, 4)
     values = _join_halves(values, 2)
     return gl.join(values[0], values[1])
+
+
+@gluon.jit
+def _outlier(
+    Weight, StatCodes, TileStats, GroupSc, GroupZp, Outliers, Out, at, end, tile64, chunk, chunks, groups, in_features,
+    BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, FIELD_WORDS: gl.constexpr,
+    FIELD_BITS: gl.constexpr,
+):  # fmt: skip
+    """The place in Out of outlier number `at` below `end`, of a chunk of a tile, and the weight there with it, in fp32."""
+    there = at < end
+    entry = gl.load(Outliers + at, mask=there, other=0)
+    row = tile64 * 16 + ((entry >> 12) & 15)
+    column = chunk * 256 + (entry & 255)
+    value = weight_at(
+        Weight, StatCodes, TileStats, GroupSc, GroupZp, row, column, there, chunks * 16, groups,
+        FIELD_WORDS, FIELD_BITS, BITS, _SPREAD, BLOCKS_A_GROUP * 16, BILEVEL,
+    )  # fmt: skip
+    value += (entry >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+    return Out + row * in_features + column, value
 
 
 @gluon.jit
@@ -88,6 +108,19 @@ def unpack_kernel(
         codes = (
             own0 >> shift, own1 >> shift, funnel(own0, half0, none + 24) >> shift, funnel(own1, half1, none + 24) >> shift
         )  # fmt: skip
+    if OUTLIERS:  # most are read now, with the rest, and written at the end
+        own = Pointers + tile64 * (chunks * _CELLS) + chunk * _CELLS
+        begin = gl.load(own)
+        end = gl.where(gl.program_id(1) * WARPS + warp < chunks, gl.load(own + _CELLS), begin)
+        places = ()
+        weights_there = ()
+        for i in gl.static_range(_EARLY):
+            target, value = _outlier(
+                Weight, StatCodes, TileStats, GroupSc, GroupZp, Outliers, Out, begin + 32 * i + lane, end, tile64, chunk,
+                chunks, groups, in_features, BITS, BILEVEL, BLOCKS_A_GROUP, FIELD_WORDS, FIELD_BITS,
+            )  # fmt: skip
+            places = places + (target,)
+            weights_there = weights_there + (value,)
     tile_stats = TileStats.to(gl.pointer_type(gl.int32)) + tile64 * 2 * groups
     upper = ()
     lower = ()
@@ -133,21 +166,14 @@ def unpack_kernel(
         gl.store(out + start + word2, gl.convert_layout(values, rows), mask=inside)
     if OUTLIERS:
         barrier()  # what other lanes wrote to these places comes before
-        own = Pointers + tile64 * (chunks * _CELLS) + chunk * _CELLS
-        begin = gl.load(own)
-        end = gl.where(gl.program_id(1) * WARPS + warp < chunks, gl.load(own + _CELLS), begin)
-        for first in range(0, gl.max(end - begin, axis=0), 32):
-            at = begin + first + lane
-            there = at < end
-            entry = gl.load(Outliers + at, mask=there, other=0)
-            at_row = tile64 * 16 + ((entry >> 12) & 15)
-            at_column = chunk * 256 + (entry & 255)
-            value = weight_at(
-                Weight, StatCodes, TileStats, GroupSc, GroupZp, at_row, at_column, there, chunks * 16, groups,
-                FIELD_WORDS, FIELD_BITS, BITS, _SPREAD, BLOCKS_A_GROUP * 16, BILEVEL,
+        for i in gl.static_range(_EARLY):
+            gl.store(places[i], weights_there[i].to(Out.dtype.element_ty), mask=begin + 32 * i + lane < end)
+        for first in range(32 * _EARLY, gl.max(end - begin, axis=0), 32):
+            target, value = _outlier(
+                Weight, StatCodes, TileStats, GroupSc, GroupZp, Outliers, Out, begin + first + lane, end, tile64, chunk, chunks,
+                groups, in_features, BITS, BILEVEL, BLOCKS_A_GROUP, FIELD_WORDS, FIELD_BITS,
             )  # fmt: skip
-            value += (entry >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
-            gl.store(Out + at_row * in_features + at_column, value.to(Out.dtype.element_ty), mask=there)
+            gl.store(target, value.to(Out.dtype.element_ty), mask=begin + first + lane < end)
 
 
 def dequantize(weight: Tensor, tensors: Mapping[str, Tensor], layout: Layout) -> None:

@@ -23,6 +23,7 @@ def field_constants(bits: int) -> tuple[int, int]:
 # The spec rounds every operation on its own, so a product and a sum are not to become one fma.
 EXACT = {"enable_fp_fusion": False}
 
+
 @triton.jit
 def _half(pointer, mask):
     """fp16 stored as int16, as float32."""
