@@ -20,7 +20,8 @@ from .joined import places, split
 
 # stored: the tensors of `Layout.tensors()` in their order, or the one that `joined.join` makes of them.
 _MATRIX = (
-    "Tensor[] stored, int out_features, int in_features, int weight_bits, int group_size, bool bilevel, int outliers, bool permuted"
+    "Tensor[] stored, int out_features, int in_features, int weight_bits, int group_size, bool bilevel, int outliers,"
+    " bool permuted"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 torch.library.define("spqr::linear", f"(Tensor x, Tensor? bias, {_MATRIX}) -> Tensor", tags=_TAGS)

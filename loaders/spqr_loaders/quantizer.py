@@ -17,10 +17,11 @@ from spqr_format.errors import SpqrError
 from spqr_format.metadata import FORMAT_VERSION, QUANT_METHOD, ShardMetadata, features_of
 from spqr_format.payload import check_payload
 from spqr_format.reader import Checkpoint
+from spqr_kernels.joined import TORCH_DTYPES
 
 from .config import SpqrFormatConfig
 from .experts import SplitExperts
-from .linear import DTYPES, SpqrLinear
+from .linear import SpqrLinear
 from .names import hub_names, is_expert_converter
 from .onthefly import QuantizeWeight, plan
 from .placement import check_agreement, check_missing, place
@@ -120,6 +121,9 @@ class SpqrFormatQuantizer(HfQuantizer):
             layer.requires_grad_(False)  # the loader turns it on for every float parameter, such as a bias
         if self.pre_quantized and self.quantization_config.dequantize:
             self._dequantize(model, model.config.dtype)
+            return model
+        for layer in layers.values():  # one after the other: never more than one of them is there twice
+            layer.join()
         return model
 
     def _check_loaded(self, model: PreTrainedModel, layers: dict[str, SpqrLinear]) -> None:
@@ -142,7 +146,7 @@ class SpqrFormatQuantizer(HfQuantizer):
                     raise SpqrError("E508", where, "tensor parallel loading of SpQR models is not supported")
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise SpqrError("E107", where, "the tensor was not read; its values would be random")
-                if tensor.dtype != DTYPES[spec.dtype]:
+                if tensor.dtype != TORCH_DTYPES[spec.dtype]:
                     raise SpqrError("E109", where, f"dtype {tensor.dtype}, expected {spec.dtype}")
                 if tuple(tensor.shape) != spec.shape:
                     raise SpqrError("E110", where, f"shape {list(tensor.shape)}, expected {list(spec.shape)}")
