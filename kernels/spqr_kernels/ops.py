@@ -54,10 +54,12 @@ def _checked(stored: list[Tensor], layout: Layout, where: str) -> dict[str, Tens
     return tensors
 
 
-@torch.library.impl("spqr::dequantize", "default")
 def _dequantize(stored: list[Tensor], *matrix: Any) -> Tensor:
     layout = _layout(*matrix[:-1])
     return dispatch.dequantize(_checked(stored, layout, "spqr::dequantize"), layout, matrix[-1])
+
+
+torch.library.impl("spqr::dequantize", "default", _dequantize)
 
 
 @torch.library.register_fake("spqr::dequantize")
@@ -65,12 +67,14 @@ def _(stored, out_features, in_features, *matrix):
     return stored[0].new_empty((out_features, in_features), dtype=matrix[-1])
 
 
-@torch.library.impl("spqr::linear", "default")
 def _linear(x: Tensor, bias: Tensor | None, stored: list[Tensor], *matrix: Any) -> Tensor:
     layout = _layout(*matrix)
     tensors = _checked(stored, layout, "spqr::linear")
     check_operand(x, bias, layout, stored[0].device)
     return dispatch.linear(x, tensors, layout, bias)
+
+
+torch.library.impl("spqr::linear", "default", _linear)
 
 
 @torch.library.register_fake("spqr::linear")

@@ -112,14 +112,15 @@ class SpqrLinear(nn.Linear):
         """
         if self.layout is None or self.is_joined():
             return
-        parameters = {leaf: self._parameters.get(leaf) for leaf in self.leaves}
+        tensors: dict[str, Tensor] = {}
         for leaf, place in places(self.layout).items():
-            parameter = parameters[leaf]
+            parameter = self._parameters.get(leaf)
             if type(parameter) is not nn.Parameter or parameter.is_meta or parameter.is_inference() or parameter.requires_grad:
                 return
             if (parameter.dtype, parameter.shape, parameter.device) != (place.dtype, place.shape, self.weight.device):
                 return
-        self._view(join(parameters, self.layout))
+            tensors[leaf] = parameter
+        self._view(join(tensors, self.layout))
 
     def is_joined(self) -> bool:
         """Whether every stored tensor lies where `join` put it. If not, the tensor that held them is let go."""

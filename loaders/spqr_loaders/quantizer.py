@@ -192,8 +192,8 @@ class SpqrFormatQuantizer(HfQuantizer):
 
     # Saving and dequantizing
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """No state dict of our own, and the metadata of every shard (spec 7): all modules, under their stored names."""
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """The state dict to save, and the metadata of every shard (spec 7): all modules, under their stored names."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved, and it holds no module of ours
         layers = spqr_layers(model)
@@ -210,7 +210,7 @@ class SpqrFormatQuantizer(HfQuantizer):
         # The folder's config.json is written after this call, from this very object.
         self.quantization_config.features = metadata.features
         self.quantization_config.format_version = FORMAT_VERSION
-        return None, metadata.as_strings()
+        return _apart(model.state_dict(), layers), metadata.as_strings()
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Dense layers in place of packed ones. transformers may pass a dtype by its name."""
@@ -250,6 +250,12 @@ def refuse_sharding(model: PreTrainedModel) -> None:
         size = getattr(distributed, name, None) or 1
         if size > 1:
             raise SpqrError("E508", "distributed_config", f"{name} = {size}; SpQR models cannot be sharded here yet")
+
+
+def _apart(state: dict[str, Tensor], layers: dict[str, SpqrLinear]) -> dict[str, Tensor]:
+    """The same memory, but a storage of its own for each joined tensor: transformers clones all that share one, at once."""
+    own = {f"{name}.{leaf}" for name, layer in layers.items() if layer.is_joined() for leaf in layer.leaves}
+    return {name: torch.from_dlpack(tensor) if name in own else tensor for name, tensor in state.items()}
 
 
 def spqr_layers(model: nn.Module) -> dict[str, SpqrLinear]:
