@@ -25,7 +25,8 @@ class SpqrLinear(nn.Linear):
 
     Once they are there, `join` makes them views of one tensor, the only input that a compiled graph has for them. Whether
     they still are is looked at in every forward that is not compiled and whenever something is assigned to the module; if
-    not, forward goes back to the single tensors. A compiled forward alone does not see `layer.weight.data = ...`.
+    not, forward goes back to the single tensors. Only what writes past both, as `layer.weight.data = ...`, goes unseen by a
+    model that is compiled already.
     """
 
     layout: Layout | None
@@ -164,8 +165,9 @@ class SpqrLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         """Of joined tensors the one that holds them: a copy of each would bring all of it along."""
+        whole = self.is_joined()  # first of all: it may let go what was joined
         state = {name: value for name, value in self.__dict__.items() if name != "_places"}
-        if self.is_joined():
+        if whole:
             state["_parameters"] = {name: None if name in self.leaves else p for name, p in self._parameters.items()}
         return state
 

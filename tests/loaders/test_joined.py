@@ -174,6 +174,7 @@ def test_a_replaced_tensor_is_computed_with(way, leaf):
     way(layer, leaf, getattr(other, leaf).detach().clone())
     target = expected(layer)
     assert not torch.allclose(before, target, atol=1e-2)
+    assert_close(copy.deepcopy(layer)(X), target)
     assert_close(layer(X), target)
     if way is not in_place:
         assert layer.joined is None, "the old tensor would stay in memory"
