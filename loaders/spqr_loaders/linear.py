@@ -23,10 +23,10 @@ class SpqrLinear(nn.Linear):
     device_map, offloading and sharding move, and integers are what `.to(dtype)` leaves alone. The packed codes are
     called `weight`, where PEFT and transformers look for a device. A subclass of nn.Linear, so that PEFT adapts it.
 
-    Once they are there, `join` makes them views of one tensor, the only input that a compiled graph has for them. Whether
-    they still are is looked at in every forward that is not compiled and whenever something is assigned to the module; if
-    not, forward goes back to the single tensors. Only what writes past both, as `layer.weight.data = ...`, goes unseen by a
-    model that is compiled already.
+    On a GPU `join` makes them views of one tensor, the only input that a compiled graph has for them. Whether they still
+    are is looked at in every forward that is not compiled and whenever something is assigned to the module; if not, forward
+    goes back to the single tensors. Only what writes past both, as `layer.weight.data = ...`, goes unseen by a model that is
+    compiled already.
     """
 
     layout: Layout | None
@@ -73,7 +73,6 @@ class SpqrLinear(nn.Linear):
             setattr(layer, leaf, nn.Parameter(tensor, requires_grad=False))
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
-        layer.join()
         return layer
 
     def shape_as(self, layout: Layout, device: torch.device | str | None) -> None:
@@ -106,12 +105,13 @@ class SpqrLinear(nn.Linear):
         result: Tensor = torch.ops.spqr.linear(input, self.bias, stored, *self.geometry)
         return result
 
-    def join(self) -> None:
+    def join(self, on_cpu: bool = True) -> None:
         """Makes the stored tensors views of one, unless they are, or are not all on one device (never on `meta`).
 
-        Copies them once. Parameters stay the same objects.
+        Copies them once. Parameters stay the same objects. on_cpu=False leaves those on a CPU: they may be mapped from a
+        file, which takes no memory of its own and is shared between processes, and a product takes long beside its call.
         """
-        if self.layout is None or self.is_joined():
+        if self.layout is None or self.is_joined() or (self.weight.is_cpu and not on_cpu):
             return
         tensors: dict[str, Tensor] = {}
         for leaf, place in places(self.layout).items():
@@ -155,13 +155,15 @@ class SpqrLinear(nn.Linear):
             self.is_joined()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SpqrLinear:
+        joined = self.joined is not None
         super()._apply(fn, recurse)
-        self.join()
+        self.join(on_cpu=joined)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        joined = self.joined is not None
         super()._load_from_state_dict(*args, **kwargs)
-        self.join()
+        self.join(on_cpu=joined)
 
     def __getstate__(self) -> dict[str, Any]:
         """Of joined tensors the one that holds them: a copy of each would bring all of it along."""

@@ -123,7 +123,9 @@ class SpqrFormatQuantizer(HfQuantizer):
             self._dequantize(model, model.config.dtype)
             return model
         for layer in layers.values():  # one after the other: never more than one of them is there twice
-            layer.join()
+            layer.join(on_cpu=False)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # of the single tensors
         return model
 
     def _check_loaded(self, model: PreTrainedModel, layers: dict[str, SpqrLinear]) -> None:

@@ -24,12 +24,19 @@ X = torch.randn(3, 64, generator=torch.Generator().manual_seed(5))
 
 @pytest.fixture
 def model(tiny: Quantized) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32)
+    """Joined, as loading does where a layer is on a GPU."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32)
+    for layer in layers(model).values():
+        assert layer.joined is None, "it may be mapped from the file"
+        layer.join()
+    return model
 
 
 def layer_of(seed: int, how: How = How(share=0.02)) -> SpqrLinear:  # noqa: B008, frozen
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(seed))
-    return SpqrLinear.from_matrix(rtn(weight, how))
+    layer = SpqrLinear.from_matrix(rtn(weight, how))
+    layer.join()
+    return layer
 
 
 def expected(layer: SpqrLinear, x: Tensor = X) -> Tensor:
@@ -78,7 +85,7 @@ def test_a_compiled_model_has_as_many_inputs_as_the_dense_one(tiny, model):
     assert inputs_of_graphs(model) == inputs_of_graphs(dense)
 
 
-def test_loading_joins_every_layer_and_holds_nothing_twice(model):
+def test_a_joined_model_holds_nothing_twice(model):
     for layer in layers(model).values():
         assert_in_one(layer)
     assert sorted(name for name, _ in layer.named_parameters()) == sorted(layer.leaves)
@@ -87,11 +94,11 @@ def test_loading_joins_every_layer_and_holds_nothing_twice(model):
     assert storage_bytes(tensors) < stored + 128 * sum(len(layer.leaves) for layer in layers(model).values())
 
 
-def test_quantizing_while_loading_joins(tiny_llama):
-    config = SpqrFormatConfig(weight_bits=4, group_size=32, statistics="direct")
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
-    for layer in layers(model).values():
-        assert_in_one(layer)
+@pytest.mark.parametrize("how", [How(), How(4, 32, "direct"), How(2, share=0.1), How(3, permuted=True)], ids=str)
+def test_every_kind_of_layer_can_be_joined(how):
+    layer = layer_of(3, how)
+    assert_in_one(layer)
+    assert_close(layer(X), expected(layer))
 
 
 def moved(layer: SpqrLinear) -> None:
@@ -251,6 +258,8 @@ def test_a_layer_without_memory_is_not_joined():
     assert layer.joined is None
     assert layer(X.to("meta")).shape == (3, 48)
     layer.to_empty(device="cpu")
+    assert layer.joined is None
+    layer.join()
     assert_in_one(layer)
 
 
