@@ -1,7 +1,7 @@
 """All stored tensors of a matrix in one, one behind the other.
 
 A layer hands `spqr::linear` this one tensor: each input of a compiled graph costs a guard and a place in every loop on the way
-to a CUDA graph, at every call, and a matrix would have up to seven."""
+to a CUDA graph, at every call, and a matrix would have up to six."""
 
 from __future__ import annotations
 
