@@ -10,33 +10,41 @@ from torch import Tensor
 from spqr_format.errors import SpqrError
 from spqr_format.layout import Layout
 
-TORCH_DTYPES = {"I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
-INT32_MAX = 2**31 - 1
+from .joined import length, places
 
 
-def check_tensors(tensors: Mapping[str, Tensor | None], layout: Layout, where: str = "spqr::linear") -> torch.device:
-    """Dtype, shape, device and contiguity of each stored tensor; returns their device. Raises SpqrError E509."""
-    device = None
+def check_names(tensors: Mapping[str, Tensor], layout: Layout, where: str = "spqr::linear") -> None:
+    """Exactly the tensors of the layout. Raises SpqrError E509."""
     expected = layout.tensors()
-    for leaf, spec in expected.items():
-        tensor = tensors.get(leaf)
-        if tensor is None:
+    for leaf in expected:
+        if tensors.get(leaf) is None:
             raise SpqrError("E509", f"{where}.{leaf}", "missing")
-        if tensor.dtype != TORCH_DTYPES[spec.dtype] or tuple(tensor.shape) != spec.shape:
+    for leaf in tensors:
+        if leaf not in expected:
+            raise SpqrError("E509", f"{where}.{leaf}", "the layout has no such tensor")
+
+
+def check_tensors(tensors: Mapping[str, Tensor], layout: Layout, where: str = "spqr::linear") -> None:
+    """Dtype, shape, device and contiguity of each tensor of the layout. Raises SpqrError E509."""
+    device = tensors["weight"].device
+    for leaf, place in places(layout).items():
+        tensor = tensors[leaf]
+        if tensor.dtype != place.dtype or tensor.shape != place.shape:
             found = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise SpqrError("E509", f"{where}.{leaf}", f"{found}, expected {spec.dtype} {spec.shape}")
+            raise SpqrError("E509", f"{where}.{leaf}", f"{found}, expected {place.dtype} {place.shape}")
         if not tensor.is_contiguous():
             raise SpqrError("E509", f"{where}.{leaf}", "not contiguous")
-        device = device or tensor.device
         if tensor.device != device:
             raise SpqrError("E509", f"{where}.{leaf}", f"on {tensor.device}, weight is on {device}")
-        if tensor.numel() > INT32_MAX:
-            raise SpqrError("E509", f"{where}.{leaf}", f"{tensor.numel()} elements, kernels index with int32")
-    for leaf, tensor in tensors.items():
-        if tensor is not None and leaf not in expected:
-            raise SpqrError("E509", f"{where}.{leaf}", "the layout has no such tensor")
-    assert device is not None
-    return device
+
+
+def check_joined(joined: Tensor, layout: Layout, where: str = "spqr::linear") -> None:
+    """Dtype, shape, contiguity and alignment of the one tensor that holds all of the layout. Raises SpqrError E509."""
+    if joined.dtype != torch.int32 or joined.shape != (length(layout),):
+        found = f"{joined.dtype} {tuple(joined.shape)}"
+        raise SpqrError("E509", f"{where}.stored", f"{found}, expected {torch.int32} {(length(layout),)}")
+    if not joined.is_contiguous() or joined.data_ptr() % 16:  # vector loads need the latter
+        raise SpqrError("E509", f"{where}.stored", "not contiguous, or not aligned to 16 bytes")
 
 
 def check_operand(x: Tensor, bias: Tensor | None, layout: Layout, device: torch.device, where: str = "spqr::linear") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Mapping
 
@@ -24,11 +25,13 @@ FIT_COLUMNS = 16  # the widest group that a thread of fit.py holds in its regist
 Tensors = Mapping[str, Tensor]
 
 
+@functools.cache
 def has_triton(device: torch.device) -> bool:
     """True where the device is a GPU and Triton is installed."""
     return device.type in ("cuda", "xpu") and importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def has_tensor_cores(device: torch.device) -> bool:
     """True for NVIDIA GPUs of sm_80 and newer, which the decode kernel needs."""
     if device.type != "cuda" or torch.version.hip is not None or not has_triton(device):
@@ -41,6 +44,7 @@ def has_fit_kernels(w: Tensor) -> bool:
     return len(w) <= FIT_COLUMNS and has_triton(w.device)
 
 
+@functools.cache
 def has_wgmma(device: torch.device) -> bool:
     """True for NVIDIA Hopper, sm_90: the instruction is on no other."""
     return has_tensor_cores(device) and torch.cuda.get_device_capability(device)[0] == 9

@@ -46,6 +46,7 @@ def pack(model: Any, outliers: float) -> None:
                 packed = SpqrLinear(layout, device="meta")
                 for leaf, tensor in tensors.items():
                     setattr(packed, leaf, nn.Parameter(tensor, requires_grad=False))
+                packed.join()
                 parent, _, leaf_name = name.rpartition(".")
                 setattr(block.get_submodule(parent), leaf_name, packed)
 

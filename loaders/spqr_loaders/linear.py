@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from spqr_format.errors import SpqrError
 from spqr_format.layout import Layout
 from spqr_format.matrix import SpqrMatrix
-from spqr_kernels import dequantize, linear
-
-DTYPES = {"I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}  # of TensorSpec
+from spqr_kernels import dequantize
+from spqr_kernels.joined import TORCH_DTYPES, join, places, split
+from spqr_kernels.ops import geometry
 
 
 class SpqrLinear(nn.Linear):
@@ -22,10 +22,18 @@ class SpqrLinear(nn.Linear):
     Every stored tensor is a parameter of its leaf name (int32, int16 or uint8, no gradient): parameters are what
     device_map, offloading and sharding move, and integers are what `.to(dtype)` leaves alone. The packed codes are
     called `weight`, where PEFT and transformers look for a device. A subclass of nn.Linear, so that PEFT adapts it.
+
+    On a GPU `join` makes them views of one tensor, the only input that a compiled graph has for them. Whether they still
+    are is looked at in every forward that is not compiled and whenever something is assigned to the module; if not, forward
+    goes back to the single tensors. Only what writes past both, as `layer.weight.data = ...`, goes unseen by a model that is
+    compiled already.
     """
 
     layout: Layout | None
     leaves: tuple[str, ...]
+    geometry: tuple[int | bool, ...]  # the operator's view of `layout`
+    joined: Tensor | None = None  # int32, what `spqr_kernels.joined.join` makes of all
+    _places: tuple[tuple[str, nn.Parameter, int], ...] = ()  # leaf, parameter, and at which byte of `joined` it begins
     _is_hf_initialized: bool
 
     def __init__(
@@ -71,10 +79,11 @@ class SpqrLinear(nn.Linear):
         """Gives this layer the parameters of `layout`, empty, on `device`."""
         self.layout = layout
         for leaf, spec in layout.tensors().items():
-            empty = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
+            empty = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
             self.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
-        # The stored names, in a tuple: torch.compile then sees a constant.
+        # In tuples: torch.compile then sees constants.
         self.leaves = tuple(layout.tensors())
+        self.geometry = geometry(layout)
         self._is_hf_initialized = True  # transformers must not try to draw random codes
 
     def reset_parameters(self) -> None:
@@ -86,7 +95,88 @@ class SpqrLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in_features], fp16, bf16 or fp32, to [..., out_features] in the same dtype."""
-        return linear(input, self.tensors(), self.layout, self.bias)  # type: ignore[arg-type]  # None only while loading
+        if torch.compiler.is_exporting():  # the program would have the joined tensor beside the parameters
+            whole = None
+        elif torch.compiler.is_compiling():  # which cannot ask where a tensor lies, and guards that `joined` is there
+            whole = self.joined
+        else:
+            whole = self.joined if self.is_joined() else None
+        stored = [getattr(self, leaf) for leaf in self.leaves] if whole is None else [whole]
+        result: Tensor = torch.ops.spqr.linear(input, self.bias, stored, *self.geometry)
+        return result
+
+    def join(self, on_cpu: bool = True) -> None:
+        """Makes the stored tensors views of one, unless they are, or are not all on one device (never on `meta`).
+
+        Copies them once. Parameters stay the same objects. on_cpu=False leaves those on a CPU: they may be mapped from a
+        file, which takes no memory of its own and is shared between processes, and a product takes long beside its call.
+        """
+        if self.layout is None or self.is_joined() or (self.weight.is_cpu and not on_cpu):
+            return
+        tensors: dict[str, Tensor] = {}
+        for leaf, place in places(self.layout).items():
+            parameter = self._parameters.get(leaf)
+            if type(parameter) is not nn.Parameter or parameter.is_meta or parameter.is_inference() or parameter.requires_grad:
+                return
+            if (parameter.dtype, parameter.shape, parameter.device) != (place.dtype, place.shape, self.weight.device):
+                return
+            tensors[leaf] = parameter
+        self._view(join(tensors, self.layout))
+
+    def is_joined(self) -> bool:
+        """Whether every stored tensor lies where `join` put it. If not, the tensor that held them is let go."""
+        if self.joined is None:
+            return False
+        begin = self.joined.data_ptr()
+        for leaf, parameter, offset in self._places:
+            if self._parameters.get(leaf) is not parameter or parameter.data_ptr() != begin + offset:
+                self.joined, self._places = None, ()
+                return False
+        return True
+
+    def _view(self, whole: Tensor) -> None:
+        """Makes every stored tensor a view of `whole`."""
+        assert self.layout is not None
+        found = []
+        for leaf, view in split(whole, self.layout).items():
+            parameter = self._parameters.get(leaf)
+            if parameter is None:
+                parameter = self._parameters[leaf] = nn.Parameter(view, requires_grad=False)
+            parameter.data = view
+            found.append((leaf, parameter, view.data_ptr() - whole.data_ptr()))
+        self._places = tuple(found)
+        # Past nn.Module, which would register it. A parameter nevertheless: CUDA graphs copy what is none at each replay.
+        self.__dict__["joined"] = nn.Parameter(whole, requires_grad=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # A tensor, or the hook of accelerate, which has replaced tensors past this method by now.
+        if name not in ("joined", "_places"):
+            self.is_joined()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SpqrLinear:
+        joined = self.joined is not None
+        super()._apply(fn, recurse)
+        self.join(on_cpu=joined)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        joined = self.joined is not None
+        super()._load_from_state_dict(*args, **kwargs)
+        self.join(on_cpu=joined)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of joined tensors the one that holds them: a copy of each would bring all of it along."""
+        whole = self.is_joined()  # first of all: it may let go what was joined
+        state = {name: value for name, value in self.__dict__.items() if name != "_places"}
+        if whole:
+            state["_parameters"] = {name: None if name in self.leaves else p for name, p in self._parameters.items()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.joined is not None:
+            self._view(self.joined.data)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The dense layer of the same numbers. Raises SpqrError E508 while the tensors are offloaded."""

@@ -17,10 +17,11 @@ from spqr_format.errors import SpqrError
 from spqr_format.metadata import FORMAT_VERSION, QUANT_METHOD, ShardMetadata, features_of
 from spqr_format.payload import check_payload
 from spqr_format.reader import Checkpoint
+from spqr_kernels.joined import TORCH_DTYPES
 
 from .config import SpqrFormatConfig
 from .experts import SplitExperts
-from .linear import DTYPES, SpqrLinear
+from .linear import SpqrLinear
 from .names import hub_names, is_expert_converter
 from .onthefly import QuantizeWeight, plan
 from .placement import check_agreement, check_missing, place
@@ -120,6 +121,11 @@ class SpqrFormatQuantizer(HfQuantizer):
             layer.requires_grad_(False)  # the loader turns it on for every float parameter, such as a bias
         if self.pre_quantized and self.quantization_config.dequantize:
             self._dequantize(model, model.config.dtype)
+            return model
+        for layer in layers.values():  # one after the other: never more than one of them is there twice
+            layer.join(on_cpu=False)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # of the single tensors
         return model
 
     def _check_loaded(self, model: PreTrainedModel, layers: dict[str, SpqrLinear]) -> None:
@@ -142,7 +148,7 @@ class SpqrFormatQuantizer(HfQuantizer):
                     raise SpqrError("E508", where, "tensor parallel loading of SpQR models is not supported")
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise SpqrError("E107", where, "the tensor was not read; its values would be random")
-                if tensor.dtype != DTYPES[spec.dtype]:
+                if tensor.dtype != TORCH_DTYPES[spec.dtype]:
                     raise SpqrError("E109", where, f"dtype {tensor.dtype}, expected {spec.dtype}")
                 if tuple(tensor.shape) != spec.shape:
                     raise SpqrError("E110", where, f"shape {list(tensor.shape)}, expected {list(spec.shape)}")
@@ -188,8 +194,8 @@ class SpqrFormatQuantizer(HfQuantizer):
 
     # Saving and dequantizing
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """No state dict of our own, and the metadata of every shard (spec 7): all modules, under their stored names."""
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """The state dict to save, and the metadata of every shard (spec 7): all modules, under their stored names."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved, and it holds no module of ours
         layers = spqr_layers(model)
@@ -206,7 +212,7 @@ class SpqrFormatQuantizer(HfQuantizer):
         # The folder's config.json is written after this call, from this very object.
         self.quantization_config.features = metadata.features
         self.quantization_config.format_version = FORMAT_VERSION
-        return None, metadata.as_strings()
+        return _apart(model.state_dict(), layers), metadata.as_strings()
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Dense layers in place of packed ones. transformers may pass a dtype by its name."""
@@ -246,6 +252,12 @@ def refuse_sharding(model: PreTrainedModel) -> None:
         size = getattr(distributed, name, None) or 1
         if size > 1:
             raise SpqrError("E508", "distributed_config", f"{name} = {size}; SpQR models cannot be sharded here yet")
+
+
+def _apart(state: dict[str, Tensor], layers: dict[str, SpqrLinear]) -> dict[str, Tensor]:
+    """The same memory, but a storage of its own for each joined tensor: transformers clones all that share one, at once."""
+    own = {f"{name}.{leaf}" for name, layer in layers.items() if layer.is_joined() for leaf in layer.leaves}
+    return {name: torch.from_dlpack(tensor) if name in own else tensor for name, tensor in state.items()}
 
 
 def spqr_layers(model: nn.Module) -> dict[str, SpqrLinear]:

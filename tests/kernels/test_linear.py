@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spqr_format import SpqrError, SpqrMatrix
-from spqr_kernels import dequantize, linear, reference
+from spqr_kernels import dequantize, joined, linear, ops, reference
 from spqr_kernels.checks import aligned
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -125,12 +125,11 @@ def test_the_kernel_for_gpus_without_wgmma_on_cuda(random_matrix, kind):
     matrix = random_matrix(200, 2048 + 256, **kind)
     tensors = stored(matrix, "cuda")
     exact = torch.from_numpy(matrix.dequantize()).double()
-    for batch in (2, 8, 9, 17, 40, 64):
-        for dtype in (torch.float16, torch.bfloat16):
-            x = torch.randn(batch, 2048 + 256).to(dtype)
-            y = decode.linear(x.cuda(), tensors, matrix.layout, None)
-            assert relative_error(y, x.double() @ exact.T) < BOUND[dtype], (dtype, batch)
-            assert torch.equal(y, decode.linear(x.cuda(), tensors, matrix.layout, None))
+    for batch, dtype in ((2, torch.float16), (9, torch.float16), (33, torch.float16), (9, torch.bfloat16)):
+        x = torch.randn(batch, 2048 + 256).to(dtype)
+        y = decode.linear(x.cuda(), tensors, matrix.layout, None)
+        assert relative_error(y, x.double() @ exact.T) < BOUND[dtype], (dtype, batch)
+        assert torch.equal(y, decode.linear(x.cuda(), tensors, matrix.layout, None))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -211,14 +210,13 @@ def test_gradient_with_respect_to_x(random_matrix, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_ops_pass_torch_opcheck(random_matrix, device):
-    from spqr_kernels.ops import LEAVES
-
     matrix = random_matrix(17, 33)
     tensors = stored(matrix, device)
-    stack = [tensors.get(leaf) for leaf in LEAVES]
-    x = torch.randn(3, 33, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.spqr.linear, (x, None, *stack, 17, 33, 3, 16))
-    torch.library.opcheck(torch.ops.spqr.dequantize, (*stack, 17, 33, 3, 16, torch.float16))
+    bias = torch.randn(17, device=device, requires_grad=True)
+    for stack in ([tensors[leaf] for leaf in matrix.layout.tensors()], [joined.join(tensors, matrix.layout)]):
+        for x in (torch.randn(3, 33, device=device, requires_grad=True), torch.randn(2, 3, 33, device=device)):
+            torch.library.opcheck(torch.ops.spqr.linear, (x, bias, stack, *ops.geometry(matrix.layout)))
+        torch.library.opcheck(torch.ops.spqr.dequantize, (stack, *ops.geometry(matrix.layout), torch.float16))
 
 
 @pytest.mark.gpu
@@ -255,6 +253,41 @@ def test_a_tensor_that_does_not_fit_is_refused_before_launch(random_matrix, faul
     with pytest.raises(SpqrError) as caught:
         linear(torch.randn(1, 64), tensors, matrix.layout)
     assert caught.value.code == "E509"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_tensor_that_joins_all_gives_the_same_bits(random_matrix, device, kind):
+    matrix = random_matrix(40, 512, **kind)
+    tensors = stored(matrix, device)
+    whole = joined.join(tensors, matrix.layout)
+    parts = joined.split(whole, matrix.layout)
+    ends = 0
+    for leaf, part in parts.items():
+        assert part.dtype == tensors[leaf].dtype
+        assert torch.equal(part, tensors[leaf]), leaf
+        begin = part.data_ptr() - whole.data_ptr()
+        assert begin % 128 == 0
+        assert begin >= ends
+        ends = begin + part.nbytes
+    assert list(parts) == list(matrix.layout.tensors())
+    assert whole.nbytes - 128 < ends <= whole.nbytes
+    for batch in (1, 5):
+        x = torch.randn(batch, 512, device=device)
+        y = torch.ops.spqr.linear(x, None, [whole], *ops.geometry(matrix.layout))
+        assert torch.equal(y, linear(x, tensors, matrix.layout))
+    again = torch.ops.spqr.dequantize([whole], *ops.geometry(matrix.layout), torch.float32)
+    assert torch.equal(again, dequantize(tensors, matrix.layout))
+
+
+def test_a_joined_tensor_that_does_not_fit_is_refused_before_launch(random_matrix):
+    matrix = random_matrix(40, 64)
+    whole = joined.join(stored(matrix, "cpu"), matrix.layout)
+    twice = whole.repeat(2)
+    for wrong in (whole[:-1], whole.float(), whole.view(2, -1), twice[::2], twice[1 : len(whole) + 1]):
+        with pytest.raises(SpqrError) as caught:
+            torch.ops.spqr.linear(torch.randn(1, 64), None, [wrong], *ops.geometry(matrix.layout))
+        assert caught.value.code == "E509"
 
 
 def test_an_operand_that_does_not_fit_is_refused_before_launch(random_matrix):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import spqr_kernels
+import spqr_kernels.dispatch
 import spqr_loaders
 from spqr_format.errors import SpqrError
 from spqr_format.validate import validate
@@ -133,8 +133,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a kernel ran on a broken checkpoint")
 
     for name in ("linear", "dequantize"):
-        monkeypatch.setattr(spqr_kernels, name, refuse)
-        monkeypatch.setattr(f"spqr_loaders.linear.{name}", refuse)
+        monkeypatch.setattr(spqr_kernels.dispatch, name, refuse)
 
 
 @pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, spqr_loaders.from_pretrained], ids=["plain", "ours"])

@@ -65,3 +65,22 @@ def test_quantized_while_loading_on_the_gpu(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16, device_map="cuda", quantization_config=config)
     assert all(layer.weight.is_cuda for layer in layers(model).values())
     assert model(IDS.cuda()).logits.isfinite().all()
+
+
+def test_moving_a_model_frees_what_it_leaves_and_holds_nothing_twice(tiny):
+    before = torch.cuda.memory_allocated()
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float16, device_map={"": "cuda"})
+    loaded = torch.cuda.memory_allocated() - before
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
+    assert loaded < sum(t.nbytes for t in tensors) + 1024 * len(tensors)  # each allocation may waste half a KB
+    target = model(IDS.cuda()).logits
+    model.to("cpu")
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before < loaded / 10
+    assert all(layer.is_joined() and not layer.joined.is_cuda for layer in layers(model).values())
+    model.to("cuda")
+    assert torch.cuda.memory_allocated() - before < 1.1 * loaded + target.nbytes
+    assert all(layer.is_joined() and layer.joined.is_cuda for layer in layers(model).values())
+    assert torch.equal(model(IDS.cuda()).logits, target)
+    arrived = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float16).to("cuda")
+    assert all(layer.is_joined() for layer in layers(arrived).values())
