@@ -95,10 +95,10 @@ class SpqrLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in_features], fp16, bf16 or fp32, to [..., out_features] in the same dtype."""
-        if torch.compiler.is_exporting():  # the program would have the joined tensor beside the parameters
-            whole = None
-        elif torch.compiler.is_compiling():  # which cannot ask where a tensor lies, and guards that `joined` is there
+        if torch.compiler.is_dynamo_compiling():  # which cannot ask where a tensor lies, and guards that `joined` is there
             whole = self.joined
+        elif torch.compiler.is_exporting():  # the program would have the joined tensor beside the parameters
+            whole = None
         else:
             whole = self.joined if self.is_joined() else None
         stored = [getattr(self, leaf) for leaf in self.leaves] if whole is None else [whole]

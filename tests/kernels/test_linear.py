@@ -108,8 +108,8 @@ def test_every_batch_on_cuda(random_matrix, kind):
         matrix = random_matrix(200, columns, **kind)
         tensors = stored(matrix, "cuda")
         exact = torch.from_numpy(matrix.dequantize()).double()
-        for batch in (3, 8, 9, 17, 40, 64, 65, 130, 300, 1300):
-            for dtype in (torch.float16, torch.bfloat16):
+        for batch in (3, 8, 9, 17, 40, 65, 300, 1300):
+            for dtype in (torch.float16, torch.bfloat16)[: 2 if batch in (9, 300) else 1]:  # each is compiled anew
                 x = torch.randn(batch, columns).to(dtype)
                 y = linear(x.cuda(), tensors, matrix.layout)
                 assert relative_error(y, x.double() @ exact.T) < BOUND[dtype], (dtype, batch)
