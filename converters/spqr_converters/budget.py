@@ -15,6 +15,7 @@ import torch
 from spqr_format.errors import SpqrError
 
 from . import sensitivity
+from .activations import Room
 from .allocation import allocate
 from .blocks import Plan
 from .options import SolverOptions
@@ -56,10 +57,11 @@ class BitPlan:
 
 def plan_bits(
     model: Any, todo: Plan, source: Source, base: SolverOptions, bits_per_weight: float, *, windows: torch.Tensor | None,
-    device: torch.device, workers: int = 1, seed: int = 0, progress: Progress | None = None,
+    room: Room, workers: int = 1, seed: int = 0, progress: Progress | None = None,
 ) -> BitPlan:  # fmt: skip
     """The choice of bits, group size and outlier share for each matrix, from `presets.candidates`, whose predicted loss is
     least among those that take at most `bits_per_weight` stored bits a weight. windows: of the calibration; None for none.
+    room: for the hidden states; its device computes.
 
     The same arguments give the same plan, whatever the number of workers. Errors: E505 where the budget is below or above
     what the candidates take, E502 and E503 as the quantizer.
@@ -75,9 +77,9 @@ def plan_bits(
     quick = [replace(options, rounds=1) for options in offered]
     done = partial(progress, "measuring") if progress else None
     if windows is None:
-        losses = _data_free(todo, source, quick, device, workers, done)
+        losses = _data_free(todo, source, quick, room.device, workers, done)
     else:
-        losses = sensitivity.Sensitivity(model, todo, source, windows, device, seed).measure(quick, done)
+        losses = sensitivity.Sensitivity(model, todo, source, windows, room, seed).measure(quick, done)
     chosen = allocate(costs, [losses[tensor] for tensor in tensors], int(bits_per_weight * weights / 8))
     options = {tensor: offered[i] for tensor, i in zip(tensors, chosen, strict=True)}
     return BitPlan(

@@ -13,6 +13,7 @@ import torch
 from spqr_format.errors import SpqrError
 
 LONGEST = 2048
+SHARDS = 8  # parts of the windows; their Hessians are summed apart, then in pairs
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ class Calibration:
             "text_tokens": len(ids),
         }
         return ids, starts, provenance
+
+
+def shards(windows: torch.Tensor, batch: int) -> list[tuple[torch.Tensor, ...]]:
+    """Windows int64 [n, length] in `SHARDS` parts, each in batches: the same parts for any number of processes, so that the
+    sums over a part are the same too. With few windows the last parts are empty."""
+    return [part.split(batch) if len(part) else () for part in windows.tensor_split(SHARDS)]
 
 
 def _cut(ids: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,14 +23,16 @@ from spqr_format.matrix import PackedMatrix, SpqrMatrix
 from spqr_format.writer import CheckpointWriter, Packed, require_empty
 
 from . import calibrated, datafree
+from .activations import Room
 from .blocks import Plan, build, linears, plan
 from .budget import plan_bits
-from .calibration import Calibration
+from .calibration import Calibration, shards
 from .card import model_card
 from .coverage import check_coverage, keep_dense
 from .experts import unstack
+from .footprint import Footprint, MemoryPlan, Text, plan_memory
 from .forward import Stream, load, unload
-from .hessian import Accumulator, Factor
+from .hessian import Accumulator, Factor, tree_sum
 from .lossless import carry_over, lossless_plan, most_common
 from .memory import release
 from .options import SolverOptions
@@ -41,6 +43,7 @@ from .sources.base import file_sha256
 from .sources.packed import OPTION_FILES
 
 Progress = Callable[[str, int, int], None]
+Inputs = Generator[list[torch.Tensor], None, None]
 _DRIFT_PRIOR = 8  # tokens for each input column that count for no drift
 UNIFORM = ("weight_bits", "group_size", "statistics", "outlier_share", "outlier_threshold")  # what a budget decides instead
 REPORT = "spqr_report.json"
@@ -65,8 +68,10 @@ def convert(
     seed: int = 0,
     max_shard_bytes: int = 5_000_000_000,
     workers: int | None = None,
+    max_memory: Mapping[str, int] | None = None,
     restart: bool = False,
     progress: Progress | None = None,
+    announce: Callable[[MemoryPlan], None] | None = None,
     solver: SolverOptions | None = None,
 ) -> Report:
     """Convert a checkpoint folder into a new SpQR folder; returns what was done.
@@ -81,6 +86,9 @@ def convert(
     progress(module, done, total) is called after every matrix with parameters done and in all. workers: modules at a time,
     where no calibration makes one depend on another; by default one for each core. A GPU solves one after the other, and
     others are read and packed meanwhile (3 at most). Their number does not change a byte of the output.
+    max_memory: bytes that may be taken, {"cpu": RAM, "cuda": of the GPU}; by default what is free. What does not fit of the
+    hidden states between blocks lies in RAM, then in a file without a name in the destination, and fewer workers are begun;
+    neither changes a byte. announce(plan) is called with the predicted memory before any work is done (see footprint.py).
 
     The same arguments on the same machine give the same bytes. Until the very end the destination has no index, so a
     killed run leaves nothing that loads; the same call goes on where it was, and gives the bytes of an unbroken run. With
@@ -111,14 +119,22 @@ def convert(
         base = {"weight_bits": usual.weight_bits, "group_size": usual.group_size, "statistics": usual.statistics}
     check_coverage(todo, origin)
     job = _Job(origin, model, todo, options, where, progress)
-    windows, data = None, None
+    windows, data, text = None, None, None
     if calibration is not None:
-        windows, data = calibration.windows(load_tokenizer(origin.companions()), context_length(origin.config), seed)
+        context = context_length(origin.config)
+        windows, data = calibration.windows(load_tokenizer(origin.companions()), context, seed)
+        text = Text.of(calibration, context)
+    footprint = Footprint(model, todo, origin, options, text, where, budget=bits_per_weight is not None, lossless=lossless)
+    memory = plan_memory(footprint, workers, max_memory, where)
+    workers = memory.workers
+    if announce is not None:
+        announce(memory)
     if bits_per_weight is not None:
-        spread = plan_bits(
-            model, todo, origin, options, bits_per_weight, windows=windows, device=where, workers=workers, seed=seed,
-            progress=progress,
-        )  # fmt: skip
+        with memory.room("measuring", where, target) as room:
+            spread = plan_bits(
+                model, todo, origin, options, bits_per_weight, windows=windows, room=room, workers=workers, seed=seed,
+                progress=progress,
+            )  # fmt: skip
         job.chosen = spread.options
         base |= spread.usual(todo, origin)
     job.report.source = origin.name
@@ -135,14 +151,15 @@ def convert(
     writer = CheckpointWriter(
         target, max_shard_bytes=max_shard_bytes, config=origin.config,
         quantization_config={**base, "provenance": job.report.provenance},
-        resume=identity(origin, job.report.provenance, extra, max_shard_bytes, where), restart=restart,
+        resume=identity(origin, job.report.provenance, extra, max_shard_bytes, where, calibration), restart=restart,
     )  # fmt: skip
     with writer:
         job.writer = writer
         if lossless or windows is None or calibration is None:
             job.run_each(job.carry_over if lossless else job.solve_data_free, workers)
         else:
-            job.run_calibrated(windows, calibration.batch)
+            with memory.room("blocks", where, target) as room:
+                job.run_calibrated(shards(windows, calibration.batch), room)
         job.finish_notes()
         job.report.seconds = time.monotonic() - started
         extra |= {REPORT: job.report.as_json(), "README.md": model_card(job.report)}
@@ -220,8 +237,9 @@ def provenance(
 
 
 def identity(
-    origin: Source, made: dict[str, Any], beside: dict[str, Path], max_shard_bytes: int, device: torch.device
-) -> dict[str, Any]:
+    origin: Source, made: dict[str, Any], beside: dict[str, Path], max_shard_bytes: int, device: torch.device,
+    calibration: Calibration | None,
+) -> dict[str, Any]:  # fmt: skip
     """Everything that the bytes of the output depend on: a run may only be taken up by one of the same identity."""
     return {
         "provenance": made,
@@ -230,6 +248,7 @@ def identity(
         "files_beside_sha256": {name: file_sha256(path) for name, path in beside.items()},
         "max_shard_bytes": max_shard_bytes,
         "device": device.type,
+        "batch": None if calibration is None else calibration.batch,  # products of another shape are rounded otherwise
     }
 
 
@@ -386,7 +405,8 @@ class _Job:
 
     # With data
 
-    def run_calibrated(self, windows: torch.Tensor, batch: int) -> None:
+    def run_calibrated(self, parts: Sequence[Sequence[torch.Tensor]], room: Room) -> None:
+        """Block after block. parts: the calibration's batches in shards (see calibration.py)."""
         of_block = self._tensors_by_block()
         for tensor in of_block[None]:
             if tensor in self.plan.matrices:
@@ -398,7 +418,8 @@ class _Job:
             for index in range(len(self.plan.blocks)):
                 self._count_block(of_block[index])
             return
-        stream = Stream(self.model, self.plan, self.source, windows, batch, self.device)
+        self.parts = [len(part) for part in parts]
+        stream = Stream(self.model, self.plan, self.source, [batch for part in parts for batch in part], room)
         reference = stream.fork() if self.options.drift > 0 else None
         for index, block in enumerate(self.plan.blocks):
             prefix = f"{self.plan.prefix}.{index}"
@@ -454,16 +475,10 @@ class _Job:
             if not names:
                 continue
             layers: list[Any] = [block.get_submodule(name) for name in names]
-            accumulator = Accumulator(layers[0].in_features, f"{prefix}.{names[0]}", self.device, reference is not None)
             seen = stream.inputs(block, index, names[0], once)
-            if reference is not None and original is not None:
-                meant: Iterable[list[Any]] = reference.inputs(original, index, names[0], once)
-            else:
-                meant = [[]] * len(stream.hidden)
-            for inputs, wanted in zip(seen, meant, strict=True):
-                for x, x_reference in zip(inputs, wanted or [None] * len(inputs), strict=True):
-                    accumulator.add(x, x_reference)
-            if accumulator.tokens == 0:
+            meant = None if reference is None or original is None else reference.inputs(original, index, names[0], once)
+            accumulator = self._accumulate(layers[0].in_features, f"{prefix}.{names[0]}", seen, meant)
+            if accumulator is None:
                 continue
             H, drift = accumulator.mean(), accumulator.drift()
             if drift is not None:
@@ -501,6 +516,28 @@ class _Job:
         self.progress = progress
         if progress is not None and tensors:
             progress(prefix, self.done, self.total)
+
+    def _accumulate(self, in_features: int, name: str, seen: Inputs, meant: Inputs | None) -> Accumulator | None:
+        """The sums over a layer's inputs, batch by batch, shard by shard; `meant` are those of the reference. None where the
+        layer was never run."""
+
+        def part(number: int) -> Accumulator | None:
+            if not self.parts[number]:
+                return None
+            sums = Accumulator(in_features, name, self.device, meant is not None)
+            for _ in range(self.parts[number]):
+                inputs = next(seen)
+                wanted: Sequence[Any] = [None] * len(inputs) if meant is None else next(meant)
+                for x, x_reference in zip(inputs, wanted, strict=True):
+                    sums.add(x, x_reference)
+            return sums if sums.tokens else None
+
+        try:
+            return tree_sum(part, 0, len(self.parts))
+        finally:
+            for inputs in (seen, meant):
+                if inputs is not None:
+                    inputs.close()
 
 
 def _copy(block: nn.Module) -> nn.Module:
