@@ -90,7 +90,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Text:
-    """What of the calibration text is run: tokens in all, tokens in a window, windows in a batch."""
+    """What of the calibration text is run: tokens in all (of this process), tokens in a window, windows in a batch."""
 
     tokens: int
     length: int
@@ -216,12 +216,15 @@ _WHAT = {
 }
 
 
-def plan_memory(footprint: Footprint, workers: int, limits: Mapping[str, int] | None, device: torch.device) -> MemoryPlan:
+def plan_memory(
+    footprint: Footprint, workers: int, limits: Mapping[str, int] | None, device: torch.device, sharing: int = 1
+) -> MemoryPlan:
     """Places activations: on the device while they fit, then in RAM, then on disk.
 
     limits: bytes by kind of memory, "cpu" and "cuda"; what is not named may take all that is free now. workers: modules at a
     time where no calibration makes one depend on another; fewer are planned where so many do not fit. E505 where a named
-    limit cannot be met even so; without one the prediction may be above what is there.
+    limit cannot be met even so; without one the prediction may be above what is there. sharing: processes that take RAM of
+    this machine alike; limits are for each of them.
     """
     given = dict(limits or {})
     kinds = {"cpu", device.type}
@@ -231,7 +234,7 @@ def plan_memory(footprint: Footprint, workers: int, limits: Mapping[str, int] | 
         if limit < 1:
             raise SpqrError("E505", "max_memory", f"{kind}: {limit}, expected at least 1 byte")
     base = max(resident(), _LIBRARIES) + _SPARE
-    host = given.get("cpu", resident() + available(torch.device("cpu")))
+    host = given.get("cpu", resident() + available(torch.device("cpu")) // sharing)
     on_gpu = device.type != "cpu"
     gpu = given.get(device.type, available(device)) if on_gpu else 0
     needs = footprint.needs()

@@ -39,12 +39,15 @@ class Accumulator:
                 raise ValueError("this accumulator needs the reference inputs too")
             self.cross.addmm_((x_reference.reshape(x.shape).float() - x).T, x)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The sums, float32 [in, in] each."""
+        return [self.sum] if self.cross is None else [self.sum, self.cross]
+
     def merge(self, other: Accumulator) -> Accumulator:
         """This one, with the sums of another added."""
         self.tokens += other.tokens
-        self.sum += other.sum
-        if self.cross is not None and other.cross is not None:
-            self.cross += other.cross
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine += theirs
         return self
 
     def mean(self) -> torch.Tensor:

@@ -22,6 +22,7 @@ from .job import context_length, load_tokenizer, refuse_with_budget, refuse_with
 from .lossless import lossless_plan
 from .options import SolverOptions
 from .parallel import worker_count
+from .ranks import Ranks
 from .sources import Source, open_source
 
 _FLOPS = {"cpu": 1.0e11, "cuda": 3.0e13}  # float32 products a second, as seen on 2 cores and on an H200
@@ -101,8 +102,9 @@ def predict(
             windows, _ = calibration.windows(load_tokenizer(origin.companions()), context, seed)
         with memory.room("measuring", where, None) as room:
             budget = plan_bits(
-                model, todo, origin, options, bits_per_weight, windows=windows, room=room, workers=memory.workers, seed=seed
-            )
+                model, todo, origin, options, bits_per_weight, windows=windows, room=room, ranks=Ranks(),
+                workers=memory.workers, seed=seed,
+            )  # fmt: skip
     share = 0.005 if options.outlier_threshold is not None else options.outlier_share or 0.0
     quantised_bytes = quantised = 0
     for tensor in todo.matrices:
