@@ -307,8 +307,13 @@ class CheckpointWriter:
         self._open_bytes += size
         self._total_bytes += size
 
-    def read_matrix(self, module: str) -> PackedMatrix:
+    def read_matrix(self, module: str) -> SpqrMatrix:
         """A module that was added before, in this run or in the one that it takes up."""
+        packed = self.read_packed(module)
+        return SpqrMatrix.unpack(packed.layout, packed.tensors)
+
+    def read_packed(self, module: str) -> PackedMatrix:
+        """The same in its stored form."""
         layout = self._modules[module]
         arrays: dict[str, Array] = {}
         for leaf in layout.tensors():

@@ -44,7 +44,8 @@ class Calibration:
         Errors: E501 the text cannot be read; E507 it has fewer tokens than one window.
         """
         ids, starts, provenance = self._draw(tokenizer, context, seed)
-        return _cut(ids, starts, provenance["seqlen"]), provenance
+        # The bytes depend on both: products of other shapes, and sums in another order, are rounded otherwise.
+        return _cut(ids, starts, provenance["seqlen"]), provenance | {"batch": self.batch, "shards": SHARDS}
 
     def split(
         self, tokenizer: Any, context: int | None, seed: int, share: float

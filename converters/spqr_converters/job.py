@@ -151,7 +151,7 @@ def convert(
     if announce is not None:
         announce(memory)
     if bits_per_weight is not None:
-        with memory.room("measuring", where, target) as room:
+        with current(where), memory.room("measuring", where, target) as room:
             spread = plan_bits(
                 model, todo, origin, options, bits_per_weight, windows=windows, room=room, ranks=ranks, workers=workers,
                 seed=seed, progress=progress,
@@ -169,10 +169,11 @@ def convert(
         if keep:
             job.report.provenance["keep_dense"] = list(keep)
         extra: dict[str, Any] = companions(origin.companions())
-        whole = identity(origin, job.report.provenance, extra, max_shard_bytes, where, calibration)
+        whole = identity(origin, job.report.provenance, extra, max_shard_bytes, where)
     ranks.agree(whole, "identity")
     section = {**base, "provenance": job.report.provenance}
     with ExitStack() as stack:
+        stack.enter_context(current(where))
         writer: Any = None
         with ranks.together():
             if ranks.writes:
@@ -221,15 +222,20 @@ def refuse_with_budget(bits_per_weight: float | None, options: SolverOptions) ->
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is the first GPU, else the CPU. E505 for a device that is not there."""
+    """ "auto" is the current GPU, else the CPU; "cuda" is the current one too, with its number. E505 for a device that is not
+    there."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        resolved = torch.device(device)
-        torch.empty(1, device=resolved)
+        resolved = torch.empty(1, device=torch.device(device)).device
     except (RuntimeError, AssertionError) as error:
         raise SpqrError("E505", "device", f"{device!r}: {str(error).splitlines()[0]}") from None
     return resolved
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Around work on a GPU: Triton's kernels run on the current one of their thread, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def context_length(config: dict[str, Any]) -> int | None:
@@ -266,9 +272,8 @@ def provenance(
 
 
 def identity(
-    origin: Source, made: dict[str, Any], beside: dict[str, Path], max_shard_bytes: int, device: torch.device,
-    calibration: Calibration | None,
-) -> dict[str, Any]:  # fmt: skip
+    origin: Source, made: dict[str, Any], beside: dict[str, Path], max_shard_bytes: int, device: torch.device
+) -> dict[str, Any]:
     """Everything that the bytes of the output depend on: a run may only be taken up by one of the same identity."""
     return {
         "provenance": made,
@@ -277,7 +282,6 @@ def identity(
         "files_beside_sha256": {name: file_sha256(path) for name, path in beside.items()},
         "max_shard_bytes": max_shard_bytes,
         "device": device.type,
-        "batch": None if calibration is None else calibration.batch,  # products of another shape are rounded otherwise
     }
 
 
@@ -455,7 +459,7 @@ class _Job:
     def solve_data_free(self, tensor: str, why: str = "") -> Solved:
         """From the weights alone."""
         weight = self.source.load(tensor)
-        with self.turn:
+        with self.turn, current(self.device):
             matrix, figures = datafree.solve(weight.to(self.device), self._options(tensor), tensor)
         del weight
         return self._packed(tensor, matrix, "data-free" + why, figures)
@@ -511,7 +515,7 @@ class _Job:
 
     def _stored(self, module: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """The layout and the stored tensors of a module that is written."""
-        packed = self.writer.read_matrix(module)
+        packed = self.writer.read_packed(module)
         return packed.layout.as_dict(), packed.tensors
 
     def _replace(self, layer: nn.Linear, layout: dict[str, Any], tensors: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from ..journal import JOURNAL
+from .launcher import process_group
 from .model import context_option, device_option, libraries, tokens_option
 from .output import duration, print_json, size, table
 from .progress import progress_bar
@@ -164,10 +165,11 @@ def convert_command(
       spqr convert ./llama ./llama-spqr --calibration text.txt --weight-bits 3 --outlier-share 0.3%
       spqr convert ./llama ./llama-spqr --dry-run
       spqr convert ./llama-gptq ./llama-spqr --lossless
+      torchrun --nproc-per-node 4 --no-python spqr convert ./llama ./llama-spqr --calibration text.txt
     """
     with libraries("convert"):
         from spqr_converters import Calibration, convert, predict
-        from spqr_converters.sources import GptqSource, open_source
+        from spqr_converters.sources import GptqSource
     given = [name for name in _REQUANTIZE if invocation.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if lossless and given:
         raise click.UsageError(f"--lossless takes no --{given[0].replace('_', '-')}: the source's codes stay as they are")
@@ -180,29 +182,34 @@ def convert_command(
         "outlier_threshold": outlier_threshold, "bits_per_weight": budget, "calibration": data, "device": device,
         "keep": keep_dense, "workers": workers, "max_memory": dict(max_memory),
     }  # fmt: skip
-    origin = open_source(source) if gptq_zeros == "auto" else GptqSource(source, zeros=gptq_zeros)  # type: ignore[arg-type]
+    origin = source if gptq_zeros == "auto" else GptqSource(source, zeros=gptq_zeros)  # type: ignore[arg-type]
     if dry_run:
         _print_prediction(predict(origin, lossless=lossless, seed=seed, **options), as_json)
         return
-    if data is None and not lossless:
-        click.echo("no --calibration text: only the weights decide, which costs quality (see --help)", err=True)
     warnings.filterwarnings("always", module="spqr_converters")
     memory: dict[str, Any] = {}
+    with process_group(device) as rank:
+        speaks = rank == 0
 
-    def announce(plan: Any) -> None:
-        memory.update(plan.as_dict())
-        click.echo(_memory_line(memory), err=True)
+        def announce(plan: Any) -> None:
+            memory.update(plan.as_dict())
+            if speaks:
+                click.echo(_memory_line(memory), err=True)
 
-    try:
-        with progress_bar("converting", shown=not as_json) as bar:
-            report = convert(
-                origin, destination, lossless=lossless, **options, seed=seed, max_shard_bytes=max_shard_size,
-                restart=restart, progress=bar, announce=announce,
-            )  # fmt: skip
-    except (KeyboardInterrupt, OSError):
-        if (destination / JOURNAL).exists():
-            click.echo("interrupted: the same command goes on from here, or begins anew with --restart", err=True)
-        raise
+        if data is None and not lossless and speaks:
+            click.echo("no --calibration text: only the weights decide, which costs quality (see --help)", err=True)
+        try:
+            with progress_bar("converting", shown=speaks and not as_json) as bar:
+                report = convert(
+                    origin, destination, lossless=lossless, **options, seed=seed, max_shard_bytes=max_shard_size,
+                    restart=restart, progress=bar, announce=announce,
+                )  # fmt: skip
+        except (KeyboardInterrupt, OSError):
+            if speaks and (destination / JOURNAL).exists():
+                click.echo("interrupted: the same command goes on from here, or begins anew with --restart", err=True)
+            raise
+    if not speaks:
+        return
     if as_json:
         print_json({**report.as_dict(), "memory": memory})
     else:

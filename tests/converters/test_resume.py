@@ -173,7 +173,7 @@ CHANGES: dict[str, tuple[dict, Callable[[Path], object] | None]] = {
     "provenance.solver.rounds": ({"solver": SolverOptions(rounds=2, sweeps=0)}, None),
     "provenance.seed": ({"seed": 1}, None),
     "max_shard_bytes": ({"max_shard_bytes": 10_000}, None),
-    "provenance.calibration": ({"calibration": True}, None),
+    "provenance.calibration": ({"calibration": 8}, None),
 }
 
 
@@ -188,7 +188,7 @@ def test_a_change_is_refused(random_llama, tmp_path, monkeypatch, stopped, calib
     if change is not None:
         change(source)
     if "calibration" in options:
-        options = {"calibration": Calibration(calibration_text, tokens=256, seqlen=64)}
+        options = {"calibration": Calibration(calibration_text, tokens=256, seqlen=64, batch=options["calibration"])}
     with pytest.raises(SpqrError) as caught:
         convert(source, tmp_path / "out", **{"solver": QUICK, **options})
     assert caught.value.code == "E511"
@@ -197,6 +197,16 @@ def test_a_change_is_refused(random_llama, tmp_path, monkeypatch, stopped, calib
     assert contents(tmp_path / "out") == left
     convert(source, tmp_path / "out", **{"solver": QUICK, **options}, restart=True)
     assert validate(tmp_path / "out", deep=True).ok
+
+
+def test_another_batch_is_refused(random_llama, tmp_path, monkeypatch, stopped, calibration_text) -> None:
+    """It changes the order of sums, and so the last bit of a Hessian."""
+    monkeypatch.setattr(job, "load_tokenizer", lambda folder: Tokens())
+    options = [{"calibration": Calibration(calibration_text, tokens=256, seqlen=64, batch=batch)} for batch in (1, 2)]
+    source = random_llama(layers=1)
+    stopped(source, tmp_path / "out", solver=QUICK, **options[0])
+    with pytest.raises(SpqrError, match=r"SPQR-E511 .*provenance.calibration.batch = 1, asked for is 2"):
+        convert(source, tmp_path / "out", solver=QUICK, **options[1])
 
 
 def test_another_version_is_refused(random_llama, tmp_path, monkeypatch, stopped) -> None:
