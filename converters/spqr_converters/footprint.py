@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from spqr_format.errors import SpqrError
+from spqr_format.layout import ceil_div
 
 from . import sensitivity
 from .activations import Room
@@ -100,7 +101,8 @@ class Text:
     def of(cls, calibration: Calibration, context: int | None) -> Text:
         """What a calibration takes of its text, for a model of this context."""
         length = calibration.window_length(context)
-        return cls(max(1, calibration.tokens // length) * length, length, calibration.batch)
+        windows = max(1, calibration.tokens // length)
+        return cls(windows * length, length, min(calibration.batch, ceil_div(windows, SHARDS)))  # no batch spans two shards
 
 
 class Footprint:
@@ -178,7 +180,7 @@ class Footprint:
         squares = 4 * self.widest**2
         # Partial sums of the tree, each with the drift's where there is a reference.
         sums = SHARDS.bit_length() * self.streams * squares
-        batch = min(text.batch, -(-text.tokens // (text.length * SHARDS))) * text.length
+        batch = text.batch * text.length
         inputs = (1 + self.streams) * 4 * batch * self.widest
         solve = max(self._solve(rows, columns) for rows, columns in self.layers)
         step = max(self._forward(batch, text.length) + inputs + sums, solve, self._data_free() if self.stacks else 0)
@@ -243,6 +245,8 @@ def plan_memory(
         workers = min(beside_gpu(workers) if footprint.on_gpu else workers, max(1, footprint.matrices))
         workers = max(1, min(workers, (host - base) // max(each.host, 1)))
         needs["matrices"] = Need(workers * each.host, each.device)
+        if footprint.budget:
+            needs["measuring"] = needs["matrices"]  # rounds some rows of the same matrices, as many at a time
     stages = {}
     for name, need in needs.items():
         free_device, free_host = max(0, gpu - need.device), max(0, host - base - need.host)

@@ -147,7 +147,7 @@ def convert(
     sharing = ranks.on_this_host()
     with ranks.together():
         memory = plan_memory(footprint, workers, max_memory, where, sharing)
-    workers = ranks.share(0, lambda: (memory.workers, {}))[0]
+    workers = min(ranks.gather(memory.workers))  # all take the same turns
     if announce is not None:
         announce(memory)
     if bits_per_weight is not None:

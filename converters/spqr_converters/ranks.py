@@ -44,7 +44,7 @@ class Ranks:
 
     def on_this_host(self) -> int:
         """How many of the ranks share this machine's memory."""
-        names = [self.share(rank, lambda: (socket.gethostname(), {}))[0] for rank in range(self.size)]
+        names = self.gather(socket.gethostname())
         return names.count(names[self.rank])
 
     # Who does what
@@ -99,6 +99,10 @@ class Ranks:
         if content[:1] == b"!":
             raise _raised(owner, content[1:])
         return _unpacked(content)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each rank's value (JSON), on every rank."""
+        return [self.share(rank, lambda: (value, {}))[0] for rank in range(self.size)]
 
     def agree(self, value: Any, what: str) -> None:
         """E505 on every rank where some rank has another value (JSON) than rank 0; the text names the first difference."""
