@@ -58,6 +58,26 @@ class Packed:
     digests: dict[str, str]
 
 
+def pack(
+    module: str, matrix: SpqrMatrix | PackedMatrix, bias: tuple[str, Array] | None = None, *, digests: bool = True
+) -> Packed:
+    """One module's packed tensors, checked, for `CheckpointWriter.add`. Several threads may call this at once."""
+    packed: dict[str, Array] = matrix.pack()
+    check_payload(matrix.layout, packed, module)
+    specs = matrix.layout.tensors()
+    # `pack` returns views of the caller's statistics and permutation, which may change before the shard is written.
+    tensors = {
+        f"{module}.{leaf}": (specs[leaf].dtype, array if leaf == "weight" else array.copy()) for leaf, array in packed.items()
+    }
+    if bias is not None:
+        tensors[f"{module}.bias"] = bias
+    return Packed(module, matrix.layout, tensors, _digests(tensors) if digests else {})
+
+
+def _digests(tensors: Mapping[str, tuple[str, Array]]) -> dict[str, str]:
+    return {name: hashlib.sha256(array.data).hexdigest() for name, (_, array) in tensors.items()}
+
+
 def serialize(
     tensors: Mapping[str, tuple[str, Array | Spooled]], metadata: Mapping[str, str], *, hash_header: bool = True
 ) -> bytes:
@@ -205,23 +225,13 @@ class CheckpointWriter:
     # What goes in
 
     def pack(self, module: str, matrix: SpqrMatrix | PackedMatrix, bias: Any = None) -> Packed:
-        """One module's packed tensors, checked, for `add`. Several threads may call this at once."""
-        packed: dict[str, Array] = matrix.pack()
-        check_payload(matrix.layout, packed, module)
-        specs = matrix.layout.tensors()
-        # `pack` returns views of the caller's statistics and permutation, which may change before the shard is written.
-        tensors = {
-            f"{module}.{leaf}": (specs[leaf].dtype, array if leaf == "weight" else array.copy())
-            for leaf, array in packed.items()
-        }
-        if bias is not None:
-            tensors[f"{module}.bias"] = self._bias(module, matrix.layout, *stored(bias))
-        return Packed(module, matrix.layout, tensors, self._digests(tensors))
+        """`pack` for this writer, with a bias (F16, BF16 or F32 [out])."""
+        raw = None if bias is None else self._bias(module, matrix.layout, *stored(bias))
+        return pack(module, matrix, raw, digests=self._wants_digests)
 
-    def _digests(self, tensors: Mapping[str, tuple[str, Array]]) -> dict[str, str]:
-        if not self._hashes and self._journal is None:
-            return {}
-        return {name: hashlib.sha256(array.data).hexdigest() for name, (_, array) in tensors.items()}
+    @property
+    def _wants_digests(self) -> bool:
+        return self._hashes or self._journal is not None
 
     def add(self, packed: Packed, note: Any = None) -> None:
         """Adds what `pack` gave. `note`, any JSON, is in `notes` under the module's name, also after a resumption."""
@@ -252,7 +262,7 @@ class CheckpointWriter:
             raise error
         # A spool has the bytes at once; in memory they stay until the shard is written, and the caller's may change.
         tensors = {name: (raw[0], raw[1].copy() if self._journal is None else raw[1])}
-        self._add(Packed(name, None, tensors, self._digests(tensors)), note)
+        self._add(Packed(name, None, tensors, _digests(tensors) if self._wants_digests else {}), note)
 
     @staticmethod
     def _bias(module: str, layout: Layout, dtype: str, array: Array) -> tuple[str, Array]:
@@ -299,6 +309,11 @@ class CheckpointWriter:
 
     def read_matrix(self, module: str) -> SpqrMatrix:
         """A module that was added before, in this run or in the one that it takes up."""
+        packed = self.read_packed(module)
+        return SpqrMatrix.unpack(packed.layout, packed.tensors)
+
+    def read_packed(self, module: str) -> PackedMatrix:
+        """The same in its stored form."""
         layout = self._modules[module]
         arrays: dict[str, Array] = {}
         for leaf in layout.tensors():
@@ -315,7 +330,7 @@ class CheckpointWriter:
                     file.seek(header.data_start + info.begin)
                     raw = file.read(info.nbytes)
             arrays[leaf] = np.frombuffer(raw, NUMPY[dtype]).reshape(shape)
-        return SpqrMatrix.unpack(layout, arrays)
+        return PackedMatrix(layout, arrays)
 
     # Shards
 

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spqr_converters import Calibration, SolverOptions, calibrated, sensitivity
+from spqr_converters.activations import Room
 from spqr_converters.blocks import build, plan
 from spqr_converters.evaluation import evaluate, read_text, windows_of
 from spqr_converters.hessian import Accumulator
@@ -64,7 +65,7 @@ def main() -> None:
     held_out = windows_of(read_text(arguments.text), tokenizer, 512, 4096)
     empty = build(source.config, str(arguments.model))
     todo = plan(empty, source)
-    by_fisher = sensitivity.Sensitivity(empty, todo, source, windows, torch.device("cpu")).measure(OFFERED)
+    by_fisher = sensitivity.Sensitivity(empty, todo, source, windows, Room("cpu")).measure(OFFERED)
     by_weight = {tensor: sensitivity.data_free(source.load(tensor), OFFERED, tensor) for tensor in todo.matrices}
 
     dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()

@@ -15,11 +15,13 @@ import torch
 from spqr_format.errors import SpqrError
 
 from . import sensitivity
+from .activations import Room
 from .allocation import allocate
 from .blocks import Plan
 from .options import SolverOptions
 from .parallel import in_order, one_thread_each
 from .presets import candidates
+from .ranks import Ranks
 from .sources import Source
 
 Progress = Callable[[str, int, int], None]
@@ -56,10 +58,11 @@ class BitPlan:
 
 def plan_bits(
     model: Any, todo: Plan, source: Source, base: SolverOptions, bits_per_weight: float, *, windows: torch.Tensor | None,
-    device: torch.device, workers: int = 1, seed: int = 0, progress: Progress | None = None,
+    room: Room, ranks: Ranks, workers: int = 1, seed: int = 0, progress: Progress | None = None,
 ) -> BitPlan:  # fmt: skip
     """The choice of bits, group size and outlier share for each matrix, from `presets.candidates`, whose predicted loss is
     least among those that take at most `bits_per_weight` stored bits a weight. windows: of the calibration; None for none.
+    room: for the hidden states; its device computes. Of several ranks the first measures, and the others wait.
 
     The same arguments give the same plan, whatever the number of workers. Errors: E505 where the budget is below or above
     what the candidates take, E502 and E503 as the quantizer.
@@ -74,10 +77,13 @@ def plan_bits(
     # Candidates are compared after one round: further ones lower the errors of all of them alike.
     quick = [replace(options, rounds=1) for options in offered]
     done = partial(progress, "measuring") if progress else None
-    if windows is None:
-        losses = _data_free(todo, source, quick, device, workers, done)
-    else:
-        losses = sensitivity.Sensitivity(model, todo, source, windows, device, seed).measure(quick, done)
+
+    def measure() -> tuple[dict[str, list[float]], dict[str, Any]]:
+        if windows is None:
+            return _data_free(todo, source, quick, room.device, workers, done), {}
+        return sensitivity.Sensitivity(model, todo, source, windows, room, seed).measure(quick, done), {}
+
+    losses = ranks.share(0, measure)[0]
     chosen = allocate(costs, [losses[tensor] for tensor in tensors], int(bits_per_weight * weights / 8))
     options = {tensor: offered[i] for tensor, i in zip(tensors, chosen, strict=True)}
     return BitPlan(

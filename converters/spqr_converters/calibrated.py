@@ -11,12 +11,13 @@ import torch
 from spqr_format.matrix import SpqrMatrix
 from spqr_kernels.dispatch import has_fit_kernels
 
-from .hessian import Factor, factorise
+from .hessian import Accumulator, Factor, factorise
 from .options import SolverOptions
 from .outliers import choose, leave_one_out
 from .solution import Solution, check_finite, padded_rows
 from .statistics import FITS, GroupFit, to_half
 
+_DRIFT_PRIOR = 8  # tokens for each input column that count for no drift
 BATCH_COLUMNS = 128  # columns whose feedback to later columns is applied in one product
 
 
@@ -99,6 +100,27 @@ def solve_and_decode(
         "damping": factor.damping,
     }
     return solution.matrix(), figures, decoded
+
+
+class SharedInput:
+    """The calibration inputs of layers that share one: their Hessian, the drift, and a factor for each group size that is asked
+    for, on which the order of the columns depends. Errors: E503."""
+
+    def __init__(self, sums: Accumulator) -> None:
+        self._name = sums.name
+        self._H, self._drift = sums.mean(), sums.drift()
+        if self._drift is not None:
+            # With few tokens for each input column the correction is mostly noise.
+            self._drift *= sums.tokens / (sums.tokens + _DRIFT_PRIOR * len(self._H))
+        self._factors: dict[int, Factor] = {}
+
+    def solve(
+        self, weight: torch.Tensor, options: SolverOptions, name: str
+    ) -> tuple[SpqrMatrix, dict[str, float], torch.Tensor]:
+        """`solve_and_decode` of one of the layers."""
+        if options.group_size not in self._factors:
+            self._factors[options.group_size] = prepare(self._H, options, self._name)
+        return solve_and_decode(weight, self._H, options, name, self._drift, self._factors[options.group_size])
 
 
 class _Solver:

@@ -13,6 +13,7 @@ import torch
 from spqr_format.errors import SpqrError
 
 LONGEST = 2048
+SHARDS = 8  # parts of the windows; their Hessians are summed apart, then in pairs
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Calibration:
         Errors: E501 the text cannot be read; E507 it has fewer tokens than one window.
         """
         ids, starts, provenance = self._draw(tokenizer, context, seed)
-        return _cut(ids, starts, provenance["seqlen"]), provenance
+        # The bytes depend on both: products of other shapes, and sums in another order, are rounded otherwise.
+        return _cut(ids, starts, provenance["seqlen"]), provenance | {"batch": self.batch, "shards": SHARDS}
 
     def split(
         self, tokenizer: Any, context: int | None, seed: int, share: float
@@ -87,6 +89,12 @@ class Calibration:
             "text_tokens": len(ids),
         }
         return ids, starts, provenance
+
+
+def shards(windows: torch.Tensor, batch: int) -> list[tuple[torch.Tensor, ...]]:
+    """Windows int64 [n, length] in `SHARDS` parts, each in batches: the same parts for any number of processes, so that the
+    sums over a part are the same too. With few windows the last parts are empty."""
+    return [part.split(batch) if len(part) else () for part in windows.tensor_split(SHARDS)]
 
 
 def _cut(ids: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:

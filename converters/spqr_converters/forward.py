@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from spqr_format.errors import SpqrError
 
+from .activations import Activations, Room
 from .blocks import Plan, linears
 from .sources import Source
 
@@ -100,26 +101,25 @@ def loaded_outside(model: Any, plan: Plan, source: Source, device: torch.device,
 class Stream:
     """The hidden states of all calibration windows on their way through the blocks.
 
-    hidden: one float32 tensor [batch, length, width] for each batch, kept on `device`; calls[shape][i] = (args, kwargs)
-    of block i for a batch of that shape.
+    hidden: one float32 tensor [batch, length, width] for each of `batches` (int64 [batch, length]), in `room`;
+    calls[shape][i] = (args, kwargs) of block i for a batch of that shape.
     """
 
-    def __init__(self, model: Any, plan: Plan, source: Source, windows: torch.Tensor, batch: int, device) -> None:
-        self.device = torch.device(device)
-        self.hidden: list[torch.Tensor] = []
+    def __init__(self, model: Any, plan: Plan, source: Source, batches: Sequence[torch.Tensor], room: Room) -> None:
+        self.device = room.device
+        self.hidden = Activations(room)
         self.calls: dict[tuple[int, ...], list[tuple[tuple, dict]]] = {}
         with loaded_outside(model, plan, source, self.device):
-            self._record(model, plan, windows, batch)
+            self._record(model, plan, batches)
 
-    def _record(self, model: Any, plan: Plan, windows: torch.Tensor, batch: int) -> None:
+    def _record(self, model: Any, plan: Plan, batches: Sequence[torch.Tensor]) -> None:
         try:
             for i, block in enumerate(plan.blocks):
                 block.forward = self._recorder(i, i + 1 == len(plan.blocks))
-            for first in range(0, len(windows), batch):
-                ids = windows[first : first + batch].to(self.device)
+            for ids in batches:
                 try:
                     with torch.no_grad():
-                        model(input_ids=ids, use_cache=False)
+                        model(input_ids=ids.to(self.device), use_cache=False)
                 except _StopForward:
                     pass
         finally:
@@ -148,7 +148,7 @@ class Stream:
     def fork(self) -> Stream:
         """A second stream over the same calls, with its own hidden states."""
         other = object.__new__(Stream)
-        other.device, other.calls, other.hidden = self.device, self.calls, list(self.hidden)
+        other.device, other.calls, other.hidden = self.device, self.calls, Activations(self.hidden.room, self.hidden)
         return other
 
     def run(self, block: nn.Module, index: int, number: int) -> torch.Tensor:
@@ -193,7 +193,7 @@ class Stream:
                 handle.remove()
         return order, len(seen) == len(set(seen))
 
-    def inputs(self, block: nn.Module, index: int, name: str, once: bool) -> Iterator[list[torch.Tensor]]:
+    def inputs(self, block: nn.Module, index: int, name: str, once: bool) -> Generator[list[torch.Tensor], None, None]:
         """For each batch the inputs of one linear layer; the pass ends there when every layer runs once."""
         caught: list[torch.Tensor] = []
 

@@ -6,6 +6,7 @@ trace((W - V) H (W - V)^T) with H = E[x x^T]. [GPTQ, Frantar et al. 2022, sectio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,17 @@ class Accumulator:
                 raise ValueError("this accumulator needs the reference inputs too")
             self.cross.addmm_((x_reference.reshape(x.shape).float() - x).T, x)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The sums, float32 [in, in] each."""
+        return [self.sum] if self.cross is None else [self.sum, self.cross]
+
+    def merge(self, other: Accumulator) -> Accumulator:
+        """This one, with the sums of another added."""
+        self.tokens += other.tokens
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine += theirs
+        return self
+
     def mean(self) -> torch.Tensor:
         """H = E[x x^T], float32 [in, in]. E503 when it is not finite (squares overflow float32)."""
         H = self.sum / max(self.tokens, 1)
@@ -48,6 +60,16 @@ class Accumulator:
     def drift(self) -> torch.Tensor | None:
         """E[(x_reference - x) x^T], float32 [in, in], or None without a reference stream."""
         return None if self.cross is None else self.cross / max(self.tokens, 1)
+
+
+def tree_sum(part: Callable[[int], Accumulator | None], first: int, last: int) -> Accumulator | None:
+    """Parts first .. last - 1 summed in pairs of neighbours, pairs of pairs, and so on, whoever asks for them; they are made
+    one after the other, and few of them are held at a time. None where all parts are None (nothing was seen)."""
+    if last - first == 1:
+        return part(first)
+    middle = (first + last) // 2
+    left, right = tree_sum(part, first, middle), tree_sum(part, middle, last)
+    return left.merge(right) if left and right else left or right
 
 
 @dataclass
@@ -87,6 +109,7 @@ def factorise(H: torch.Tensor, order: torch.Tensor, damping: float, name: str = 
         root, failed = torch.linalg.cholesky_ex(damped[order][:, order])
         if not int(failed):
             inverse = torch.cholesky_inverse(root)
+            del root  # the peak is next
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(failed) and bool(torch.isfinite(upper).all()):
                 return Factor(damped.float(), upper.float(), order, dead, level)

@@ -7,8 +7,9 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -19,29 +20,35 @@ import torch
 from torch import nn
 
 from spqr_format.errors import SpqrError
+from spqr_format.layout import Layout
 from spqr_format.matrix import PackedMatrix, SpqrMatrix
 from spqr_format.writer import CheckpointWriter, Packed, require_empty
 
 from . import calibrated, datafree
+from .activations import Room
 from .blocks import Plan, build, linears, plan
 from .budget import plan_bits
-from .calibration import Calibration
+from .calibration import Calibration, shards
 from .card import model_card
 from .coverage import check_coverage, keep_dense
 from .experts import unstack
+from .follower import Follower
+from .footprint import Footprint, MemoryPlan, Text, plan_memory
 from .forward import Stream, load, unload
-from .hessian import Accumulator, Factor
+from .hessian import Accumulator
 from .lossless import carry_over, lossless_plan, most_common
 from .memory import release
 from .options import SolverOptions
 from .parallel import beside_gpu, in_order, one_thread_each, worker_count
+from .ranks import Ranks
 from .report import ModuleReport, Report
 from .sources import Source, open_source
 from .sources.base import file_sha256
 from .sources.packed import OPTION_FILES
 
 Progress = Callable[[str, int, int], None]
-_DRIFT_PRIOR = 8  # tokens for each input column that count for no drift
+Solved = tuple[Packed, ModuleReport]
+Make = Callable[[str], Solved]
 UNIFORM = ("weight_bits", "group_size", "statistics", "outlier_share", "outlier_threshold")  # what a budget decides instead
 REPORT = "spqr_report.json"
 _NOT_COPIED = {"config.json", REPORT, *OPTION_FILES}  # what would tell a loader of another format
@@ -65,9 +72,12 @@ def convert(
     seed: int = 0,
     max_shard_bytes: int = 5_000_000_000,
     workers: int | None = None,
+    max_memory: Mapping[str, int] | None = None,
     restart: bool = False,
     progress: Progress | None = None,
+    announce: Callable[[MemoryPlan], None] | None = None,
     solver: SolverOptions | None = None,
+    process_group: Any = None,
 ) -> Report:
     """Convert a checkpoint folder into a new SpQR folder; returns what was done.
 
@@ -81,6 +91,15 @@ def convert(
     progress(module, done, total) is called after every matrix with parameters done and in all. workers: modules at a time,
     where no calibration makes one depend on another; by default one for each core. A GPU solves one after the other, and
     others are read and packed meanwhile (3 at most). Their number does not change a byte of the output.
+    max_memory: bytes that may be taken, {"cpu": RAM, "cuda": of the GPU}; by default what is free. What does not fit of the
+    hidden states between blocks lies in RAM, then in a file without a name in the destination, and fewer workers are begun;
+    neither changes a byte. announce(plan) is called with the predicted memory before any work is done (see footprint.py).
+
+    process_group: processes of torch.distributed that make this same call together; by default the default group where it
+    is initialized (which this function never does), else this process alone. Each runs some of the calibration and solves
+    some of the modules; rank 0 writes. Ranks on one kind of machine give the bytes of one process. Limits and workers are
+    those of each rank. An error on one ends all of them, with the code of the first. E505 where they differ in anything
+    that the bytes depend on.
 
     The same arguments on the same machine give the same bytes. Until the very end the destination has no index, so a
     killed run leaves nothing that loads; the same call goes on where it was, and gives the bytes of an unbroken run. With
@@ -88,65 +107,93 @@ def convert(
     Errors: E501 .. E507, E510 .. E513 (see spqr_format.errors).
     """
     started = time.monotonic()
-    options = replace(
-        solver or SolverOptions(), weight_bits=weight_bits, group_size=group_size, statistics=statistics,
-        outlier_share=outlier_share, outlier_threshold=outlier_threshold,
-    )  # fmt: skip
-    if max_shard_bytes < 1:
-        raise SpqrError("E505", "max_shard_bytes", f"{max_shard_bytes}: expected at least 1")
-    refuse_with_lossless(lossless, calibration, outlier_share, outlier_threshold, bits_per_weight)
-    refuse_with_budget(bits_per_weight, options)
-    target = Path(destination)
-    require_empty(target, resumable=True)
-    workers = worker_count(workers)
-    where = resolve_device(device)
-    origin = source if isinstance(source, Source) else open_source(source)
-    model = build(origin.config, str(origin.folder), len(origin.entries))
-    unstack(model, origin)
-    todo = keep_dense(plan(model, origin), origin, keep)
-    base = {"weight_bits": weight_bits, "group_size": group_size, "statistics": statistics}
-    if lossless:
-        todo, layouts = lossless_plan(todo, origin)
-        usual = most_common(layouts)
-        base = {"weight_bits": usual.weight_bits, "group_size": usual.group_size, "statistics": usual.statistics}
-    check_coverage(todo, origin)
-    job = _Job(origin, model, todo, options, where, progress)
-    windows, data = None, None
-    if calibration is not None:
-        windows, data = calibration.windows(load_tokenizer(origin.companions()), context_length(origin.config), seed)
-    if bits_per_weight is not None:
-        spread = plan_bits(
-            model, todo, origin, options, bits_per_weight, windows=windows, device=where, workers=workers, seed=seed,
-            progress=progress,
+    ranks = Ranks(process_group)
+    with ranks.together():
+        options = replace(
+            solver or SolverOptions(), weight_bits=weight_bits, group_size=group_size, statistics=statistics,
+            outlier_share=outlier_share, outlier_threshold=outlier_threshold,
         )  # fmt: skip
+        if max_shard_bytes < 1:
+            raise SpqrError("E505", "max_shard_bytes", f"{max_shard_bytes}: expected at least 1")
+        refuse_with_lossless(lossless, calibration, outlier_share, outlier_threshold, bits_per_weight)
+        refuse_with_budget(bits_per_weight, options)
+        target = Path(destination)
+        if ranks.writes:
+            require_empty(target, resumable=True)
+        workers = worker_count(workers)
+        where = resolve_device(device)
+        origin = source if isinstance(source, Source) else open_source(source)
+        model = build(origin.config, str(origin.folder), len(origin.entries))
+        unstack(model, origin)
+        todo = keep_dense(plan(model, origin), origin, keep)
+        base = {"weight_bits": weight_bits, "group_size": group_size, "statistics": statistics}
+        if lossless:
+            todo, layouts = lossless_plan(todo, origin)
+            usual = most_common(layouts)
+            base = {"weight_bits": usual.weight_bits, "group_size": usual.group_size, "statistics": usual.statistics}
+        check_coverage(todo, origin)
+        job = _Job(origin, model, todo, options, where, ranks, progress)
+        windows, data, text = None, None, None
+        if calibration is not None:
+            context = context_length(origin.config)
+            windows, data = calibration.windows(load_tokenizer(origin.companions()), context, seed)
+            job.parts = [
+                part if ranks.of_shard(number) == ranks.rank else ()
+                for number, part in enumerate(shards(windows, calibration.batch))
+            ]
+            own = sum(batch.numel() for part in job.parts for batch in part)
+            text = replace(Text.of(calibration, context), tokens=own)
+        footprint = Footprint(model, todo, origin, options, text, where, budget=bits_per_weight is not None, lossless=lossless)
+    sharing = ranks.on_this_host()
+    with ranks.together():
+        memory = plan_memory(footprint, workers, max_memory, where, sharing)
+    workers = min(ranks.gather(memory.workers))  # all take the same turns
+    if announce is not None:
+        announce(memory)
+    if bits_per_weight is not None:
+        with current(where), memory.room("measuring", where, target) as room:
+            spread = plan_bits(
+                model, todo, origin, options, bits_per_weight, windows=windows, room=room, ranks=ranks, workers=workers,
+                seed=seed, progress=progress,
+            )  # fmt: skip
         job.chosen = spread.options
         base |= spread.usual(todo, origin)
-    job.report.source = origin.name
-    job.report.mode = "lossless" if lossless else "requantized" if origin.quantized else "quantized"
-    job.report.provenance = provenance(origin, None if lossless else options, data, seed, job.report.mode)
-    if bits_per_weight is not None:
-        job.report.provenance["budget"] = spread.as_dict()
-        for name in UNIFORM:  # they stand in the plan, module by module
-            del job.report.provenance["solver"][name]
-    if keep:
-        job.report.provenance["keep_dense"] = list(keep)
-
-    extra: dict[str, Any] = companions(origin.companions())
-    writer = CheckpointWriter(
-        target, max_shard_bytes=max_shard_bytes, config=origin.config,
-        quantization_config={**base, "provenance": job.report.provenance},
-        resume=identity(origin, job.report.provenance, extra, max_shard_bytes, where), restart=restart,
-    )  # fmt: skip
-    with writer:
-        job.writer = writer
-        if lossless or windows is None or calibration is None:
+    with ranks.together():
+        job.report.source = origin.name
+        job.report.mode = "lossless" if lossless else "requantized" if origin.quantized else "quantized"
+        job.report.provenance = provenance(origin, None if lossless else options, data, seed, job.report.mode)
+        if bits_per_weight is not None:
+            job.report.provenance["budget"] = spread.as_dict()
+            for name in UNIFORM:  # they stand in the plan, module by module
+                del job.report.provenance["solver"][name]
+        if keep:
+            job.report.provenance["keep_dense"] = list(keep)
+        extra: dict[str, Any] = companions(origin.companions())
+        whole = identity(origin, job.report.provenance, extra, max_shard_bytes, where)
+    ranks.agree(whole, "identity")
+    section = {**base, "provenance": job.report.provenance}
+    with ExitStack() as stack:
+        stack.enter_context(current(where))
+        writer: Any = None
+        with ranks.together():
+            if ranks.writes:
+                writer = CheckpointWriter(
+                    target, max_shard_bytes=max_shard_bytes, config=origin.config, quantization_config=section, resume=whole,
+                    restart=restart,
+                )  # fmt: skip
+                stack.enter_context(writer)
+        notes = ranks.share(0, lambda: (writer.notes, {}))[0]
+        job.writer = writer or Follower(notes)
+        if lossless or windows is None:
             job.run_each(job.carry_over if lossless else job.solve_data_free, workers)
         else:
-            job.run_calibrated(windows, calibration.batch)
-        job.finish_notes()
-        job.report.seconds = time.monotonic() - started
-        extra |= {REPORT: job.report.as_json(), "README.md": model_card(job.report)}
-        writer.finish(extra_files=extra)
+            job.run_calibrated(stack.enter_context(memory.room("blocks", where, target)))
+        with ranks.together():
+            job.finish_notes()
+            job.report.seconds = time.monotonic() - started
+            if ranks.writes:
+                extra |= {REPORT: job.report.as_json(), "README.md": model_card(job.report)}
+                writer.finish(extra_files=extra)
     return job.report
 
 
@@ -175,15 +222,20 @@ def refuse_with_budget(bits_per_weight: float | None, options: SolverOptions) ->
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is the first GPU, else the CPU. E505 for a device that is not there."""
+    """ "auto" is the current GPU, else the CPU; "cuda" is the current one too, with its number. E505 for a device that is not
+    there."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        resolved = torch.device(device)
-        torch.empty(1, device=resolved)
+        resolved = torch.empty(1, device=torch.device(device)).device
     except (RuntimeError, AssertionError) as error:
         raise SpqrError("E505", "device", f"{device!r}: {str(error).splitlines()[0]}") from None
     return resolved
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Around work on a GPU: Triton's kernels run on the current one of their thread, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def context_length(config: dict[str, Any]) -> int | None:
@@ -255,11 +307,12 @@ def load_tokenizer(folder: Path) -> Any:
 
 class _Job:
     def __init__(
-        self, source: Source, model: nn.Module, todo: Plan, options: SolverOptions, device: torch.device,
+        self, source: Source, model: nn.Module, todo: Plan, options: SolverOptions, device: torch.device, ranks: Ranks,
         progress: Progress | None,
     ) -> None:  # fmt: skip
         self.source, self.model, self.plan, self.options = source, model, todo, options
-        self.device, self.progress = device, progress
+        self.device, self.ranks, self.progress = device, ranks, progress
+        self.parts: list[tuple[torch.Tensor, ...]] = []  # the calibration's batches by shard; () for other ranks' shards
         self.chosen: dict[str, SolverOptions] = {}  # what a budget decided for single tensors
         self.report = Report()
         self.writer: Any = None
@@ -277,14 +330,13 @@ class _Job:
         """True for what the writer has, from this run or from the one that it takes up."""
         return self.plan.matrices.get(tensor, tensor) in self.writer.notes
 
-    def _packed(
-        self, tensor: str, matrix: SpqrMatrix | PackedMatrix, method: str, figures: dict[str, float]
-    ) -> tuple[Packed, ModuleReport]:
+    def _packed(self, tensor: str, matrix: SpqrMatrix | PackedMatrix, method: str, figures: dict[str, float]) -> Solved:
         name = self.plan.matrices[tensor]
         return self.writer.pack(name, matrix), ModuleReport.of(name, matrix, method, figures)
 
     def _put(self, tensor: str, packed: Packed, row: ModuleReport) -> None:
-        self.writer.add(packed, asdict(row))
+        with self.ranks.together():
+            self.writer.add(packed, asdict(row))
         release()
         self._count(tensor)
 
@@ -296,22 +348,21 @@ class _Job:
         if self.progress is not None:
             self.progress(name, self.done, self.total)
 
-    def _add(self, tensor: str, matrix: SpqrMatrix, method: str, figures: dict[str, float]) -> None:
-        if self._finished(tensor):
-            self._count(tensor)
-        else:
-            self._put(tensor, *self._packed(tensor, matrix, method, figures))
-
     def _add_dense(self, tensor: str) -> None:
         entry = self.source.entries[tensor]
         if not self._finished(tensor):
-            value = self.source.load(tensor)
-            if self._has_no_place(tensor):
-                if torch.count_nonzero(value):
+            absent = self._has_no_place(tensor)
+            with self.ranks.together():
+                if not self.ranks.writes:
+                    if not absent:
+                        self.writer.add_dense(tensor)
+                elif not absent:
+                    self.writer.add_dense(tensor, self.source.load(tensor))
+                elif torch.count_nonzero(self.source.load(tensor)):
                     raise SpqrError("E501", tensor, f"a bias that is not 0, and {type(self.model).__name__} has none there")
+            if absent:
                 self.no_place += 1
                 return
-            self.writer.add_dense(tensor, value)
         self.report.dense[tensor] = {
             "parameters": entry.numel, "bytes": entry.numel * entry.dtype.itemsize, "reason": self.plan.dense[tensor],
         }  # fmt: skip
@@ -342,67 +393,95 @@ class _Job:
         self.report.notes = notes
         self.report.provenance["notes"] = notes
 
-    def _add_data_free(self, tensor: str, method: str) -> None:
-        if self._finished(tensor):
-            self._count(tensor)
-            return
-        matrix, figures = datafree.solve(self.source.load(tensor).to(self.device), self._options(tensor), tensor)
-        self._add(tensor, matrix, method, figures)
-
     # Module by module
 
-    def run_each(self, make: Callable[[str], tuple[Packed, ModuleReport]], workers: int) -> None:
+    def run_each(self, make: Make, workers: int) -> None:
         """Every tensor of the source in its order; `make` is called for the matrices, by several threads at once."""
         on_host = self.device.type == "cpu" or make == self.carry_over
-        todo = [tensor for tensor in self.source.entries if tensor in self.plan.matrices and not self._finished(tensor)]
         with one_thread_each() if on_host else nullcontext():
-            made = in_order((partial(make, tensor) for tensor in todo), workers if on_host else beside_gpu(workers))
-            try:
-                self._take(made)
-            finally:
-                made.close()
+            self._add_all(self.source.entries, make, workers if on_host else beside_gpu(workers))
 
-    def _take(self, made: Iterator[tuple[Packed, ModuleReport]]) -> None:
-        for tensor in self.source.entries:
-            if tensor not in self.plan.matrices:
-                self._add_dense(tensor)
-            elif self._finished(tensor):
-                self._count(tensor)
-            else:
-                self._put(tensor, *next(made))
+    def _add_all(
+        self, tensors: Iterable[str], make: Make, workers: int = 1, solved: Mapping[str, Solved] | None = None
+    ) -> None:
+        """Some tensors, in their order: matrices as they were `solved`, or as `make` makes them, the others as they are."""
+        solved = solved or {}
+        wanted = [tensor for tensor in tensors if tensor in self.plan.matrices and tensor not in solved]
+        made = self._made([tensor for tensor in wanted if not self._finished(tensor)], make, workers)
+        try:
+            for tensor in tensors:
+                if tensor not in self.plan.matrices:
+                    self._add_dense(tensor)
+                elif self._finished(tensor):
+                    self._count(tensor)
+                else:
+                    self._put(tensor, *(solved[tensor] if tensor in solved else next(made)))
+        finally:
+            made.close()
 
-    def carry_over(self, tensor: str) -> tuple[Packed, ModuleReport]:
+    def _made(self, tensors: list[str], make: Make, workers: int) -> Generator[Solved, None, None]:
+        """What `make` gives for each tensor, in their order. Several ranks take turns: each makes some, then all hear of
+        them."""
+        if self.ranks.size == 1:
+            yield from in_order((partial(make, tensor) for tensor in tensors), workers)
+            return
+        at_once = self.ranks.size * workers
+        for first in range(0, len(tensors), at_once):
+            part = tensors[first : first + at_once]
+            owners = self.ranks.owners([self.source.entries[tensor].numel for tensor in part])
+            with self.ranks.together():
+                own = [tensor for tensor, owner in zip(part, owners, strict=True) if owner == self.ranks.rank]
+                mine = deque(in_order((partial(make, tensor) for tensor in own), workers))
+            for owner in owners:
+                yield self._shared(owner, mine)
+
+    def _shared(self, owner: int, mine: deque[Solved]) -> Solved:
+        """The next of the owner's modules, on every rank."""
+        if self.ranks.size == 1:
+            return mine.popleft()
+
+        def told() -> tuple[dict[str, Any], dict[str, Any]]:
+            packed, row = mine.popleft()
+            assert packed.layout is not None
+            about = {"key": packed.key, "layout": packed.layout.as_dict(), "digests": packed.digests, "row": asdict(row)}
+            about["dtypes"] = {name: dtype for name, (dtype, _) in packed.tensors.items()}
+            return about, {name: array for name, (_, array) in packed.tensors.items()}
+
+        about, arrays = self.ranks.share(owner, told)
+        tensors = {name: (dtype, arrays[name]) for name, dtype in about["dtypes"].items()}
+        return Packed(about["key"], Layout(**about["layout"]), tensors, about["digests"]), ModuleReport.from_dict(about["row"])
+
+    def carry_over(self, tensor: str) -> Solved:
         """The source's codes as they are, compared with what the source's own tool makes of them."""
         matrix, figures = carry_over(self.source, tensor)
         return self._packed(tensor, matrix, "lossless", figures)
 
-    def solve_data_free(self, tensor: str) -> tuple[Packed, ModuleReport]:
+    def solve_data_free(self, tensor: str, why: str = "") -> Solved:
         """From the weights alone."""
         weight = self.source.load(tensor)
-        with self.turn:
+        with self.turn, current(self.device):
             matrix, figures = datafree.solve(weight.to(self.device), self._options(tensor), tensor)
         del weight
-        return self._packed(tensor, matrix, "data-free", figures)
+        return self._packed(tensor, matrix, "data-free" + why, figures)
 
     # With data
 
-    def run_calibrated(self, windows: torch.Tensor, batch: int) -> None:
+    def run_calibrated(self, room: Room) -> None:
+        """Block after block; the hidden states of this rank's shards lie in `room`."""
         of_block = self._tensors_by_block()
-        for tensor in of_block[None]:
-            if tensor in self.plan.matrices:
-                self._add_data_free(tensor, "data-free: outside the decoder blocks")
-            else:
-                self._add_dense(tensor)
+        self._add_all(of_block[None], partial(self.solve_data_free, why=": outside the decoder blocks"))
         unfinished = [i for i, tensors in of_block.items() if i is not None and not all(map(self._done_with, tensors))]
         if not unfinished:
             for index in range(len(self.plan.blocks)):
                 self._count_block(of_block[index])
             return
-        stream = Stream(self.model, self.plan, self.source, windows, batch, self.device)
-        reference = stream.fork() if self.options.drift > 0 else None
+        with self.ranks.together():
+            stream = Stream(self.model, self.plan, self.source, [batch for part in self.parts for batch in part], room)
+            reference = stream.fork() if self.options.drift > 0 else None
         for index, block in enumerate(self.plan.blocks):
             prefix = f"{self.plan.prefix}.{index}"
-            load(block, prefix, self.plan, self.source, self.device)
+            with self.ranks.together():
+                load(block, prefix, self.plan, self.source, self.device)
             if index in unfinished:
                 self._solve_block(block, prefix, index, stream, reference, of_block[index])
             else:
@@ -423,15 +502,26 @@ class _Job:
         self, block: nn.Module, prefix: str, index: int, stream: Stream, reference: Stream | None, tensors: list[str]
     ) -> None:
         """A block that an earlier run finished: what follows sees the outputs of its quantized weights, as it did then."""
-        if reference is not None:
-            reference.advance(block, index)
+        with self.ranks.together():
+            if reference is not None:
+                reference.advance(block, index)
         for name, layer in linears(block):
             module = self.plan.matrices.get(self.plan.parameters[f"{prefix}.{name}.weight"])
             if module is not None and self.writer.notes[module]["method"] == "calibrated":
-                weight = torch.from_numpy(self.writer.read_matrix(module).dequantize())
-                layer.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
-        stream.advance(block, index)
+                self._replace(layer, *self.ranks.share(0, partial(self._stored, module)))
+        with self.ranks.together():
+            stream.advance(block, index)
         self._count_block(tensors)
+
+    def _stored(self, module: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The layout and the stored tensors of a module that is written."""
+        packed = self.writer.read_packed(module)
+        return packed.layout.as_dict(), packed.tensors
+
+    def _replace(self, layer: nn.Linear, layout: dict[str, Any], tensors: Mapping[str, Any]) -> None:
+        """A layer's weight by what a file would hold."""
+        weight = torch.from_numpy(SpqrMatrix.unpack(Layout(**layout), tensors).dequantize())
+        layer.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
 
     def _tensors_by_block(self) -> dict[int | None, list[str]]:
         names = {tensor: parameter for parameter, tensor in self.plan.parameters.items()}
@@ -446,61 +536,87 @@ class _Job:
     def _solve_block(
         self, block: nn.Module, prefix: str, index: int, stream: Stream, reference: Stream | None, tensors: list[str]
     ) -> None:
-        order, once = stream.sets(block, index)
+        order, once = self.ranks.share(0, lambda: (stream.sets(block, index), {}))[0]
         original = _copy(block) if reference is not None else None
-        solved = {}
+        solved: dict[str, tuple[Packed, ModuleReport]] = {}
         for names in order:
             names = [name for name in names if self.plan.parameters[f"{prefix}.{name}.weight"] in self.plan.matrices]
             if not names:
                 continue
             layers: list[Any] = [block.get_submodule(name) for name in names]
-            accumulator = Accumulator(layers[0].in_features, f"{prefix}.{names[0]}", self.device, reference is not None)
-            seen = stream.inputs(block, index, names[0], once)
-            if reference is not None and original is not None:
-                meant: Iterable[list[Any]] = reference.inputs(original, index, names[0], once)
-            else:
-                meant = [[]] * len(stream.hidden)
-            for inputs, wanted in zip(seen, meant, strict=True):
-                for x, x_reference in zip(inputs, wanted or [None] * len(inputs), strict=True):
-                    accumulator.add(x, x_reference)
-            if accumulator.tokens == 0:
+            own = [self.plan.parameters[f"{prefix}.{name}.weight"] for name in names]
+            owners = self.ranks.owners([layer.weight.numel() for layer in layers])
+            new = partial(Accumulator, layers[0].in_features, f"{prefix}.{names[0]}", self.device, reference is not None)
+            with ExitStack() as hooks:
+                seen = hooks.enter_context(closing(stream.inputs(block, index, names[0], once)))
+                meant = None
+                if reference is not None and original is not None:
+                    meant = hooks.enter_context(closing(reference.inputs(original, index, names[0], once)))
+                sums = self.ranks.sum_shards(partial(self._sums, new, seen, meant), new, owners[0])
+            if len(set(owners)) > 1:
+                sums = self.ranks.spread(sums, new, owners[0])
+            if not self.ranks.share(owners[0], partial(_tokens, sums))[0]:
                 continue
-            H, drift = accumulator.mean(), accumulator.drift()
-            if drift is not None:
-                # With few tokens for each input column the correction is mostly noise.
-                drift *= accumulator.tokens / (accumulator.tokens + _DRIFT_PRIOR * layers[0].in_features)
-            del accumulator
-            factors: dict[int, Factor] = {}
-            for name, layer in zip(names, layers, strict=True):
-                tensor = self.plan.parameters[f"{prefix}.{name}.weight"]
-                options = self._options(tensor)
-                if options.group_size not in factors:  # on which the order of the columns depends
-                    factors[options.group_size] = calibrated.prepare(H, options, f"{prefix}.{names[0]}")
-                factor = factors[options.group_size]
-                matrix, figures, decoded = calibrated.solve_and_decode(layer.weight, H, options, tensor, drift, factor)
-                layer.weight = nn.Parameter(decoded, requires_grad=False)
-                solved[tensor] = (matrix, figures)
-                release()
-                if self.progress is not None:
-                    done = self.done + sum(self.source.entries[t].numel for t in solved)
-                    self.progress(self.plan.matrices[tensor], done, self.total)
-        last = index + 1 == len(self.plan.blocks)
-        if not last:
-            stream.advance(block, index)
-            if reference is not None and original is not None:
-                reference.advance(original, index)
+            mine: deque[Solved] = deque()
+            with self.ranks.together():
+                if self.ranks.rank in owners:
+                    assert sums is not None
+                    same = calibrated.SharedInput(sums)
+                sums = None
+                for layer, tensor, owner in zip(layers, own, owners, strict=True):
+                    if owner == self.ranks.rank:
+                        matrix, figures, decoded = same.solve(layer.weight, self._options(tensor), tensor)
+                        mine.append(self._packed(tensor, matrix, "calibrated", figures))
+                        layer.weight = nn.Parameter(decoded, requires_grad=False)
+                        release()
+                        self._tell(tensor, [*solved, *own[: own.index(tensor) + 1]])
+            for layer, tensor, owner in zip(layers, own, owners, strict=True):
+                packed, _ = solved[tensor] = self._shared(owner, mine)
+                if owner != self.ranks.rank:
+                    assert packed.layout is not None
+                    stored = {name.rpartition(".")[2]: array for name, (_, array) in packed.tensors.items()}
+                    self._replace(layer, packed.layout.as_dict(), stored)
+        if index + 1 < len(self.plan.blocks):
+            with self.ranks.together():
+                stream.advance(block, index)
+                if reference is not None and original is not None:
+                    reference.advance(original, index)
         progress, self.progress = self.progress, None
-        for tensor in tensors:
-            if tensor in solved:
-                self._add(tensor, solved[tensor][0], "calibrated", solved[tensor][1])
-            elif tensor in self.plan.matrices:
-                why = "expert" if tensor in self.plan.fused else "not run by the calibration text"
-                self._add_data_free(tensor, f"data-free: {why}")
-            else:
-                self._add_dense(tensor)
+        self._add_all(tensors, self._not_run, solved=solved)
         self.progress = progress
         if progress is not None and tensors:
             progress(prefix, self.done, self.total)
+
+    def _tell(self, tensor: str, solved: list[str]) -> None:
+        """Progress within a block."""
+        if self.progress is not None:
+            done = self.done + sum(self.source.entries[t].numel for t in solved)
+            self.progress(self.plan.matrices[tensor], done, self.total)
+
+    def _not_run(self, tensor: str) -> Solved:
+        """A matrix of a block for which there is no Hessian."""
+        why = "expert" if tensor in self.plan.fused else "not run by the calibration text"
+        return self.solve_data_free(tensor, f": {why}")
+
+    def _sums(
+        self, new: Callable[[], Accumulator], seen: Iterator[list[torch.Tensor]], meant: Iterator[list[torch.Tensor]] | None,
+        shard: int,
+    ) -> Accumulator | None:  # fmt: skip
+        """The sums over a layer's inputs in a shard, batch by batch; `meant` are those of the reference. None where the layer
+        was not run."""
+        if not self.parts[shard]:
+            return None
+        sums = new()
+        for _ in self.parts[shard]:
+            inputs = next(seen)
+            wanted: Sequence[Any] = [None] * len(inputs) if meant is None else next(meant)
+            for x, x_reference in zip(inputs, wanted, strict=True):
+                sums.add(x, x_reference)
+        return sums if sums.tokens else None
+
+
+def _tokens(sums: Accumulator | None) -> tuple[int, dict[str, Any]]:
+    return (sums.tokens if sums else 0), {}
 
 
 def _copy(block: nn.Module) -> nn.Module:

@@ -24,6 +24,7 @@ from torch import nn
 from spqr_format.errors import SpqrError
 
 from . import calibrated, datafree
+from .activations import Activations, Room
 from .blocks import Plan, linears
 from .experts import FUSED, stacks
 from .forward import Stream, load, loaded_outside, unload
@@ -37,6 +38,11 @@ _ROWS = 64  # of each matrix that are rounded for each candidate
 _TILE = 16
 
 Progress = Callable[[int, int], None]
+
+
+def measured_windows(windows: torch.Tensor) -> torch.Tensor:
+    """Those of the calibration windows int64 [n, length] that are run forward and backward."""
+    return windows[: max(1, TOKENS // windows.shape[1])]
 
 
 def losses(weight: torch.Tensor, importance: torch.Tensor, candidates: Sequence[SolverOptions], name: str) -> list[float]:
@@ -76,34 +82,32 @@ class Sensitivity:
     """Runs the dense model over calibration windows, forward and then backward, with one block's weights in memory at a
     time (and the hidden states before each block)."""
 
-    def __init__(
-        self, model: Any, plan: Plan, source: Source, windows: torch.Tensor, device: torch.device, seed: int = 0
-    ) -> None:
-        """windows: int64 [n, length], of which the first ones up to 8192 tokens are used (one at least). seed: of the
-        labels that are drawn."""
-        self.plan, self.source, self.device = plan, source, device
-        self.windows = windows[: max(1, TOKENS // windows.shape[1])]
-        self.stream = Stream(model, plan, source, self.windows, 1, device)
-        self.before = self._forward()
-        self.gradients = self._head(model, seed)
+    def __init__(self, model: Any, plan: Plan, source: Source, windows: torch.Tensor, room: Room, seed: int = 0) -> None:
+        """windows: int64 [n, length], of which the first ones up to 8192 tokens are used (one at least). room: for the hidden
+        states. seed: of the labels that are drawn."""
+        self.plan, self.source, self.device = plan, source, room.device
+        self.windows = measured_windows(windows)
+        self.stream = Stream(model, plan, source, self.windows.split(1), room)
+        # Before each block, and behind the last one; going back, the gradients take the place of the hidden states.
+        self.between = [*self._forward(room), self.stream.hidden]
+        self._head(model, seed)
 
-    def _forward(self) -> list[list[torch.Tensor]]:
+    def _forward(self, room: Room) -> list[Activations]:
         """The hidden states before each block, window by window."""
         before = []
         for index, block in enumerate(self.plan.blocks):
-            before.append(list(self.stream.hidden))
+            before.append(Activations(room, self.stream.hidden))
             load(block, f"{self.plan.prefix}.{index}", self.plan, self.source, self.device)
             self.stream.advance(block, index)
             unload(block)
         return before
 
-    def _head(self, model: Any, seed: int) -> list[torch.Tensor]:
-        """Of each window: the gradient of the summed -log p(label) with respect to the last block's output."""
+    def _head(self, model: Any, seed: int) -> None:
+        """Replaces the last block's outputs by the gradients of the summed -log p(label) with respect to them."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        found = []
         with loaded_outside(model, self.plan, self.source, self.device, outputs=True):
-            for ids, hidden in zip(self.windows, self.stream.hidden, strict=True):
-                leaf = hidden.detach().requires_grad_(True)
+            for number, ids in enumerate(self.windows):
+                leaf = self.between[-1][number].detach().requires_grad_(True)
                 try:
                     for block in self.plan.blocks:
                         block.forward = lambda *_, leaf=leaf, **__: leaf
@@ -116,8 +120,7 @@ class Sensitivity:
                         raise SpqrError("E503", type(model).__name__, "its logits on the calibration text are not finite")
                     labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
                 loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-                found.append(torch.autograd.grad(loss, leaf)[0])
-        return found
+                self.between[-1][number] = torch.autograd.grad(loss, leaf)[0]
 
     def measure(self, candidates: Sequence[SolverOptions], progress: Progress | None = None) -> dict[str, list[float]]:
         """Tensor name of the source -> predicted KL, nats a token, for each candidate. To be called once.
@@ -154,21 +157,22 @@ class Sensitivity:
         return table
 
     def _backward(self, block: nn.Module, prefix: str, index: int) -> dict[str, torch.Tensor]:
-        """The importance of the weights of a block's matrices, by tensor name of the source. Replaces the gradients by those
-        with respect to the block's input."""
+        """The importance of the weights of a block's matrices, by tensor name of the source. Replaces the hidden states before
+        the block by the gradients with respect to them."""
         watch = _Watch(block, prefix, self.device)
         stacked = {name: block.get_parameter(name.removeprefix(prefix + ".")) for name in self._stacks(block, prefix)}
         squares = {name: torch.zeros_like(parameter) for name, parameter in stacked.items()}
         for parameter in stacked.values():
             parameter.requires_grad_(True)
         try:
-            for number, hidden in enumerate(self.before[index]):
+            gradients = self.between.pop()
+            for number, hidden in enumerate(self.between[index]):
                 leaf = hidden.detach().requires_grad_(True)
                 args, kwargs = self.stream.calls[tuple(hidden.shape)][index]
                 out = block(leaf, *args, **kwargs)
-                (out if isinstance(out, torch.Tensor) else out[0]).backward(self.gradients[number])
+                (out if isinstance(out, torch.Tensor) else out[0]).backward(gradients[number])
                 assert leaf.grad is not None
-                self.gradients[number] = leaf.grad
+                self.between[index][number] = leaf.grad
                 for name, parameter in stacked.items():
                     if parameter.grad is not None:
                         squares[name] += parameter.grad.square()

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from ..journal import JOURNAL
+from .launcher import process_group
 from .model import context_option, device_option, libraries, tokens_option
 from .output import duration, print_json, size, table
 from .progress import progress_bar
@@ -41,6 +42,18 @@ class Size(click.ParamType):
         if not match:
             self.fail(f"{value!r} is no size: write 5GB or 500MB", param, ctx)
         return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+
+
+class MemoryLimit(Size):
+    """Bytes of one kind of memory: 8GB is RAM, cuda=20GB a GPU's."""
+
+    name = "limit"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        kind, _, amount = value.rpartition("=")
+        return kind or "cpu", super().convert(amount, param, ctx)
 
 
 _UNIFORM = ("weight_bits", "group_size", "statistics", "outlier_share", "outlier_threshold")  # the same for every module
@@ -117,6 +130,13 @@ _PRESETS = ("near-lossless", "balanced", "small")
     type=click.IntRange(1),
     help="Modules at a time, on a CPU and without calibration. The output is the same.  [default: one a core, at most 8]",
 )
+@click.option(
+    "--max-memory",
+    type=MemoryLimit(),
+    multiple=True,
+    help="RAM that may be taken, such as 8GB, and a GPU's, such as cuda=20GB. Activations that do not fit lie in a file in "
+    "DESTINATION. The output is the same.  [default: what is free]",
+)
 @click.option("--restart", is_flag=True, help="Throw away what an interrupted conversion left in DESTINATION.")
 @click.option("--dry-run", is_flag=True, help="Print what is predicted and the plan of a budget; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -124,16 +144,17 @@ def convert_command(
     invocation: click.Context, source: Path, destination: Path, lossless: bool, gptq_zeros: str, calibration: Path | None,
     tokens: int, context: int | None, batch: int, preset: str, bits_per_weight: float | None, weight_bits: int,
     group_size: int, statistics: str, outlier_share: float | None, outlier_threshold: float | None,
-    keep_dense: tuple[str, ...], seed: int, max_shard_size: int, device: str, workers: int | None, restart: bool,
-    dry_run: bool, as_json: bool,
+    keep_dense: tuple[str, ...], seed: int, max_shard_size: int, device: str, workers: int | None,
+    max_memory: tuple[tuple[str, int], ...], restart: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize a checkpoint: SOURCE, a Hugging Face model folder, into the new folder DESTINATION.
 
     SOURCE may be dense, or quantized by another tool: then its dequantized weights are quantized anew, and the report says
     what this step added; or, with --lossless, its codes are carried over as they are. What SOURCE is, is found from its files.
 
-    Works block by block, so that memory holds one block of the model and not the model. Output embedding and token
-    embedding stay as they are. The destination gets the tokenizer, a report (spqr_report.json) and where it all comes from.
+    Works block by block, so that memory holds one block of the model and not the model; --dry-run says how much that is, and
+    --max-memory bounds it. Output embedding and token embedding stay as they are. The destination gets the tokenizer, a
+    report (spqr_report.json) and where it all comes from.
 
     When it is interrupted, the same command goes on where it was, and the result is that of an unbroken run.
 
@@ -144,10 +165,11 @@ def convert_command(
       spqr convert ./llama ./llama-spqr --calibration text.txt --weight-bits 3 --outlier-share 0.3%
       spqr convert ./llama ./llama-spqr --dry-run
       spqr convert ./llama-gptq ./llama-spqr --lossless
+      torchrun --nproc-per-node 4 --no-python spqr convert ./llama ./llama-spqr --calibration text.txt
     """
     with libraries("convert"):
         from spqr_converters import Calibration, convert, predict
-        from spqr_converters.sources import GptqSource, open_source
+        from spqr_converters.sources import GptqSource
     given = [name for name in _REQUANTIZE if invocation.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if lossless and given:
         raise click.UsageError(f"--lossless takes no --{given[0].replace('_', '-')}: the source's codes stay as they are")
@@ -158,27 +180,38 @@ def convert_command(
     options: dict[str, Any] = {
         "weight_bits": weight_bits, "group_size": group_size, "statistics": statistics, "outlier_share": outlier_share,
         "outlier_threshold": outlier_threshold, "bits_per_weight": budget, "calibration": data, "device": device,
-        "keep": keep_dense, "workers": workers,
+        "keep": keep_dense, "workers": workers, "max_memory": dict(max_memory),
     }  # fmt: skip
-    origin = open_source(source) if gptq_zeros == "auto" else GptqSource(source, zeros=gptq_zeros)  # type: ignore[arg-type]
+    origin = source if gptq_zeros == "auto" else GptqSource(source, zeros=gptq_zeros)  # type: ignore[arg-type]
     if dry_run:
         _print_prediction(predict(origin, lossless=lossless, seed=seed, **options), as_json)
         return
-    if data is None and not lossless:
-        click.echo("no --calibration text: only the weights decide, which costs quality (see --help)", err=True)
     warnings.filterwarnings("always", module="spqr_converters")
-    try:
-        with progress_bar("converting", shown=not as_json) as bar:
-            report = convert(
-                origin, destination, lossless=lossless, **options, seed=seed, max_shard_bytes=max_shard_size,
-                restart=restart, progress=bar,
-            )  # fmt: skip
-    except (KeyboardInterrupt, OSError):
-        if (destination / JOURNAL).exists():
-            click.echo("interrupted: the same command goes on from here, or begins anew with --restart", err=True)
-        raise
+    memory: dict[str, Any] = {}
+    with process_group(device) as rank:
+        speaks = rank == 0
+
+        def announce(plan: Any) -> None:
+            memory.update(plan.as_dict())
+            if speaks:
+                click.echo(_memory_line(memory), err=True)
+
+        if data is None and not lossless and speaks:
+            click.echo("no --calibration text: only the weights decide, which costs quality (see --help)", err=True)
+        try:
+            with progress_bar("converting", shown=speaks and not as_json) as bar:
+                report = convert(
+                    origin, destination, lossless=lossless, **options, seed=seed, max_shard_bytes=max_shard_size,
+                    restart=restart, progress=bar, announce=announce,
+                )  # fmt: skip
+        except (KeyboardInterrupt, OSError):
+            if speaks and (destination / JOURNAL).exists():
+                click.echo("interrupted: the same command goes on from here, or begins anew with --restart", err=True)
+            raise
+    if not speaks:
+        return
     if as_json:
-        print_json(report.as_dict())
+        print_json({**report.as_dict(), "memory": memory})
     else:
         _print_report(report, destination)
 
@@ -192,6 +225,15 @@ def _budget(given: list[str], preset: str, bits_per_weight: float | None) -> flo
         one, other = [*budgets, *uniform][:2]
         raise click.UsageError(f"--{one.replace('_', '-')} and --{other.replace('_', '-')}: choose one of the two")
     return None if uniform else bits_per_weight or PRESETS[preset]
+
+
+def _memory_line(memory: dict[str, Any]) -> str:
+    parts = [f"{size(memory['peak_memory'])} of RAM"]
+    if memory["device_memory"]:
+        parts.append(f"{size(memory['device_memory'])} of the GPU's memory")
+    if memory["scratch_file"]:
+        parts.append(f"{size(memory['scratch_file'])} of disk for activations")
+    return f"takes about {', '.join(parts)}"
 
 
 def _print_plan(budget: dict[str, Any]) -> None:
@@ -213,14 +255,18 @@ def _print_prediction(prediction: Any, as_json: bool) -> None:
         return
     if budget := figures.pop("budget"):
         _print_plan(budget)
-    rows = [[name.replace("_", " "), _shown(name, value)] for name, value in figures.items()]
+    memory = figures.pop("memory")
+    stages = memory.pop("stages")
+    rows = [[name.replace("_", " "), _shown(name, value)] for name, value in {**figures, **memory}.items()]
     table(["prediction", ""], rows)
+    rows = [[name, *(size(value) for value in stage.values())] for name, stage in stages.items()]
+    table(["stage", "RAM", "GPU", "activations on GPU", "in RAM", "on disk"], rows)
 
 
 def _shown(name: str, value: Any) -> str:
     if value is None:
         return "-"
-    if "bytes" in name or "memory" in name:
+    if "bytes" in name or "memory" in name or name == "scratch_file":
         return size(value)
     if "seconds" in name:
         return "about " + duration(value)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import spqr_converters.job as job
 import spqr_converters.prediction as prediction
 from spqr_converters import Calibration, SolverOptions, calibrated, convert, predict
+from spqr_converters.activations import Room
 from spqr_converters.allocation import allocate
 from spqr_converters.blocks import build, plan
 from spqr_converters.calibration import Calibration as Text
@@ -114,7 +115,7 @@ def test_predicted_losses_are_the_measured_kl(tiny_llama: Path, calibration_text
     offered = [SolverOptions(weight_bits=2, rounds=1, sweeps=0), SolverOptions(weight_bits=4, rounds=1, sweeps=0)]
     names = [f"model.layers.{i}" for i in MEASURED]
     todo = replace(plan(model, source), matrices={f"{name}.weight": name for name in names})
-    predicted = Sensitivity(model, todo, source, windows, torch.device("cpu")).measure(offered)
+    predicted = Sensitivity(model, todo, source, windows, Room("cpu")).measure(offered)
     assert all(parameter.is_meta for parameter in model.parameters())  # nothing is left in memory
 
     dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
@@ -162,7 +163,7 @@ def test_experts_have_their_own_importance(tmp_path: Path, calibration_text: Pat
     unstack(empty, source)
     windows = torch.randint(0, 64, (8, 32))
     todo = plan(empty, source)
-    found = Sensitivity(empty, todo, source, windows, torch.device("cpu")).measure([SolverOptions(weight_bits=2), QUICK])
+    found = Sensitivity(empty, todo, source, windows, Room("cpu")).measure([SolverOptions(weight_bits=2), QUICK])
     assert found.keys() == todo.matrices.keys()
     assert all(two > three > 0 for two, three in found.values())
 

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import spqr_converters.job as job
-from spqr_converters import Calibration, SolverOptions, convert, parallel
+from spqr_converters import Calibration, SolverOptions, calibrated, convert, parallel
+from spqr_converters.forward import Stream
 from spqr_format.cli import main
 from spqr_format.errors import SpqrError
 from spqr_format.journal import JOURNAL
@@ -108,21 +109,29 @@ def test_what_is_done_is_not_done_again(random_llama, tmp_path, monkeypatch, sto
 
 
 def test_calibrated_blocks_are_not_solved_again(random_llama, tmp_path, monkeypatch, stopped, calibration_text) -> None:
-    """Stopped in the middle of the third block of four: two are taken over, their outputs computed anew."""
+    """Stopped in the first block, the third, and the last of four: what is solved anew are the matrices of the blocks that were
+    not finished. The outputs of finished blocks are computed anew, once for each stream."""
     monkeypatch.setattr(job, "load_tokenizer", lambda folder: Tokens())
     data = Calibration(calibration_text, tokens=512, seqlen=64)
-    options = {"calibration": data, "solver": SolverOptions(rounds=1, sweeps=1), "outlier_share": 0.01, "device": "cpu"}
+    options = {"calibration": data, "solver": QUICK, "device": "cpu"}
     source = random_llama(layers=4)
     convert(source, tmp_path / "whole", **options)
-    stopped(source, tmp_path / "out", after=17, **options)
-    names: list[str] = []
-    real = job._Job._solve_block
-    monkeypatch.setattr(
-        job._Job, "_solve_block", lambda self, block, prefix, *rest: [names.append(prefix), real(self, block, prefix, *rest)]
-    )
-    convert(source, tmp_path / "out", **options)
-    assert names == ["model.layers.2", "model.layers.3"]
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    solved: list[str] = []
+    advanced: list[int] = []
+    solve, advance = calibrated.solve_and_decode, Stream.advance
+    for after, blocks in ((3, 4), (17, 2), (26, 1)):
+        out = tmp_path / f"out{after}"
+        stopped(source, out, after=after, **options)
+        with monkeypatch.context() as patched:
+            patched.setattr(calibrated, "solve_and_decode", lambda *given: [solved.append(given[3]), solve(*given)][1])
+            patched.setattr(Stream, "advance", lambda self, block, index: [advanced.append(index), advance(self, block, index)])
+            convert(source, out, **options)
+        assert contents(out) == contents(tmp_path / "whole")
+        assert len(solved) == len(set(solved)) == 7 * blocks
+        assert all(f".{number}." in " ".join(solved) for number in range(4 - blocks, 4))
+        assert advanced == [0, 0, 1, 1, 2, 2]
+        solved.clear()
+        advanced.clear()
 
 
 def test_notes_of_the_source_are_those_of_an_unbroken_run(gptq_llama, tmp_path, stopped) -> None:
@@ -164,7 +173,7 @@ CHANGES: dict[str, tuple[dict, Callable[[Path], object] | None]] = {
     "provenance.solver.rounds": ({"solver": SolverOptions(rounds=2, sweeps=0)}, None),
     "provenance.seed": ({"seed": 1}, None),
     "max_shard_bytes": ({"max_shard_bytes": 10_000}, None),
-    "provenance.calibration": ({"calibration": True}, None),
+    "provenance.calibration": ({"calibration": 8}, None),
 }
 
 
@@ -179,7 +188,7 @@ def test_a_change_is_refused(random_llama, tmp_path, monkeypatch, stopped, calib
     if change is not None:
         change(source)
     if "calibration" in options:
-        options = {"calibration": Calibration(calibration_text, tokens=256, seqlen=64)}
+        options = {"calibration": Calibration(calibration_text, tokens=256, seqlen=64, batch=options["calibration"])}
     with pytest.raises(SpqrError) as caught:
         convert(source, tmp_path / "out", **{"solver": QUICK, **options})
     assert caught.value.code == "E511"
@@ -188,6 +197,16 @@ def test_a_change_is_refused(random_llama, tmp_path, monkeypatch, stopped, calib
     assert contents(tmp_path / "out") == left
     convert(source, tmp_path / "out", **{"solver": QUICK, **options}, restart=True)
     assert validate(tmp_path / "out", deep=True).ok
+
+
+def test_another_batch_is_refused(random_llama, tmp_path, monkeypatch, stopped, calibration_text) -> None:
+    """It changes the order of sums, and so the last bit of a Hessian."""
+    monkeypatch.setattr(job, "load_tokenizer", lambda folder: Tokens())
+    options = [{"calibration": Calibration(calibration_text, tokens=256, seqlen=64, batch=batch)} for batch in (1, 2)]
+    source = random_llama(layers=1)
+    stopped(source, tmp_path / "out", solver=QUICK, **options[0])
+    with pytest.raises(SpqrError, match=r"SPQR-E511 .*provenance.calibration.batch = 1, asked for is 2"):
+        convert(source, tmp_path / "out", solver=QUICK, **options[1])
 
 
 def test_another_version_is_refused(random_llama, tmp_path, monkeypatch, stopped) -> None:
