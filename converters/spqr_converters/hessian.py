@@ -49,6 +49,12 @@ class Accumulator:
         """E[(x_reference - x) x^T], float32 [in, in], or None without a reference stream."""
         return None if self.cross is None else self.cross / max(self.tokens, 1)
 
+    def take(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`mean()` and `drift()`; the sums, which are as large, are given up."""
+        H, drift = self.mean(), self.drift()
+        del self.sum, self.cross
+        return H, drift
+
 
 @dataclass
 class Factor:

@@ -28,7 +28,7 @@ from .budget import plan_bits
 from .calibration import Calibration
 from .card import model_card
 from .coverage import check_coverage, keep_dense
-from .experts import unstack
+from .experts import FUSED, stacks, unstack
 from .forward import Stream, load, unload
 from .hessian import Accumulator, Factor
 from .lossless import carry_over, lossless_plan, most_common
@@ -36,11 +36,13 @@ from .memory import release
 from .options import SolverOptions
 from .parallel import beside_gpu, in_order, one_thread_each, worker_count
 from .report import ModuleReport, Report
+from .routing import STARVED, UNKNOWN, ExpertInputs, Routed, is_starved, runs_one_by_one, solve_experts
 from .sources import Source, open_source
 from .sources.base import file_sha256
 from .sources.packed import OPTION_FILES
 
 Progress = Callable[[str, int, int], None]
+_Solved = tuple[SpqrMatrix, str, dict[str, float]]  # with its method and its figures
 _DRIFT_PRIOR = 8  # tokens for each input column that count for no drift
 UNIFORM = ("weight_bits", "group_size", "statistics", "outlier_share", "outlier_threshold")  # what a budget decides instead
 REPORT = "spqr_report.json"
@@ -428,10 +430,19 @@ class _Job:
         for name, layer in linears(block):
             module = self.plan.matrices.get(self.plan.parameters[f"{prefix}.{name}.weight"])
             if module is not None and self.writer.notes[module]["method"] == "calibrated":
-                weight = torch.from_numpy(self.writer.read_matrix(module).dequantize())
-                layer.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
+                layer.weight = nn.Parameter(self._decoded(module), requires_grad=False)
+        for name, stack in stacks(block, prefix):
+            for leaf in FUSED if runs_one_by_one(stack) else ():
+                parameter = stack.get_parameter(leaf)
+                for expert, tensors in zip(parameter, self.plan.experts[f"{name}.{leaf}"], strict=True):
+                    for part, tensor in zip(expert.chunk(len(tensors)), tensors, strict=True):
+                        if tensor in self.plan.matrices:
+                            part.copy_(self._decoded(self.plan.matrices[tensor]))
         stream.advance(block, index)
         self._count_block(tensors)
+
+    def _decoded(self, module: str) -> torch.Tensor:
+        return torch.from_numpy(self.writer.read_matrix(module).dequantize()).to(self.device)
 
     def _tensors_by_block(self) -> dict[int | None, list[str]]:
         names = {tensor: parameter for parameter, tensor in self.plan.parameters.items()}
@@ -448,9 +459,12 @@ class _Job:
     ) -> None:
         order, once = stream.sets(block, index)
         original = _copy(block) if reference is not None else None
-        solved = {}
+        solved: dict[str, _Solved] = {}
         for names in order:
-            names = [name for name in names if self.plan.parameters[f"{prefix}.{name}.weight"] in self.plan.matrices]
+            if f"{prefix}.{names[0]}.{FUSED[0]}" in self.plan.experts:
+                self._solve_stack(block, original, f"{prefix}.{names[0]}", index, stream, reference, once, solved)
+                continue
+            names = [name for name in names if self.plan.parameters.get(f"{prefix}.{name}.weight") in self.plan.matrices]
             if not names:
                 continue
             layers: list[Any] = [block.get_submodule(name) for name in names]
@@ -465,25 +479,11 @@ class _Job:
                     accumulator.add(x, x_reference)
             if accumulator.tokens == 0:
                 continue
-            H, drift = accumulator.mean(), accumulator.drift()
-            if drift is not None:
-                # With few tokens for each input column the correction is mostly noise.
-                drift *= accumulator.tokens / (accumulator.tokens + _DRIFT_PRIOR * layers[0].in_features)
-            del accumulator
-            factors: dict[int, Factor] = {}
-            for name, layer in zip(names, layers, strict=True):
-                tensor = self.plan.parameters[f"{prefix}.{name}.weight"]
-                options = self._options(tensor)
-                if options.group_size not in factors:  # on which the order of the columns depends
-                    factors[options.group_size] = calibrated.prepare(H, options, f"{prefix}.{names[0]}")
-                factor = factors[options.group_size]
-                matrix, figures, decoded = calibrated.solve_and_decode(layer.weight, H, options, tensor, drift, factor)
+            weights = {
+                self.plan.parameters[f"{prefix}.{name}.weight"]: layer.weight for name, layer in zip(names, layers, strict=True)
+            }
+            for layer, decoded in zip(layers, self._solve_alike(weights, accumulator, solved), strict=True):
                 layer.weight = nn.Parameter(decoded, requires_grad=False)
-                solved[tensor] = (matrix, figures)
-                release()
-                if self.progress is not None:
-                    done = self.done + sum(self.source.entries[t].numel for t in solved)
-                    self.progress(self.plan.matrices[tensor], done, self.total)
         last = index + 1 == len(self.plan.blocks)
         if not last:
             stream.advance(block, index)
@@ -492,15 +492,68 @@ class _Job:
         progress, self.progress = self.progress, None
         for tensor in tensors:
             if tensor in solved:
-                self._add(tensor, solved[tensor][0], "calibrated", solved[tensor][1])
+                self._add(tensor, *solved[tensor])
             elif tensor in self.plan.matrices:
-                why = "expert" if tensor in self.plan.fused else "not run by the calibration text"
-                self._add_data_free(tensor, f"data-free: {why}")
+                self._add_data_free(
+                    tensor, UNKNOWN if tensor in self.plan.fused else "data-free: not run by the calibration text"
+                )
             else:
                 self._add_dense(tensor)
         self.progress = progress
         if progress is not None and tensors:
             progress(prefix, self.done, self.total)
+
+    def _solve_alike(
+        self, weights: dict[str, torch.Tensor], inputs: Accumulator, solved: dict[str, _Solved]
+    ) -> list[torch.Tensor]:
+        """Matrices that share their inputs, by tensor name of the source, into `solved`; their decoded weights, float32
+        [out, in]. What is kept dense is its own decoded weight."""
+        H, drift = inputs.take()
+        if drift is not None:
+            # With few tokens for each input column the correction is mostly noise.
+            drift *= inputs.tokens / (inputs.tokens + _DRIFT_PRIOR * len(H))
+        factors: dict[int, Factor] = {}
+        found = []
+        for tensor, weight in weights.items():
+            if tensor not in self.plan.matrices:
+                found.append(weight)
+                continue
+            options, method = self._options(tensor), "calibrated"
+            if tensor in self.plan.fused and is_starved(inputs.tokens, len(H)):
+                method = STARVED
+                matrix, figures = datafree.solve(weight, options, tensor)
+                decoded = torch.from_numpy(matrix.dequantize()).to(self.device)
+            else:
+                if options.group_size not in factors:  # on which the order of the columns depends
+                    few = inputs.tokens if tensor in self.plan.fused else None
+                    factors[options.group_size] = calibrated.prepare(H, options, inputs.name, few)
+                factor = factors[options.group_size]
+                matrix, figures, decoded = calibrated.solve_and_decode(weight, H, options, tensor, drift, factor)
+            found.append(decoded)
+            solved[tensor] = (matrix, method, {**figures, "tokens": inputs.tokens})
+            release()
+            if self.progress is not None:
+                done = self.done + sum(self.source.entries[t].numel for t in solved)
+                self.progress(self.plan.matrices[tensor], done, self.total)
+        return found
+
+    def _solve_stack(
+        self, block: nn.Module, original: nn.Module | None, name: str, index: int, stream: Stream, reference: Stream | None,
+        once: bool, solved: dict[str, _Solved],
+    ) -> None:  # fmt: skip
+        """The experts of one stack (`name` in the model), each with its own tokens."""
+        inside = name.removeprefix(f"{self.plan.prefix}.{index}.")
+        stack = block.get_submodule(inside)
+        if not runs_one_by_one(stack):
+            return
+        seen = [Routed.of(*call) for calls in stream.arguments(block, index, inside, once) for call in calls]
+        meant, same = None, None
+        if reference is not None and original is not None:
+            same = original.get_submodule(inside)
+            meant = [Routed.of(*call) for calls in reference.arguments(original, index, inside, once) for call in calls]
+        names = zip(*(self.plan.experts[f"{name}.{leaf}"] for leaf in FUSED), strict=True)
+        solve = partial(self._solve_alike, solved=solved)
+        solve_experts(stack, same, ExpertInputs(seen, meant), names, solve, name)
 
 
 def _copy(block: nn.Module) -> nn.Module:

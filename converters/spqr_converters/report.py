@@ -16,7 +16,8 @@ class ModuleReport:
     "data-free" (and why) or "lossless"; weight_error: relative norm; output_error: relative, squared, over the calibration
     inputs. lossless only: rounded, weights that equal those of the source's tool after its own rounding and not before;
     different, weights that do not equal them; rounding_error, relative norm before that rounding (see lossless.compare);
-    compared, of how many weights the last four figures speak, where it is not all (then all codes were compared, as bits)."""
+    compared, of how many weights the last four figures speak, where it is not all (then all codes were compared, as bits).
+    tokens: with calibration, of how many tokens its inputs were seen."""
 
     name: str
     shape: tuple[int, int]
@@ -32,6 +33,7 @@ class ModuleReport:
     different: int | None = None
     rounding_error: float | None = None
     compared: int | None = None
+    tokens: int | None = None
 
     @classmethod
     def of(cls, name: str, matrix: SpqrMatrix | PackedMatrix, method: str, figures: dict[str, float]) -> ModuleReport:
@@ -43,7 +45,7 @@ class ModuleReport:
             name, (layout.out_features, layout.in_features), layout.weight_bits, stored, 8 * stored / weights,
             count / weights, method, figures["weight_error"], figures.get("output_error"), figures.get("damping"),
             _count(figures.get("rounded")), _count(figures.get("different")), figures.get("rounding_error"),
-            _count(figures.get("compared")),
+            _count(figures.get("compared")), _count(figures.get("tokens")),
         )  # fmt: skip
 
     @classmethod

@@ -1,0 +1,114 @@
+"""What the router sends to each expert of a stack, and what the expert makes of it.
+
+The experts modules of transformers keep a contract, so that several implementations can compute them
+(`transformers.integrations.moe`): they are called with (hidden_states, top_k_index, top_k_weights), and an expert's output
+is down(_apply_gate(gate_up(x))), times the router's weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .hessian import Accumulator
+
+# With fewer tokens than this for each input column an expert's matrix is quantized without data. Its Hessian is singular then,
+# and what it is damped with counts for more than the tokens do: on tiny-moe data was worth less than 10 % of the error on other
+# tokens there, and from here on 14 to 27 % (converters/benchmarks/experts.py).
+TOKENS_PER_COLUMN = 1.0
+STARVED = "data-free: expert with too few tokens"
+UNKNOWN = "data-free: experts that this converter cannot run one by one"
+
+Solve = Callable[[dict[str, torch.Tensor], Accumulator], list[torch.Tensor]]
+
+
+def runs_one_by_one(stack: nn.Module) -> bool:
+    """Whether a stack (see `experts.stacks`) keeps the contract, and in its plain form."""
+    expected = {"has_gate": True, "is_concatenated": True}
+    expected |= dict.fromkeys(("has_bias", "is_transposed", "has_post_expert_norm"), False)
+    plain = all(getattr(stack, name, value) == value for name, value in expected.items())
+    return plain and hasattr(type(stack), "_apply_gate")
+
+
+def is_starved(tokens: int, in_features: int) -> bool:
+    """Whether so many tokens are too few for the Hessian of a matrix with so many columns."""
+    return tokens < TOKENS_PER_COLUMN * in_features
+
+
+def intermediate(stack: Any, gate_up: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The input of an expert's down projection, [n, inner], from that of the expert, [n, hidden], and its gate and up
+    projections, [2 * inner, hidden]."""
+    gated: torch.Tensor = type(stack)._apply_gate(stack, nn.functional.linear(x, gate_up))
+    return gated
+
+
+@dataclass(frozen=True)
+class Routed:
+    """One call of a stack: hidden float32 [tokens, hidden], and the experts of each token, chosen int64 [tokens, k]; an
+    empty slot holds a number beyond the last expert."""
+
+    hidden: torch.Tensor
+    chosen: torch.Tensor
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict) -> Routed:
+        """From what the stack was called with."""
+
+        def bound(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Routed:
+            return cls(hidden_states, top_k_index)
+
+        return bound(*args, **kwargs)
+
+    def rows(self, expert: int) -> torch.Tensor:
+        """The tokens of an expert, int64 [n]."""
+        return (self.chosen == expert).any(1).nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class ExpertInputs:
+    """The inputs of a stack's experts: what the model quantized so far gives them, and beside it what the original model has
+    for the same tokens (None where nobody asked for it).
+
+    Which tokens belong to an expert is for the router of the quantized model to say: those are the ones that the stored
+    expert will meet. The original may have sent some of them elsewhere, and still its expert can be asked what it would
+    have made of them.
+    """
+
+    seen: list[Routed]
+    meant: list[Routed] | None
+
+    def of(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """For each call float32 [n, hidden] twice."""
+        for number, call in enumerate(self.seen):
+            rows = call.rows(expert)
+            yield call.hidden[rows], None if self.meant is None else self.meant[number].hidden[rows]
+
+
+def solve_experts(
+    stack: Any, original: Any, inputs: ExpertInputs, names: Iterable[tuple[list[str], list[str]]], solve: Solve, name: str
+) -> None:
+    """Quantizes the experts one after the other, and puts what is decoded in their place, so that a down projection is
+    calibrated behind the quantized gate and up.
+
+    original: the same stack with weights that stay; None without a second stream. names: for each expert its matrices'
+    names, by parameter. solve: decoded weights from weights that share their inputs.
+    """
+    if original is not None:  # which shares its tensors
+        for leaf in ("gate_up_proj", "down_proj"):
+            setattr(stack, leaf, nn.Parameter(getattr(stack, leaf).detach().clone(), requires_grad=False))
+    device, reference = stack.down_proj.device, original is not None
+    for expert, (halves, whole) in enumerate(names):
+        gate_up, down = stack.gate_up_proj[expert], stack.down_proj[expert]
+        hessian = Accumulator(gate_up.shape[1], f"{name}.{expert}", device, reference)
+        for x, x_reference in inputs.of(expert):
+            hessian.add(x, x_reference)
+        gate_up.copy_(torch.cat(solve(dict(zip(halves, gate_up.chunk(2), strict=True)), hessian)))
+        hessian = Accumulator(down.shape[1], f"{name}.{expert}", device, reference)
+        for x, x_reference in inputs.of(expert):
+            h_reference = None if x_reference is None else intermediate(original, original.gate_up_proj[expert], x_reference)
+            hessian.add(intermediate(stack, gate_up, x), h_reference)
+        down.copy_(solve({whole[0]: down}, hessian)[0])
