@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     damped: dict[float, list[float]] = {ratio: [] for ratio in RATIOS}
     for number, (name, stack) in enumerate((n, s) for n, s in stacks(model, "")):
         for expert in range(number % chosen.every, len(stack.down_proj), chosen.every):
-            x, held_out = (torch.cat([call.hidden[call.rows(expert)] for call in c[name]]) for c in (calls, others))
+            x, held_out = (torch.cat([call.hidden[call.to(expert)[0]] for call in c[name]]) for c in (calls, others))
             gate_up = stack.gate_up_proj[expert]
             for weight, seen, unseen in (
                 (gate_up, x, held_out),

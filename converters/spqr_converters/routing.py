@@ -48,24 +48,26 @@ def intermediate(stack: Any, gate_up: torch.Tensor, x: torch.Tensor) -> torch.Te
 
 @dataclass(frozen=True)
 class Routed:
-    """One call of a stack: hidden float32 [tokens, hidden], and the experts of each token, chosen int64 [tokens, k]; an
-    empty slot holds a number beyond the last expert."""
+    """One call of a stack: hidden float32 [tokens, hidden]; the experts of each token, chosen int64 [tokens, k], where an empty
+    slot holds a number beyond the last expert; and what their outputs are multiplied with, weights float [tokens, k]."""
 
     hidden: torch.Tensor
     chosen: torch.Tensor
+    weights: torch.Tensor
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict) -> Routed:
         """From what the stack was called with."""
 
         def bound(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Routed:
-            return cls(hidden_states, top_k_index)
+            return cls(hidden_states, top_k_index, top_k_weights)
 
         return bound(*args, **kwargs)
 
-    def rows(self, expert: int) -> torch.Tensor:
-        """The tokens of an expert, int64 [n]."""
-        return (self.chosen == expert).any(1).nonzero()[:, 0]
+    def to(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of an expert, int64 [n], and their weights, float [n, 1]."""
+        token, slot = torch.where(self.chosen == expert)
+        return token, self.weights[token, slot, None]
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,19 @@ class ExpertInputs:
     seen: list[Routed]
     meant: list[Routed] | None
 
-    def of(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """For each call float32 [n, hidden] twice."""
+    def of(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+        """For each call float32 [n, hidden] twice, and the router's weights, float [n, 1]."""
         for number, call in enumerate(self.seen):
-            rows = call.rows(expert)
-            yield call.hidden[rows], None if self.meant is None else self.meant[number].hidden[rows]
+            token, weight = call.to(expert)
+            yield call.hidden[token], None if self.meant is None else self.meant[number].hidden[token], weight
 
 
 def solve_experts(
     stack: Any, original: Any, inputs: ExpertInputs, names: Iterable[tuple[list[str], list[str]]], solve: Solve, name: str
 ) -> None:
     """Quantizes the experts one after the other, and puts what is decoded in their place, so that a down projection is
-    calibrated behind the quantized gate and up.
+    calibrated behind the quantized gate and up. An error of an expert's output is multiplied with the router's weight, so
+    every token counts by its square.
 
     original: the same stack with weights that stay; None without a second stream. names: for each expert its matrices'
     names, by parameter. solve: decoded weights from weights that share their inputs.
@@ -104,11 +107,13 @@ def solve_experts(
     for expert, (halves, whole) in enumerate(names):
         gate_up, down = stack.gate_up_proj[expert], stack.down_proj[expert]
         hessian = Accumulator(gate_up.shape[1], f"{name}.{expert}", device, reference)
-        for x, x_reference in inputs.of(expert):
-            hessian.add(x, x_reference)
+        for x, x_reference, weight in inputs.of(expert):
+            hessian.add(weight * x, None if x_reference is None else weight * x_reference)
         gate_up.copy_(torch.cat(solve(dict(zip(halves, gate_up.chunk(2), strict=True)), hessian)))
         hessian = Accumulator(down.shape[1], f"{name}.{expert}", device, reference)
-        for x, x_reference in inputs.of(expert):
-            h_reference = None if x_reference is None else intermediate(original, original.gate_up_proj[expert], x_reference)
-            hessian.add(intermediate(stack, gate_up, x), h_reference)
+        for x, x_reference, weight in inputs.of(expert):
+            h, h_reference = intermediate(stack, gate_up, x), None
+            if x_reference is not None:
+                h_reference = weight * intermediate(original, original.gate_up_proj[expert], x_reference)
+            hessian.add(weight * h, h_reference)
         down.copy_(solve({whole[0]: down}, hessian)[0])
