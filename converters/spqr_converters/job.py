@@ -35,8 +35,8 @@ from .lossless import carry_over, lossless_plan, most_common
 from .memory import release
 from .options import SolverOptions
 from .parallel import beside_gpu, in_order, one_thread_each, worker_count
-from .report import ModuleReport, Report
-from .routing import STARVED, UNKNOWN, ExpertInputs, Routed, is_starved, runs_one_by_one, solve_experts
+from .report import STARVED, ModuleReport, Report
+from .routing import ExpertInputs, Routed, is_starved, runs_one_by_one, solve_experts
 from .sources import Source, open_source
 from .sources.base import file_sha256
 from .sources.packed import OPTION_FILES
@@ -46,6 +46,7 @@ _Solved = tuple[SpqrMatrix, str, dict[str, float]]  # with its method and its fi
 _DRIFT_PRIOR = 8  # tokens for each input column that count for no drift
 UNIFORM = ("weight_bits", "group_size", "statistics", "outlier_share", "outlier_threshold")  # what a budget decides instead
 REPORT = "spqr_report.json"
+_SHOWN = 4  # experts in a note
 _NOT_COPIED = {"config.json", REPORT, *OPTION_FILES}  # what would tell a loader of another format
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm"}
 
@@ -341,6 +342,12 @@ class _Job:
             )
         if different:
             notes.append(f"{different:,.0f} of {weights:,} weights differ from the source's tool in the last place")
+        if starved := self.report.starved:
+            fewest = sorted(starved.items(), key=lambda row: (row[1], row[0]))[:_SHOWN]
+            notes.append(
+                f"{len(starved)} of {len(self.plan.fused)} matrices of experts had fewer calibration tokens than columns "
+                f"and were quantized without data, first {', '.join(f'{name} ({tokens})' for name, tokens in fewest)}"
+            )
         self.report.notes = notes
         self.report.provenance["notes"] = notes
 
@@ -433,11 +440,10 @@ class _Job:
                 layer.weight = nn.Parameter(self._decoded(module), requires_grad=False)
         for name, stack in stacks(block, prefix):
             for leaf in FUSED if runs_one_by_one(stack) else ():
-                parameter = stack.get_parameter(leaf)
-                for expert, tensors in zip(parameter, self.plan.experts[f"{name}.{leaf}"], strict=True):
-                    for part, tensor in zip(expert.chunk(len(tensors)), tensors, strict=True):
+                for expert, parts in zip(stack.get_parameter(leaf), self.plan.experts[f"{name}.{leaf}"], strict=True):
+                    for weight, tensor in zip(expert.chunk(len(parts)), parts, strict=True):
                         if tensor in self.plan.matrices:
-                            part.copy_(self._decoded(self.plan.matrices[tensor]))
+                            weight.copy_(self._decoded(self.plan.matrices[tensor]))
         stream.advance(block, index)
         self._count_block(tensors)
 
@@ -494,9 +500,10 @@ class _Job:
             if tensor in solved:
                 self._add(tensor, *solved[tensor])
             elif tensor in self.plan.matrices:
-                self._add_data_free(
-                    tensor, UNKNOWN if tensor in self.plan.fused else "data-free: not run by the calibration text"
+                why = (
+                    "experts that cannot be run one by one" if tensor in self.plan.fused else "not run by the calibration text"
                 )
+                self._add_data_free(tensor, f"data-free: {why}")
             else:
                 self._add_dense(tensor)
         self.progress = progress

@@ -9,6 +9,8 @@ from typing import Any
 
 from spqr_format.matrix import PackedMatrix, SpqrMatrix
 
+STARVED = "data-free: expert with too few tokens"  # a method
+
 
 @dataclass(frozen=True)
 class ModuleReport:
@@ -91,6 +93,11 @@ class Report:
         return sum(m.outliers * m.shape[0] * m.shape[1] for m in self.modules) / max(self.quantised_parameters, 1)
 
     @property
+    def starved(self) -> dict[str, int]:
+        """Matrices of experts for which the calibration text had too few tokens -> how many it had."""
+        return {m.name: m.tokens or 0 for m in self.modules if m.method == STARVED}
+
+    @property
     def dense_parameters(self) -> int:
         return sum(d["parameters"] for d in self.dense.values())
 
@@ -121,6 +128,7 @@ class Report:
             "source_error": "unknown" if self.mode != "quantized" else None,
             "notes": self.notes,
             "totals": self.totals(),
+            "starved": self.starved,
             "provenance": self.provenance,
             "modules": [asdict(m) for m in self.modules],
             "dense": self.dense,

@@ -19,9 +19,7 @@ from .hessian import Accumulator
 # With fewer tokens than this for each input column an expert's matrix is quantized without data. Its Hessian is singular then,
 # and what it is damped with counts for more than the tokens do: on tiny-moe data was worth less than 10 % of the error on other
 # tokens there, and from here on 14 to 27 % (converters/benchmarks/experts.py).
-TOKENS_PER_COLUMN = 1.0
-STARVED = "data-free: expert with too few tokens"
-UNKNOWN = "data-free: experts that this converter cannot run one by one"
+TOKENS_PER_COLUMN = 1
 
 Solve = Callable[[dict[str, torch.Tensor], Accumulator], list[torch.Tensor]]
 
