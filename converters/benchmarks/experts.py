@@ -50,13 +50,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--tokens", type=int, default=65536, help="of calibration")
+    parser.add_argument("--held-out", type=int, default=16384, help="tokens of the other text")
     parser.add_argument("--every", type=int, default=4)
     chosen = parser.parse_args(arguments)
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
     model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32).eval().requires_grad_(False)
     windows, _ = Calibration(chosen.calibration, tokens=chosen.tokens, seqlen=512).windows(tokenizer, 512, 0)
     calls = routed(model, windows)
-    others = routed(model, windows_of(read_text(chosen.text), tokenizer, 512, 16384))
+    others = routed(model, windows_of(read_text(chosen.text), tokenizer, 512, chosen.held_out))
     plain: dict[float, list[float]] = {ratio: [] for ratio in RATIOS}
     damped: dict[float, list[float]] = {ratio: [] for ratio in RATIOS}
     for number, (name, stack) in enumerate((n, s) for n, s in stacks(model, "")):

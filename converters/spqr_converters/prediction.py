@@ -136,9 +136,12 @@ def predict(
         hidden = getattr(model.config.get_text_config(), "hidden_size", width)
         streams = 2 if options.drift > 0 else 1
         batch = calibration.batch * length
+        states = 2 if todo.fused else 1  # those before the block, and those before its experts
         # The block (twice with a reference), hidden states, Hessian and its factors in float32 and float64, one batch.
         work += (
-            streams * 4 * (block + tokens * hidden) + (3 * 4 + 5 * 8) * widest * widest + 4 * batch * (4 * hidden + 3 * width)
+            streams * 4 * (block + states * tokens * hidden)
+            + (3 * 4 + 5 * 8) * widest * widest
+            + 4 * batch * (4 * hidden + 3 * width)
         )
         outside = max((e.numel for e in dense), default=0) * 4
         work = max(work, outside + streams * 4 * tokens * hidden)
