@@ -77,8 +77,10 @@ def convert(
     A dense or already quantized source is quantised (anew), from its dequantized weights. With `lossless`, the codes of a
     quantized source are carried over bit for bit instead, in its own bits and groups (the options of the quantizer do not
     count), what it stores dense stays dense, and every module is compared with the source's own dequantized weights.
-    Without `calibration` the weights alone are used. keep: patterns of module names that stay dense. `solver` carries
-    further options; its format fields (weight_bits, group_size, statistics, outliers) are replaced by the arguments here.
+    Without `calibration` the weights alone are used. With it an expert sees the tokens that the router sends to it; where
+    they are too few it is quantized without data (`Report.starved`). keep: patterns of module names that stay dense.
+    `solver` carries further options; its format fields (weight_bits, group_size, statistics, outliers) are replaced by the
+    arguments here.
     bits_per_weight: a budget of stored bits a weight instead of them, for which every module gets its own (see budget.py;
     presets.PRESETS has some with names); the plan stands in the report's provenance.
     progress(module, done, total) is called after every matrix with parameters done and in all. workers: modules at a time,
