@@ -19,6 +19,10 @@ from .statistics import FITS, GroupFit, to_half
 
 _DRIFT_PRIOR = 8  # tokens for each input column that count for no drift
 BATCH_COLUMNS = 128  # columns whose feedback to later columns is applied in one product
+# Tokens for each column that a Hessian of few tokens is mixed with, of columns alike in size and unrelated. A mean of n tokens
+# is off by about sqrt(columns / n) of itself, and error feedback goes where it is too small by chance: without this, 4 tokens a
+# column are worse than none. Measured on tiny-moe, where 1 and 8 do as well as 3 (converters/benchmarks/experts.py).
+_FEW = 3
 
 
 def order_columns(H: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -54,9 +58,11 @@ def corrected_target(weight: torch.Tensor, damped: torch.Tensor, drift: torch.Te
     return (weight.double() + share * correction).float()
 
 
-def prepare(H: torch.Tensor, options: SolverOptions, name: str = "hessian") -> Factor:
-    """The factor of a Hessian that `solve` needs; layers with the same inputs share one."""
-    return factorise(H, order_columns(H, options.group_size), options.damping, name)
+def prepare(H: torch.Tensor, options: SolverOptions, name: str = "hessian", tokens: int | None = None) -> Factor:
+    """The factor of a Hessian that `solve` needs; layers with the same inputs share one. tokens: that H is the mean of, where
+    they may be few for its columns."""
+    damping = options.damping + (0.0 if tokens is None else _FEW * len(H) / tokens)
+    return factorise(H, order_columns(H, options.group_size), damping, name)
 
 
 def solve(
@@ -106,8 +112,9 @@ class SharedInput:
     """The calibration inputs of layers that share one: their Hessian, the drift, and a factor for each group size that is asked
     for, on which the order of the columns depends. Errors: E503."""
 
-    def __init__(self, sums: Accumulator) -> None:
-        self._name = sums.name
+    def __init__(self, sums: Accumulator, few: bool = False) -> None:
+        """few: the tokens may be few for the columns, as those of an expert."""
+        self._name, self._few = sums.name, sums.tokens if few else None
         self._H, self._drift = sums.mean(), sums.drift()
         if self._drift is not None:
             # With few tokens for each input column the correction is mostly noise.
@@ -119,7 +126,7 @@ class SharedInput:
     ) -> tuple[SpqrMatrix, dict[str, float], torch.Tensor]:
         """`solve_and_decode` of one of the layers."""
         if options.group_size not in self._factors:
-            self._factors[options.group_size] = prepare(self._H, options, self._name)
+            self._factors[options.group_size] = prepare(self._H, options, self._name, self._few)
         return solve_and_decode(weight, self._H, options, name, self._drift, self._factors[options.group_size])
 
 

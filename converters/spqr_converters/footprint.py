@@ -187,7 +187,8 @@ class Footprint:
         block = 4 * (self.block + (self.linear if self.streams == 2 else 0))
         solved = 2 * self.linear  # codes, and a matrix being packed
         loading = 2 * max(self.matrix_read, 2 * self.parameter if self.stacks else 0)
-        work = max(block + step, 4 * self.outside)  # what stands before the blocks is run first, and alone
+        routed = self.streams * self._hidden_states(text.tokens) if self.stacks else 0  # what the experts of a block are given
+        work = max(block + step + routed, 4 * self.outside)  # what stands before the blocks is run first, and alone
         on_host = max(solved + loading, self.dense_read)
         return self._split(work, on_host, self.streams * self._hidden_states(text.tokens))
 
@@ -201,8 +202,7 @@ class Footprint:
         tokens = min(windows * text.length, text.tokens)
         hessians = sum(4 * columns**2 for _, columns in self.layers) + 48 * self.widest**2
         backward = 3 * self._forward(text.length, text.length)
-        # The block; importances of its matrices; gradients of its experts and their squares.
-        block = 4 * (self.block + self.linear + 3 * self.stacks)
+        block = 4 * (self.block + self.linear + self.stacks)  # and the importances of its matrices
         head = 4 * self.outside + 17 * text.length * self.vocabulary  # logits, their softmax and gradients
         rounding = 4 * (self.linear + self.stacks) + 16 * self.matrix
         work = max(block + hessians + backward, head, rounding)

@@ -13,6 +13,7 @@ from spqr_format.errors import SpqrError
 
 from .activations import Activations, Room
 from .blocks import Plan, linears
+from .experts import stacks
 from .sources import Source
 
 
@@ -165,10 +166,12 @@ class Stream:
             self.hidden[number] = self.run(block, index, number)
 
     def sets(self, block: nn.Module, index: int) -> tuple[list[list[str]], bool]:
-        """The linear layers in order of execution, those with the same input together; and whether each ran once."""
+        """The linear layers in order of execution, those with the same input together, and the stacks of experts, each by
+        itself; and whether each ran once."""
         order: list[list[str]] = []
         inputs: list[torch.Tensor] = []
         seen: list[str] = []
+        experts = dict(stacks(block, ""))
 
         def hook(name: str) -> Callable:
             def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -176,16 +179,16 @@ class Stream:
                 seen.append(name)
                 if seen.count(name) > 1:
                     return
-                for place, known in enumerate(inputs):
-                    if known is x and place == len(inputs) - 1:
-                        order[place].append(name)
-                        return
+                if inputs and inputs[-1] is x and name not in experts and order[-1][0] not in experts:
+                    order[-1].append(name)
+                    return
                 inputs.append(x)
                 order.append([name])
 
             return note
 
-        handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in linears(block)]
+        watched = [*linears(block), *experts.items()]
+        handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in watched]
         try:
             self.run(block, index, 0)
         finally:
@@ -195,10 +198,15 @@ class Stream:
 
     def inputs(self, block: nn.Module, index: int, name: str, once: bool) -> Generator[list[torch.Tensor], None, None]:
         """For each batch the inputs of one linear layer; the pass ends there when every layer runs once."""
-        caught: list[torch.Tensor] = []
+        for caught in self.arguments(block, index, name, once):
+            yield [_first(*call) for call in caught]
+
+    def arguments(self, block: nn.Module, index: int, name: str, once: bool) -> Generator[list[tuple[tuple, dict]], None, None]:
+        """For each batch the (args, kwargs) of the calls of one module inside, otherwise as `inputs`."""
+        caught: list[tuple[tuple, dict]] = []
 
         def catch(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            caught.append(_first(args, kwargs))
+            caught.append((args, kwargs))
             if once:
                 raise _StopForward
 

@@ -31,7 +31,7 @@ from .budget import plan_bits
 from .calibration import Calibration, shards
 from .card import model_card
 from .coverage import check_coverage, keep_dense
-from .experts import unstack
+from .experts import FUSED, stacks, unstack
 from .follower import Follower
 from .footprint import Footprint, MemoryPlan, Text, plan_memory
 from .forward import Stream, load, unload
@@ -41,7 +41,8 @@ from .memory import release
 from .options import SolverOptions
 from .parallel import beside_gpu, in_order, one_thread_each, worker_count
 from .ranks import Ranks
-from .report import ModuleReport, Report
+from .report import STARVED, ModuleReport, Report
+from .routing import ExpertInputs, Routed, is_starved, runs_one_by_one, solve_experts
 from .sources import Source, open_source
 from .sources.base import file_sha256
 from .sources.packed import OPTION_FILES
@@ -51,6 +52,7 @@ Solved = tuple[Packed, ModuleReport]
 Make = Callable[[str], Solved]
 UNIFORM = ("weight_bits", "group_size", "statistics", "outlier_share", "outlier_threshold")  # what a budget decides instead
 REPORT = "spqr_report.json"
+_SHOWN = 4  # experts in a note
 _NOT_COPIED = {"config.json", REPORT, *OPTION_FILES}  # what would tell a loader of another format
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm"}
 
@@ -84,8 +86,10 @@ def convert(
     A dense or already quantized source is quantised (anew), from its dequantized weights. With `lossless`, the codes of a
     quantized source are carried over bit for bit instead, in its own bits and groups (the options of the quantizer do not
     count), what it stores dense stays dense, and every module is compared with the source's own dequantized weights.
-    Without `calibration` the weights alone are used. keep: patterns of module names that stay dense. `solver` carries
-    further options; its format fields (weight_bits, group_size, statistics, outliers) are replaced by the arguments here.
+    Without `calibration` the weights alone are used. With it an expert sees the tokens that the router sends to it; where
+    they are too few it is quantized without data (`Report.starved`). keep: patterns of module names that stay dense.
+    `solver` carries further options; its format fields (weight_bits, group_size, statistics, outliers) are replaced by the
+    arguments here.
     bits_per_weight: a budget of stored bits a weight instead of them, for which every module gets its own (see budget.py;
     presets.PRESETS has some with names); the plan stands in the report's provenance.
     progress(module, done, total) is called after every matrix with parameters done and in all. workers: modules at a time,
@@ -390,6 +394,12 @@ class _Job:
             )
         if different:
             notes.append(f"{different:,.0f} of {weights:,} weights differ from the source's tool in the last place")
+        if starved := self.report.starved:
+            fewest = sorted(starved.items(), key=lambda row: (row[1], row[0]))[:_SHOWN]
+            notes.append(
+                f"{len(starved)} of {len(self.plan.fused)} matrices of experts had fewer calibration tokens than columns "
+                f"and were quantized without data, first {', '.join(f'{name} ({tokens})' for name, tokens in fewest)}"
+            )
         self.report.notes = notes
         self.report.provenance["notes"] = notes
 
@@ -509,6 +519,13 @@ class _Job:
             module = self.plan.matrices.get(self.plan.parameters[f"{prefix}.{name}.weight"])
             if module is not None and self.writer.notes[module]["method"] == "calibrated":
                 self._replace(layer, *self.ranks.share(0, partial(self._stored, module)))
+        for name, stack in stacks(block, prefix):
+            for leaf in FUSED if runs_one_by_one(stack) else ():
+                for expert, own in zip(stack.get_parameter(leaf), self.plan.experts[f"{name}.{leaf}"], strict=True):
+                    for weight, tensor in zip(expert.chunk(len(own)), own, strict=True):
+                        if tensor in self.plan.matrices:
+                            stored = self.ranks.share(0, partial(self._stored, self.plan.matrices[tensor]))
+                            weight.copy_(self._decoded(*stored))
         with self.ranks.together():
             stream.advance(block, index)
         self._count_block(tensors)
@@ -518,10 +535,13 @@ class _Job:
         packed = self.writer.read_packed(module)
         return packed.layout.as_dict(), packed.tensors
 
+    def _decoded(self, layout: dict[str, Any], tensors: Mapping[str, Any]) -> torch.Tensor:
+        """float32 [out, in], on the device: what a file would hold."""
+        return torch.from_numpy(SpqrMatrix.unpack(Layout(**layout), tensors).dequantize()).to(self.device)
+
     def _replace(self, layer: nn.Linear, layout: dict[str, Any], tensors: Mapping[str, Any]) -> None:
         """A layer's weight by what a file would hold."""
-        weight = torch.from_numpy(SpqrMatrix.unpack(Layout(**layout), tensors).dequantize())
-        layer.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
+        layer.weight = nn.Parameter(self._decoded(layout, tensors), requires_grad=False)
 
     def _tensors_by_block(self) -> dict[int | None, list[str]]:
         names = {tensor: parameter for parameter, tensor in self.plan.parameters.items()}
@@ -538,44 +558,27 @@ class _Job:
     ) -> None:
         order, once = self.ranks.share(0, lambda: (stream.sets(block, index), {}))[0]
         original = _copy(block) if reference is not None else None
-        solved: dict[str, tuple[Packed, ModuleReport]] = {}
+        solved: dict[str, Solved] = {}
         for names in order:
-            names = [name for name in names if self.plan.parameters[f"{prefix}.{name}.weight"] in self.plan.matrices]
+            if f"{prefix}.{names[0]}.{FUSED[0]}" in self.plan.experts:
+                self._solve_stack(block, original, f"{prefix}.{names[0]}", index, stream, reference, once, solved)
+                continue
+            names = [name for name in names if self.plan.parameters.get(f"{prefix}.{name}.weight") in self.plan.matrices]
             if not names:
                 continue
             layers: list[Any] = [block.get_submodule(name) for name in names]
             own = [self.plan.parameters[f"{prefix}.{name}.weight"] for name in names]
-            owners = self.ranks.owners([layer.weight.numel() for layer in layers])
             new = partial(Accumulator, layers[0].in_features, f"{prefix}.{names[0]}", self.device, reference is not None)
             with ExitStack() as hooks:
                 seen = hooks.enter_context(closing(stream.inputs(block, index, names[0], once)))
                 meant = None
                 if reference is not None and original is not None:
                     meant = hooks.enter_context(closing(reference.inputs(original, index, names[0], once)))
-                sums = self.ranks.sum_shards(partial(self._sums, new, seen, meant), new, owners[0])
-            if len(set(owners)) > 1:
-                sums = self.ranks.spread(sums, new, owners[0])
-            if not self.ranks.share(owners[0], partial(_tokens, sums))[0]:
-                continue
-            mine: deque[Solved] = deque()
-            with self.ranks.together():
-                if self.ranks.rank in owners:
-                    assert sums is not None
-                    same = calibrated.SharedInput(sums)
-                sums = None
-                for layer, tensor, owner in zip(layers, own, owners, strict=True):
-                    if owner == self.ranks.rank:
-                        matrix, figures, decoded = same.solve(layer.weight, self._options(tensor), tensor)
-                        mine.append(self._packed(tensor, matrix, "calibrated", figures))
-                        layer.weight = nn.Parameter(decoded, requires_grad=False)
-                        release()
-                        self._tell(tensor, [*solved, *own[: own.index(tensor) + 1]])
-            for layer, tensor, owner in zip(layers, own, owners, strict=True):
-                packed, _ = solved[tensor] = self._shared(owner, mine)
-                if owner != self.ranks.rank:
-                    assert packed.layout is not None
-                    stored = {name.rpartition(".")[2]: array for name, (_, array) in packed.tensors.items()}
-                    self._replace(layer, packed.layout.as_dict(), stored)
+                owners, sums = self._summed(own, new, partial(self._sums, new, seen, meant))
+            weights = {tensor: layer.weight for tensor, layer in zip(own, layers, strict=True)}
+            decoded = self._solve_alike(weights, owners, sums, solved)
+            for layer, weight in zip(layers, decoded, strict=True):
+                layer.weight = nn.Parameter(weight, requires_grad=False)
         if index + 1 < len(self.plan.blocks):
             with self.ranks.together():
                 stream.advance(block, index)
@@ -595,7 +598,8 @@ class _Job:
 
     def _not_run(self, tensor: str) -> Solved:
         """A matrix of a block for which there is no Hessian."""
-        why = "expert" if tensor in self.plan.fused else "not run by the calibration text"
+        fused = tensor in self.plan.fused
+        why = "experts that cannot be run one by one" if fused else "not run by the calibration text"
         return self.solve_data_free(tensor, f": {why}")
 
     def _sums(
@@ -614,9 +618,94 @@ class _Job:
                 sums.add(x, x_reference)
         return sums if sums.tokens else None
 
+    def _summed(
+        self, own: list[str], new: Callable[[], Accumulator], part: Callable[[int], Accumulator | None]
+    ) -> tuple[list[int], Accumulator | None]:
+        """Which rank quantizes which of the matrices that share their inputs, and on these ranks the sums over the inputs, of
+        no tokens where there were none."""
+        owners = self.ranks.owners([self.source.entries[tensor].numel for tensor in own])
+        sums = self.ranks.sum_shards(part, new, owners[0])
+        if len(set(owners)) > 1:
+            sums = self.ranks.spread(sums, new, owners[0])
+        return owners, sums
+
+    def _solve_alike(
+        self, weights: dict[str, torch.Tensor], owners: list[int], sums: Accumulator | None, solved: dict[str, Solved]
+    ) -> list[torch.Tensor]:
+        """Matrices that share their inputs, by tensor name of the source, into `solved`; their decoded weights, float32
+        [out, in], on every rank."""
+        tokens = self.ranks.share(owners[0], partial(_tokens, sums))[0]
+        tensors = list(weights)
+        fused = tensors[0] in self.plan.fused
+        starved = fused and is_starved(tokens, weights[tensors[0]].shape[1])
+        if not tokens and not fused:
+            return list(weights.values())  # not run: each is quantized without data at the block's end
+        found: dict[str, torch.Tensor] = {}
+        mine: deque[Solved] = deque()
+        with self.ranks.together():
+            if self.ranks.rank in owners and not starved:
+                assert sums is not None
+                same = calibrated.SharedInput(sums, fused)
+            sums = None
+            for tensor, owner in zip(tensors, owners, strict=True):
+                if owner != self.ranks.rank:
+                    continue
+                if starved:
+                    method = STARVED
+                    matrix, figures = datafree.solve(weights[tensor], self._options(tensor), tensor)
+                    found[tensor] = torch.from_numpy(matrix.dequantize()).to(self.device)
+                else:
+                    method = "calibrated"
+                    matrix, figures, found[tensor] = same.solve(weights[tensor], self._options(tensor), tensor)
+                mine.append(self._packed(tensor, matrix, method, {**figures, "tokens": tokens}))
+                release()
+                self._tell(tensor, [*solved, *tensors[: tensors.index(tensor) + 1]])
+        for tensor, owner in zip(tensors, owners, strict=True):
+            packed, _ = solved[tensor] = self._shared(owner, mine)
+            if owner != self.ranks.rank:
+                assert packed.layout is not None
+                stored = {name.rpartition(".")[2]: array for name, (_, array) in packed.tensors.items()}
+                found[tensor] = self._decoded(packed.layout.as_dict(), stored)
+        return [found[tensor] for tensor in tensors]
+
+    def _solve_stack(
+        self, block: nn.Module, original: nn.Module | None, name: str, index: int, stream: Stream, reference: Stream | None,
+        once: bool, solved: dict[str, Solved],
+    ) -> None:  # fmt: skip
+        """The experts of one stack (`name` in the model), each with its own tokens."""
+        inside = name.removeprefix(f"{self.plan.prefix}.{index}.")
+        stack = block.get_submodule(inside)
+        if not runs_one_by_one(stack):
+            return
+        meant, same = None, None
+        with self.ranks.together(), ExitStack() as hooks:
+            seen = hooks.enter_context(closing(stream.arguments(block, index, inside, once)))
+            if reference is not None and original is not None:
+                same = original.get_submodule(inside)
+                meant = hooks.enter_context(closing(reference.arguments(original, index, inside, once)))
+            shards = []
+            for part in self.parts:
+                own = _routed(seen, len(part))
+                shards.append(ExpertInputs(own, None if meant is None else _routed(meant, len(part))))
+
+        def solve(weights: dict[str, torch.Tensor], new: Callable[[], Accumulator], part: Any) -> list[torch.Tensor]:
+            own = {tensor: weight for tensor, weight in weights.items() if tensor in self.plan.matrices}
+            found = dict(weights)
+            if own:  # what is kept dense is its own decoded weight
+                found |= zip(own, self._solve_alike(own, *self._summed(list(own), new, part), solved), strict=True)
+            return list(found.values())
+
+        names = zip(*(self.plan.experts[f"{name}.{leaf}"] for leaf in FUSED), strict=True)
+        solve_experts(stack, same, shards, names, solve, name)
+
 
 def _tokens(sums: Accumulator | None) -> tuple[int, dict[str, Any]]:
     return (sums.tokens if sums else 0), {}
+
+
+def _routed(batches: Iterator[list[tuple[tuple, dict]]], count: int) -> list[Routed]:
+    """The calls of so many batches."""
+    return [Routed.of(*call) for _ in range(count) for call in next(batches)]
 
 
 def _copy(block: nn.Module) -> nn.Module:

@@ -9,6 +9,8 @@ from typing import Any
 
 from spqr_format.matrix import PackedMatrix, SpqrMatrix
 
+STARVED = "data-free: expert with too few tokens"  # a method
+
 
 @dataclass(frozen=True)
 class ModuleReport:
@@ -16,7 +18,8 @@ class ModuleReport:
     "data-free" (and why) or "lossless"; weight_error: relative norm; output_error: relative, squared, over the calibration
     inputs. lossless only: rounded, weights that equal those of the source's tool after its own rounding and not before;
     different, weights that do not equal them; rounding_error, relative norm before that rounding (see lossless.compare);
-    compared, of how many weights the last four figures speak, where it is not all (then all codes were compared, as bits)."""
+    compared, of how many weights the last four figures speak, where it is not all (then all codes were compared, as bits).
+    tokens: with calibration, of how many tokens its inputs were seen."""
 
     name: str
     shape: tuple[int, int]
@@ -32,6 +35,7 @@ class ModuleReport:
     different: int | None = None
     rounding_error: float | None = None
     compared: int | None = None
+    tokens: int | None = None
 
     @classmethod
     def of(cls, name: str, matrix: SpqrMatrix | PackedMatrix, method: str, figures: dict[str, float]) -> ModuleReport:
@@ -43,7 +47,7 @@ class ModuleReport:
             name, (layout.out_features, layout.in_features), layout.weight_bits, stored, 8 * stored / weights,
             count / weights, method, figures["weight_error"], figures.get("output_error"), figures.get("damping"),
             _count(figures.get("rounded")), _count(figures.get("different")), figures.get("rounding_error"),
-            _count(figures.get("compared")),
+            _count(figures.get("compared")), _count(figures.get("tokens")),
         )  # fmt: skip
 
     @classmethod
@@ -89,6 +93,11 @@ class Report:
         return sum(m.outliers * m.shape[0] * m.shape[1] for m in self.modules) / max(self.quantised_parameters, 1)
 
     @property
+    def starved(self) -> dict[str, int]:
+        """Matrices of experts for which the calibration text had too few tokens -> how many it had."""
+        return {m.name: m.tokens or 0 for m in self.modules if m.method == STARVED}
+
+    @property
     def dense_parameters(self) -> int:
         return sum(d["parameters"] for d in self.dense.values())
 
@@ -119,6 +128,7 @@ class Report:
             "source_error": "unknown" if self.mode != "quantized" else None,
             "notes": self.notes,
             "totals": self.totals(),
+            "starved": self.starved,
             "provenance": self.provenance,
             "modules": [asdict(m) for m in self.modules],
             "dense": self.dense,

@@ -7,8 +7,8 @@ The calibrated quantizer feeds errors back, which leaves of e H e the sum of its
 pivot 1 / U_jj^2 of its column. [GPTQ, Frantar et al. 2022] So every weight gets an importance G_r / U_jj^2, and candidates
 can be compared by rounding a few rows, without solving a matrix for each.
 
-Experts that the model holds stacked are quantized without feedback: their importance is the diagonal of F, the mean square
-of the gradient over windows. Without calibration every module counts by its size and its relative error.
+Experts that the model holds stacked have an F of their own, of their own tokens. Where those are too few for feedback, the
+importance is the diagonal of F. Without calibration every module counts by its size and its relative error.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from spqr_format.errors import SpqrError
 from . import calibrated, datafree
 from .activations import Activations, Room
 from .blocks import Plan, linears
-from .experts import FUSED, stacks
+from .experts import stacks
 from .forward import Stream, load, loaded_outside, unload
 from .hessian import Accumulator
 from .memory import release
 from .options import SolverOptions
+from .routing import is_starved, runs_one_by_one
 from .sources import Source
 
 TOKENS = 8192  # of the calibration windows that are run forward and backward
@@ -160,10 +161,7 @@ class Sensitivity:
         """The importance of the weights of a block's matrices, by tensor name of the source. Replaces the hidden states before
         the block by the gradients with respect to them."""
         watch = _Watch(block, prefix, self.device)
-        stacked = {name: block.get_parameter(name.removeprefix(prefix + ".")) for name in self._stacks(block, prefix)}
-        squares = {name: torch.zeros_like(parameter) for name, parameter in stacked.items()}
-        for parameter in stacked.values():
-            parameter.requires_grad_(True)
+        experts = {name: _ExpertWatch(stack) for name, stack in stacks(block, prefix) if runs_one_by_one(stack)}
         try:
             gradients = self.between.pop()
             for number, hidden in enumerate(self.between[index]):
@@ -173,25 +171,19 @@ class Sensitivity:
                 (out if isinstance(out, torch.Tensor) else out[0]).backward(gradients[number])
                 assert leaf.grad is not None
                 self.between[index][number] = leaf.grad
-                for name, parameter in stacked.items():
-                    if parameter.grad is not None:
-                        squares[name] += parameter.grad.square()
-                        parameter.grad = None
         finally:
             watch.end()
+            for stack in experts.values():
+                stack.end()
         labels = len(self.windows) * (self.windows.shape[1] - 1)
         found = {}
         for name, importance in watch.importances(labels):
             found[self.plan.parameters[f"{name}.weight"]] = importance
-        for name, square in squares.items():
-            for expert, tensors in zip(square / labels, self.plan.experts[name], strict=True):
-                rows = [self.source.entries[tensor].shape[0] for tensor in tensors]
-                found |= dict(zip(tensors, expert.split(rows), strict=True))
+        for name, stack in experts.items():
+            for (parameter, expert), importance in stack.importances(labels, name):
+                tensors = self.plan.experts[f"{name}.{parameter}"][expert]
+                found |= dict(zip(tensors, importance.chunk(len(tensors)), strict=True))
         return {tensor: importance for tensor, importance in found.items() if tensor in self.plan.matrices}
-
-    def _stacks(self, block: nn.Module, prefix: str) -> list[str]:
-        names = [f"{stack}.{leaf}" for stack, _ in stacks(block, prefix) for leaf in FUSED]
-        return [name for name in names if name in self.plan.experts]
 
 
 class _Watch:
@@ -234,9 +226,7 @@ class _Watch:
             if self.hessians[first].tokens == 0 or name not in self.squares:
                 continue
             if first not in pivots:
-                factor = calibrated.prepare(self.hessians[first].mean(), SolverOptions(), first)
-                pivots[first] = torch.empty_like(factor.inverse_root[0])
-                pivots[first][factor.order] = factor.inverse_root.diagonal().square().reciprocal()
+                pivots[first] = _pivots(self.hessians[first].mean(), first)
             yield name, (self.squares[name] / labels)[:, None] * pivots[first]
 
     def end(self) -> None:
@@ -244,3 +234,54 @@ class _Watch:
         self._last = None
         for handle in self._handles:
             handle.remove()
+
+
+class _ExpertWatch:
+    """Runs a stack of experts one by one instead of as a whole, and keeps the inputs of each projection and the squares of the
+    gradients with respect to its outputs, for there would be too many Hessians to sum them all at once."""
+
+    def __init__(self, stack: Any) -> None:
+        self._stack = stack
+        self._kept: dict[tuple[str, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        stack.forward = self._forward
+
+    def _forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros_like(hidden_states)
+        for expert in range(len(self._stack.down_proj)):
+            token, slot = torch.where(top_k_index == expert)
+            if len(token):
+                h = type(self._stack)._apply_gate(self._stack, self._linear("gate_up_proj", expert, hidden_states[token]))
+                y = self._linear("down_proj", expert, h) * top_k_weights[token, slot, None]
+                result = result.index_add(0, token, y.to(result.dtype))
+        return result
+
+    def _linear(self, leaf: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        out = nn.functional.linear(x, self._stack.get_parameter(leaf)[expert])
+        if out.requires_grad:
+            kept = self._kept.setdefault((leaf, expert), [])
+            out.register_hook(lambda gradient: kept.append((x.detach(), gradient.float().square())))
+        return out
+
+    def importances(self, labels: int, stack: str) -> Iterator[tuple[tuple[str, int], torch.Tensor]]:
+        """Parameter and expert, and the importances of its weights, float32 [out, in], as `_Watch.importances`."""
+        for key, kept in self._kept.items():
+            x, squares = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            if is_starved(*x.shape):
+                yield key, squares.T @ x.square() / labels
+                continue
+            name = f"{stack}.{key[1]}.{key[0]}"
+            hessian = Accumulator(x.shape[1], name, x.device)
+            hessian.add(x)
+            yield key, (squares.sum(0) / labels)[:, None] * _pivots(hessian.mean(), name, len(x))
+
+    def end(self) -> None:
+        """Let the stack run as before."""
+        del self._stack.forward
+
+
+def _pivots(H: torch.Tensor, name: str, tokens: int | None = None) -> torch.Tensor:
+    """1 / U_jj^2 of each column, float32 [in]. tokens: as in `calibrated.prepare`."""
+    factor = calibrated.prepare(H, SolverOptions(), name, tokens)
+    pivots = torch.empty_like(factor.inverse_root[0])
+    pivots[factor.order] = factor.inverse_root.diagonal().square().reciprocal()
+    return pivots
