@@ -48,9 +48,12 @@ def in_order(tasks: Iterable[Callable[[], T]], workers: int) -> Generator[T, Non
     try:
         running: deque[Future[T]] = deque()
         for task in tasks:
-            if len(running) == workers:
-                yield running.popleft().result()
-            running.append(pool.submit(task))
+            if len(running) < workers:
+                running.append(pool.submit(task))
+                continue
+            result = running.popleft().result()
+            running.append(pool.submit(task))  # at work while the result is taken
+            yield result
         while running:
             yield running.popleft().result()
     finally:

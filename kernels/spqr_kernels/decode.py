@@ -20,7 +20,7 @@ from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 from . import outliers, ptx
 from .checks import aligned
 from .lanes import (
-    CHUNK_BYTES,
+    chunk_bytes,
     chunks_at,
     commit_copies,
     copy_async,
@@ -163,7 +163,7 @@ def decode_kernel(
         x_at += SPLIT * 128
 
     if OUTLIERS:
-        room = outliers.room_for_cells(STAGES * (WARPS * CHUNK_BYTES[2 * BITS + BILEVEL] + 512 * BATCH * SPLIT), warp, lane)
+        room = outliers.room_for_cells(STAGES * (WARPS * chunk_bytes(BITS, BILEVEL) + 512 * BATCH * SPLIT), warp, lane)
         cell = (tile * chunks + part) * 2  # the next one to be fetched
         last_cell = tile_rows * chunks * 2 - 2
         begin0 = gl.load(Pointers + gl.minimum(cell, last_cell))

@@ -26,8 +26,8 @@ from . import outliers
 from .checks import aligned
 from .gemm_plan import CHOICES, Plan, plan_for
 from .lanes import (
-    CHUNK_BYTES,
     barrier,
+    chunk_bytes,
     chunks_at,
     commit_copies,
     copy_async,
@@ -201,7 +201,7 @@ def gemm_kernel(
             commit_copies()
 
     if OUTLIERS:
-        room = outliers.room_for_cells(2 * WARPS * CHUNK_BYTES[2 * BITS + BILEVEL] + RING * 128 * BATCH, warp, lane)
+        room = outliers.room_for_cells(2 * WARPS * chunk_bytes(BITS, BILEVEL) + RING * 128 * BATCH, warp, lane)
         cell = (tile * chunks + begin) * 2
         most = outliers.most_in_a_cell(Pointers, cell, (end - begin) * 2, lane)
         rest = gl.max(most, axis=0) > 32 * ENTRIES

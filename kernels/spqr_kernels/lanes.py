@@ -17,22 +17,40 @@ copy_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 commit_copies = async_copy.commit_group
 wait_copies = async_copy.wait_group
 
-# Bases of a linear layout [warps, ..] along its warps.
-WARP_BASES = gl.constexpr(
-    {1: [], 2: [[1, 0]], 4: [[1, 0], [2, 0]], 8: [[1, 0], [2, 0], [4, 0]], 16: [[1, 0], [2, 0], [4, 0], [8, 0]]}
-)
+# Functions and no constants: Triton compares every constant that a kernel reads at each launch.
 
-# Layouts of the copies and reads of a chunk a warp, by warps: four words a lane; statistics codes, of whose 64 words 48 are a
-# set; and the statistics of 16 groups, eight bytes each.
-QUADS = gl.constexpr({warps: gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0]) for warps in WARP_BASES.value})
-CODES_COPY = gl.constexpr({
-    warps: gl.DistributedLinearLayout([[0, 1], [0, 2]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 0]], bases, [], [warps, 64])
-    for warps, bases in WARP_BASES.value.items()
-})  # fmt: skip
-TOPS_COPY = gl.constexpr({
-    warps: gl.DistributedLinearLayout([[0, 1]], [[0, 2], [0, 4], [0, 8], [0, 0], [0, 0]], bases, [], [warps, 16])
-    for warps, bases in WARP_BASES.value.items()
-})  # fmt: skip
+
+@gluon.constexpr_function
+def warp_bases(warps):
+    """Bases of a linear layout [warps, ..] along its warps."""
+    return [[1 << bit, 0] for bit in range(warps.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def quads(warps):
+    """Layout of [warps, 128] words: four a lane."""
+    return gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def codes_copy(warps):
+    """Layout of the copy of a chunk's statistics codes, [warps, 64] words, of which 48 are a set."""
+    bases = [[1 << bit, 0] for bit in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 0]], bases, [], [warps, 64])
+
+
+@gluon.constexpr_function
+def tops_copy(warps):
+    """Layout of the copy of a chunk's tile statistics, [warps, 16] groups of eight bytes."""
+    bases = [[1 << bit, 0] for bit in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout([[0, 1]], [[0, 2], [0, 4], [0, 8], [0, 0], [0, 0]], bases, [], [warps, 16])
+
+
+@gluon.constexpr_function
+def chunk_bytes(bits, bilevel):
+    """Bytes of `room_for_chunks`, for a warp."""
+    return 512 * bits + 384 * int(bilevel)
+
 
 _STREAM4 = gl.constexpr(ptx.load(4, ".L1::no_allocate"))  # weights are read once
 _LOAD4 = gl.constexpr(ptx.load(4))
@@ -101,10 +119,6 @@ def for_all_rows(value, layout: gl.constexpr):
     return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
 
 
-# Bytes of `room_for_chunks` by 2 * bits + bilevel, for a warp.
-CHUNK_BYTES = gl.constexpr({2 * bits + bilevel: 512 * bits + 384 * bilevel for bits in (2, 3, 4) for bilevel in (0, 1)})
-
-
 @gluon.jit
 def room_for_chunks(BITS: gl.constexpr, BILEVEL: gl.constexpr, WARPS: gl.constexpr):
     """Shared memory for one chunk a warp: words [WARPS, 128] each of BITS, then statistics codes and tile statistics."""
@@ -123,7 +137,7 @@ def words_of_chunk(room, layout: gl.constexpr, BITS: gl.constexpr, WARPS: gl.con
     """What each lane holds of the words in `room_for_chunks`: BITS words of each of its blocks, as `four_words` has them."""
     slots = ((), (), (), ())
     for k in gl.static_range(BITS):
-        four = four_words(room[k].load(QUADS[WARPS]), layout)
+        four = four_words(room[k].load(quads(WARPS)), layout)
         slots = (slots[0] + (four[0],), slots[1] + (four[1],), slots[2] + (four[2],), slots[3] + (four[3],))
     return slots
 
@@ -138,18 +152,18 @@ def chunks_at(
     Returns pointers to its words, statistics codes and tile statistics as `copy_chunks` takes them, the number of the chunk in
     the shape of each, and the codes' lane.
     """
-    words_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, QUADS[WARPS]))[:, None]
-    words_lane = gl.arange(0, 128, layout=gl.SliceLayout(0, QUADS[WARPS]))[None, :]
+    words_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, quads(WARPS)))[:, None]
+    words_lane = gl.arange(0, 128, layout=gl.SliceLayout(0, quads(WARPS)))[None, :]
     words_tile = gl.minimum(first_tile + words_warp % TILES, tile_rows - 1).to(gl.int64)
     words_chunk = first_chunk + words_warp // TILES
     words_at = Weight + words_tile * (chunks * (128 * BITS)) + (words_chunk * (128 * BITS) + words_lane)
-    codes_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, CODES_COPY[WARPS]))[:, None]
-    codes_lane = gl.arange(0, 64, layout=gl.SliceLayout(0, CODES_COPY[WARPS]))[None, :]
+    codes_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, codes_copy(WARPS)))[:, None]
+    codes_lane = gl.arange(0, 64, layout=gl.SliceLayout(0, codes_copy(WARPS)))[None, :]
     codes_tile = gl.minimum(first_tile + codes_warp % TILES, tile_rows - 1).to(gl.int64)
     codes_chunk = first_chunk + codes_warp // TILES
     codes_at = StatCodes + codes_tile * (chunks * 48) + (codes_chunk * 48 + codes_lane)
-    tops_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, TOPS_COPY[WARPS]))[:, None]
-    tops_lane = gl.arange(0, 16, layout=gl.SliceLayout(0, TOPS_COPY[WARPS]))[None, :]
+    tops_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, tops_copy(WARPS)))[:, None]
+    tops_lane = gl.arange(0, 16, layout=gl.SliceLayout(0, tops_copy(WARPS)))[None, :]
     tops_tile = gl.minimum(first_tile + tops_warp % TILES, tile_rows - 1).to(gl.int64)
     tops_chunk = first_chunk + tops_warp // TILES
     tops_at = TileStats.to(gl.pointer_type(gl.int64)) + tops_tile * (chunks * 16) + (tops_chunk * 16 + tops_lane)

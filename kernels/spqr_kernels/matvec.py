@@ -29,8 +29,7 @@ from spqr_format.packing import FIELDS, is_spread
 from . import outliers, ptx
 from .checks import aligned
 from .lanes import (
-    CHUNK_BYTES,
-    WARP_BASES,
+    chunk_bytes,
     chunks_at,
     commit_copies,
     copy_chunks,
@@ -39,6 +38,7 @@ from .lanes import (
     load4,
     room_for_chunks,
     wait_copies,
+    warp_bases,
     words_of_chunk,
 )
 
@@ -234,9 +234,9 @@ def _four_groups(tile, layout: gl.constexpr):
 def _set_of_codes(codes, lane, layout: gl.constexpr):
     """Words of spec 4.3 [WARPS, 64] to four [32 * WARPS] with the codes of those groups at STATISTICS_PLACES."""
     WARPS: gl.constexpr = codes.shape[0]
-    warp_bases: gl.constexpr = WARP_BASES[WARPS]
+    bases: gl.constexpr = warp_bases(WARPS)
     words: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
-    halves: gl.constexpr = gl.DistributedLinearLayout([], [[0, 0], [0, 1], [0, 2], [0, 4], [0, 8]], warp_bases, [], [WARPS, 16])
+    halves: gl.constexpr = gl.DistributedLinearLayout([], [[0, 0], [0, 1], [0, 2], [0, 4], [0, 8]], bases, [], [WARPS, 16])
     twice: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 16, 2], [WARPS, 1, 1], [2, 1, 0])
     own = gl.reshape(codes.slice(0, 32, 1).load(words), [32 * WARPS])
     own = gl.convert_layout(own, layout, assert_trivial=True)
@@ -268,9 +268,9 @@ def matvec_kernel(
     """
     FLAVOR: gl.constexpr = BITS + BF
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    warp_bases: gl.constexpr = WARP_BASES[WARPS]
+    bases: gl.constexpr = warp_bases(WARPS)
     tops_read: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 8]], [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]], warp_bases, [], [WARPS, 16]
+        [[0, 1], [0, 8]], [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]], bases, [], [WARPS, 16]
     )
     spread: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])  # warp, lane, row half
     inner: gl.constexpr = gl.SliceLayout(0, spread)
@@ -310,7 +310,7 @@ def matvec_kernel(
         tops_at += WARPS * 16
 
     if OUTLIERS:
-        room = outliers.room_for_products(STAGES * WARPS * CHUNK_BYTES[2 * BITS + BILEVEL], thread, KEPT)
+        room = outliers.room_for_products(STAGES * WARPS * chunk_bytes(BITS, BILEVEL), thread, KEPT)
         room = outliers.ask(room, Outliers, first_outlier, last_outlier, all_outliers, thread, KEPT)
 
     # Lane gid = tid (for the second four blocks of a half chunk, gid = tid + 4) brings x of block gid, the others zeros.

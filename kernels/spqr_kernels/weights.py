@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from . import ptx
-from .lanes import WARP_BASES, for_all_rows, funnel, words_of_chunk
+from .lanes import for_all_rows, funnel, warp_bases, words_of_chunk
 
 _LANE = gl.constexpr({bits: ptx.dequantize_lane(bits) for bits in (2, 3, 4)})
 _LANE_REGISTERS = gl.constexpr({bits: ptx.dequantize_lane_constraints(bits) for bits in (2, 3, 4)})
@@ -56,12 +56,12 @@ def _spread_rows(value, layout: gl.constexpr):
 def set_of_codes(codes, tid, layout: gl.constexpr):
     """Words of spec 4.3 [WARPS, 64] to four [32 * WARPS] with the codes of groups tid, 4 + tid, 8 + tid, 12 + tid at bit 0."""
     WARPS: gl.constexpr = codes.shape[0]
-    warp_bases: gl.constexpr = WARP_BASES[WARPS]
+    bases: gl.constexpr = warp_bases(WARPS)
     words: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 2]], [[0, 0], [0, 1], [0, 4], [0, 8], [0, 16]], warp_bases, [], [WARPS, 32]
+        [[0, 2]], [[0, 0], [0, 1], [0, 4], [0, 8], [0, 16]], bases, [], [WARPS, 32]
     )
     halves: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1]], [[0, 0], [0, 0], [0, 2], [0, 4], [0, 8]], warp_bases, [], [WARPS, 16]
+        [[0, 1]], [[0, 0], [0, 0], [0, 2], [0, 4], [0, 8]], bases, [], [WARPS, 16]
     )
     own = gl.permute(gl.reshape(codes.slice(0, 32, 1).load(words), [WARPS, 8, 2, 2]), [0, 1, 3, 2])
     own0, own1 = gl.split(own)
@@ -82,7 +82,7 @@ def lane_of_chunk(room, tid, layout: gl.constexpr, BITS: gl.constexpr, BILEVEL: 
     `set_of_codes` and statistics of `four_groups` (else zeros)."""
     WARPS: gl.constexpr = tid.shape[0] // 32
     tops_read: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 4], [0, 8]], [[0, 1], [0, 2], [0, 0], [0, 0], [0, 0]], WARP_BASES[WARPS], [], [WARPS, 16]
+        [[0, 4], [0, 8]], [[0, 1], [0, 2], [0, 0], [0, 0], [0, 0]], warp_bases(WARPS), [], [WARPS, 16]
     )
     slots = words_of_chunk(room, layout, BITS, WARPS)
     none = tid * 0
