@@ -50,6 +50,7 @@ from .sources.packed import OPTION_FILES
 Progress = Callable[[str, int, int], None]
 Solved = tuple[Packed, ModuleReport]
 Make = Callable[[str], Solved]
+Summed = tuple[list[int], Accumulator | None]  # which rank quantizes each matrix, and the sums over their inputs
 UNIFORM = ("weight_bits", "group_size", "statistics", "outlier_share", "outlier_threshold")  # what a budget decides instead
 REPORT = "spqr_report.json"
 _SHOWN = 4  # experts in a note
@@ -569,15 +570,10 @@ class _Job:
             layers: list[Any] = [block.get_submodule(name) for name in names]
             own = [self.plan.parameters[f"{prefix}.{name}.weight"] for name in names]
             new = partial(Accumulator, layers[0].in_features, f"{prefix}.{names[0]}", self.device, reference is not None)
-            with ExitStack() as hooks:
-                seen = hooks.enter_context(closing(stream.inputs(block, index, names[0], once)))
-                meant = None
-                if reference is not None and original is not None:
-                    meant = hooks.enter_context(closing(reference.inputs(original, index, names[0], once)))
-                owners, sums = self._summed(own, new, partial(self._sums, new, seen, meant))
+            streams = ((stream, block), (reference, original))
+            summed = partial(self._sum_inputs, own, new, streams, index, names[0], once)
             weights = {tensor: layer.weight for tensor, layer in zip(own, layers, strict=True)}
-            decoded = self._solve_alike(weights, owners, sums, solved)
-            for layer, weight in zip(layers, decoded, strict=True):
+            for layer, weight in zip(layers, self._solve_alike(weights, summed, solved), strict=True):
                 layer.weight = nn.Parameter(weight, requires_grad=False)
         if index + 1 < len(self.plan.blocks):
             with self.ranks.together():
@@ -618,9 +614,18 @@ class _Job:
                 sums.add(x, x_reference)
         return sums if sums.tokens else None
 
-    def _summed(
-        self, own: list[str], new: Callable[[], Accumulator], part: Callable[[int], Accumulator | None]
-    ) -> tuple[list[int], Accumulator | None]:
+    def _sum_inputs(
+        self, own: list[str], new: Callable[[], Accumulator], streams: tuple[Any, Any], index: int, name: str, once: bool
+    ) -> Summed:
+        """`_summed` over the inputs of a linear layer. streams: of the quantized model and of the original (or None), each with
+        its block."""
+        with ExitStack() as hooks:
+            seen, meant = (
+                stream and hooks.enter_context(closing(stream.inputs(block, index, name, once))) for stream, block in streams
+            )
+            return self._summed(own, new, partial(self._sums, new, seen, meant))
+
+    def _summed(self, own: list[str], new: Callable[[], Accumulator], part: Callable[[int], Accumulator | None]) -> Summed:
         """Which rank quantizes which of the matrices that share their inputs, and on these ranks the sums over the inputs, of
         no tokens where there were none."""
         owners = self.ranks.owners([self.source.entries[tensor].numel for tensor in own])
@@ -630,10 +635,11 @@ class _Job:
         return owners, sums
 
     def _solve_alike(
-        self, weights: dict[str, torch.Tensor], owners: list[int], sums: Accumulator | None, solved: dict[str, Solved]
+        self, weights: dict[str, torch.Tensor], summed: Callable[[], Summed], solved: dict[str, Solved]
     ) -> list[torch.Tensor]:
         """Matrices that share their inputs, by tensor name of the source, into `solved`; their decoded weights, float32
-        [out, in], on every rank."""
+        [out, in], on every rank. The sums are made here, so that nobody holds them while the matrices are solved."""
+        owners, sums = summed()
         tokens = self.ranks.share(owners[0], partial(_tokens, sums))[0]
         tensors = list(weights)
         fused = tensors[0] in self.plan.fused
@@ -692,7 +698,7 @@ class _Job:
             own = {tensor: weight for tensor, weight in weights.items() if tensor in self.plan.matrices}
             found = dict(weights)
             if own:  # what is kept dense is its own decoded weight
-                found |= zip(own, self._solve_alike(own, *self._summed(list(own), new, part), solved), strict=True)
+                found |= zip(own, self._solve_alike(own, partial(self._summed, list(own), new, part), solved), strict=True)
             return list(found.values())
 
         names = zip(*(self.plan.experts[f"{name}.{leaf}"] for leaf in FUSED), strict=True)

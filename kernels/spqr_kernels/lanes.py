@@ -35,15 +35,15 @@ def quads(warps):
 @gluon.constexpr_function
 def codes_copy(warps):
     """Layout of the copy of a chunk's statistics codes, [warps, 64] words, of which 48 are a set."""
-    bases = [[1 << bit, 0] for bit in range(warps.bit_length() - 1)]
-    return gl.DistributedLinearLayout([[0, 1], [0, 2]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 0]], bases, [], [warps, 64])
+    lanes = [[0, 4], [0, 8], [0, 16], [0, 32], [0, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2]], lanes, warp_bases(warps), [], [warps, 64])
 
 
 @gluon.constexpr_function
 def tops_copy(warps):
     """Layout of the copy of a chunk's tile statistics, [warps, 16] groups of eight bytes."""
-    bases = [[1 << bit, 0] for bit in range(warps.bit_length() - 1)]
-    return gl.DistributedLinearLayout([[0, 1]], [[0, 2], [0, 4], [0, 8], [0, 0], [0, 0]], bases, [], [warps, 16])
+    lanes = [[0, 2], [0, 4], [0, 8], [0, 0], [0, 0]]
+    return gl.DistributedLinearLayout([[0, 1]], lanes, warp_bases(warps), [], [warps, 16])
 
 
 @gluon.constexpr_function

@@ -18,6 +18,11 @@ from spqr_converters.memory import release
 
 torch.set_num_threads(2)
 
+MOE_SIZES: dict[str, Any] = {  # of a tiny mixture of experts, for the configurations of transformers
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_experts_per_tok": 2, "head_dim": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+
 
 @pytest.fixture
 def random_llama(tmp_path: Path) -> Callable[..., Path]:

@@ -20,11 +20,9 @@ from spqr_converters.sensitivity import _ExpertWatch
 from spqr_format.reader import Checkpoint
 from spqr_format.writer import CheckpointWriter
 
+from .conftest import MOE_SIZES
+
 QUICK = SolverOptions(rounds=1, sweeps=1)
-SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "num_experts_per_tok": 2, "head_dim": 8, "max_position_embeddings": 64,
-}  # fmt: skip
 KINDS = {
     "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}, ("w1", "w3", "w2")),
     "qwen3": (
@@ -48,7 +46,7 @@ def make(folder: Path, kind: str = "qwen3", unloved: bool = False, **sizes: Any)
     """A model whose hidden states lie mostly in a few directions. unloved: its last expert is never chosen."""
     config, model_class, own, _ = KINDS[kind]
     torch.manual_seed(0)
-    model = model_class(config(**{**SIZES, **own, **sizes}))
+    model = model_class(config(**{**MOE_SIZES, **own, **sizes}))
     with torch.no_grad():
         embedding = model.model.embed_tokens.weight
         embedding.mul_(50 * 0.8 ** torch.arange(embedding.shape[1]))
@@ -134,8 +132,8 @@ def test_a_token_that_the_two_models_route_apart() -> None:
     config, _, own, _ = KINDS["qwen3"]
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    stack = Qwen3MoeExperts(config(**{**SIZES, **own})).requires_grad_(False)
-    original = Qwen3MoeExperts(config(**{**SIZES, **own})).requires_grad_(False)
+    stack = Qwen3MoeExperts(config(**{**MOE_SIZES, **own})).requires_grad_(False)
+    original = Qwen3MoeExperts(config(**{**MOE_SIZES, **own})).requires_grad_(False)
     for leaf in ("gate_up_proj", "down_proj"):
         getattr(stack, leaf).normal_()
         setattr(original, leaf, getattr(stack, leaf))
@@ -292,7 +290,7 @@ def test_the_importance_of_an_experts_weights() -> None:
     config, _, own, _ = KINDS["qwen3"]
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    stack = Qwen3MoeExperts(config(**{**SIZES, **own}))
+    stack = Qwen3MoeExperts(config(**{**MOE_SIZES, **own}))
     with torch.no_grad():
         stack.gate_up_proj.normal_()
         stack.down_proj.normal_()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,15 +24,14 @@ from spqr_format.errors import SpqrError
 from spqr_format.reader import Checkpoint
 from spqr_format.validate import validate
 
+from .conftest import MOE_SIZES
+
 QUICK = SolverOptions(rounds=1, sweeps=0)
-SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "num_experts_per_tok": 2, "head_dim": 8, "max_position_embeddings": 64,
-}  # fmt: skip
+TWO_LAYERS = MOE_SIZES | {"num_hidden_layers": 2}
 MODELS = {
-    "mixtral": (lambda: MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SIZES)), ("w1", "w3", "w2")),
+    "mixtral": (lambda: MixtralForCausalLM(MixtralConfig(num_local_experts=4, **TWO_LAYERS)), ("w1", "w3", "w2")),
     "qwen3": (
-        lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=4, moe_intermediate_size=16, mlp_only_layers=[], **SIZES)),
+        lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=4, moe_intermediate_size=16, mlp_only_layers=[], **TWO_LAYERS)),
         ("gate_proj", "up_proj", "down_proj"),
     ),
 }
@@ -100,7 +98,7 @@ def test_the_rows_are_those_that_transformers_splits(kind, folders) -> None:
 
 def test_stacks_of_another_order_are_refused(tmp_path) -> None:
     """GPT-OSS stores its experts transposed, interleaved and with biases: nothing is guessed."""
-    GptOssForCausalLM(GptOssConfig(num_local_experts=4, **SIZES)).half().save_pretrained(tmp_path / "x")
+    GptOssForCausalLM(GptOssConfig(num_local_experts=4, **TWO_LAYERS)).half().save_pretrained(tmp_path / "x")
     with pytest.raises(SpqrError, match=r"SPQR-E504 model\.layers\.0\.mlp\.experts\.gate_up_proj: experts stacked"):
         convert(tmp_path / "x", tmp_path / "out", solver=QUICK)
 
