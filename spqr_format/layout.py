@@ -82,6 +82,12 @@ class Layout:
             raise SpqrError("E104", self.where, f"statistics = {self.statistics!r}, expected bilevel or direct")
         if not 0 <= self.outliers <= min(self.out_features * self.in_features, MAX_OUTLIERS):
             raise SpqrError("E006", self.where, f"{self.outliers} outliers")
+        # Layouts are looked up at every product. Of numbers alone: a string's hash differs in another process.
+        key = (self.out_features, self.in_features, self.weight_bits, self.group_size, self.statistics == "bilevel")
+        object.__setattr__(self, "_hash", hash((*key, self.outliers, self.permuted)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined, no-any-return]
 
     @property
     def tile_rows(self) -> int:

@@ -22,8 +22,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from spqr_format.packing import SPREAD
 
-from . import decode, dequant, fit, gemm, matvec, unpack
-from .dispatch import FIT_COLUMNS
+from . import decode, dequant, fit, gemm, grouped, matvec, unpack
+from .dispatch import FIT_COLUMNS, TOGETHER
 from .weight_at import field_constants
 
 NVIDIA = (80, 89, 90)
@@ -32,6 +32,7 @@ AMD = ("gfx942",)
 _STORED = {"Weight": "*i32", "StatCodes": "*i32", "TileStats": "*i16", "GroupSc": "*i16", "GroupZp": "*u8"}
 _UNALIGNED = (
     "batch", "out_features", "tile_rows", "chunks", "groups", "parts", "whole", "splits", "a_split", "all_outliers", "top",
+    "first1", "first2", *(f"{name}{i}" for name in ("out_features", "outliers") for i in range(TOGETHER)),
 )  # fmt: skip
 _FIT = ("search_kernel", "tile_start_kernel", "round_kernel", "residual_kernel")
 _OUTLIERS = {"Pointers": "*i32", "Outliers": "*i32"}
@@ -79,6 +80,7 @@ def variants() -> list[Variant]:
             sizes = {"out_features": "i32", "chunks": "i32", "groups": "i32", "all_outliers": "i32"}
             constants = kind | sparse | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2, "KEPT": 2048}
             found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4))
+        found.append(_siblings(title, kind | sparse))
         operands = {"X": "*fp16", "Scale": "*fp32"} | _STORED | _OUTLIERS | {"Bias": "*fp16", "Y": "*fp16"}
         sizes = {"batch": "i32", "out_features": "i32", "tile_rows": "i32", "chunks": "i32", "groups": "i32"}
         for batch, tiles, warps, outliers in ((8, 4, 8, True), (32, 8, 8, True), (64, 8, 8, False)):
@@ -130,6 +132,19 @@ def variants() -> list[Variant]:
         constants = constants | {"CELLS": dequant.CELLS, "ENTRIES": dequant.ENTRIES}
         found.append(Variant(f"outliers {title}", dequant.outliers_kernel, operands, constants, 4))
     return found + _fit_variants()
+
+
+def _siblings(title: str, kind: dict[str, Any]) -> Variant:
+    """Three matrices that share x."""
+    three = range(TOGETHER)
+    operands = {"X": "*fp16", "Zeros": "*u8"} | {f"Joined{i}": "*i32" for i in three}
+    operands |= {f"{name}{i}": "*fp16" for name in ("Bias", "Y") for i in three}
+    operands |= dict.fromkeys(("chunks", "groups", "first1", "first2"), "i32")
+    for i in three:
+        names = ("at_scales", "at_zeros", "at_pointers", "at_outliers", "out_features", "outliers")
+        operands |= {f"{name}{i}": "i32" for name in names}
+    constants = kind | {"BF": 0, "WHOLE": True, "WARPS": 4, "STAGES": 2, "KEPT": 2048}
+    return Variant(f"siblings {title}", grouped.siblings_kernel, operands, constants, 4)
 
 
 def _fit_variants() -> list[Variant]:

@@ -9,6 +9,7 @@ shared memory is B of two products. Every sum has one fixed order, so results re
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from .lanes import (
     room_for_chunks,
     wait_copies,
 )
+from .launch import LEAVES, Launch, addresses
 from .weights import dequantize_lane, half_statistics, lane_of_chunk
 
 REGISTERS = {64: 255}  # limit for a thread by padded batch, where the compiler's own choice spills
@@ -295,6 +297,22 @@ def tiles_and_warps(layout: Layout, batch: int) -> tuple[int, int]:
     return tiles, warps
 
 
+@cache
+def _launch(layout: Layout, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device) -> Launch:
+    padded = max(8, 1 << (batch - 1).bit_length())
+    (tiles, warps), stages = tiles_and_warps(layout, batch), 2
+    chunks = layout.blocks // CHUNK
+    dtypes = (torch.float16, torch.float32, *LEAVES.values(), bias or dtype, dtype)
+    integers = (batch, layout.out_features, layout.tile_rows, chunks, layout.groups)
+    constants = {
+        "BITS": layout.weight_bits, "BILEVEL": layout.statistics == "bilevel", "BLOCKS_A_GROUP": layout.group_size // TILE,
+        "OUTLIERS": layout.outliers > 0, "HAS_BIAS": bias is not None, "SCALED": dtype == torch.bfloat16,
+        "WHOLE": chunks % (warps // tiles * stages) == 0, "FULL": padded == batch, "BATCH": padded, "WARPS": warps,
+        "TILES": tiles, "STAGES": stages, "ENTRIES": outliers.outliers_a_lane(layout), "num_warps": warps,
+    } | ({"maxnreg": REGISTERS[padded]} if padded in REGISTERS else {})  # fmt: skip
+    return Launch(decode_kernel, (ceil_div(layout.tile_rows, tiles), 1), device, dtypes, integers, constants)
+
+
 def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, batch 1..64, and checked operands of a layout of
     whole chunks. Returns [batch, out] in x's dtype."""
@@ -310,23 +328,11 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     dense = aligned(x) if not layout.permuted else x.index_select(1, tensors["perm"])
     if layout.in_features % TILE:
         dense = torch.nn.functional.pad(dense, (0, layout.blocks * TILE - layout.in_features))
-    padded = 8
-    while padded < batch:
-        padded *= 2
     y = torch.empty(batch, layout.out_features, dtype=out_dtype, device=x.device)
-    (tiles, warps), stages = tiles_and_warps(layout, batch), 2
-    chunks = layout.blocks // CHUNK
-    limit = {"maxnreg": REGISTERS[padded]} if padded in REGISTERS else {}
-    unused = tensors["weight"]
-    decode_kernel[(ceil_div(layout.tile_rows, tiles),)](
-        dense, unused if scale is None else scale, tensors["weight"], tensors.get("stat_codes", unused),
-        tensors.get("tile_stats", unused), tensors.get("group_sc", unused), tensors.get("group_zp", unused),
-        tensors.get("outlier_ptr", unused), tensors.get("outliers", unused),
-        unused if bias is None else bias, y, batch, layout.out_features, layout.tile_rows, chunks, layout.groups,
-        BITS=layout.weight_bits, BILEVEL=layout.statistics == "bilevel", BLOCKS_A_GROUP=layout.group_size // TILE,
-        OUTLIERS=layout.outliers > 0, HAS_BIAS=bias is not None, SCALED=scale is not None,
-        WHOLE=chunks % (warps // tiles * stages) == 0, FULL=padded == batch, BATCH=padded, WARPS=warps, TILES=tiles,
-        STAGES=stages, ENTRIES=outliers.outliers_a_lane(layout), num_warps=warps,
-        **limit,
+    added = None if bias is None else aligned(bias)
+    launch = _launch(layout, batch, out_dtype, None if bias is None else bias.dtype, x.device)
+    launch(
+        dense.data_ptr(), (y if scale is None else scale).data_ptr(), *addresses(tensors, layout),
+        (y if added is None else added).data_ptr(), y.data_ptr(),
     )  # fmt: skip
     return y

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812, its name everywhere
@@ -13,6 +13,8 @@ from torch import Tensor
 from spqr_format.layout import CHUNK, TILE, Layout
 
 from . import cpu, reference
+from .joined import Joined
+from .launch import on_device
 
 # Largest batch of each kernel; beyond, dequantizing and cuBLAS are faster. The first is between what was measured on an H200
 # at 512, where it is faster, and at 2048 (kernels/benchmarks/README.md); the decode kernel, without outliers and with them,
@@ -20,6 +22,7 @@ from . import cpu, reference
 GEMM_BATCH = 1024
 DECODE_BATCH = {False: 64, True: 32}
 _SPLIT_BATCH = 256  # up to which cuBLAS may split columns: what was seen to lose exactness had 33 rows
+TOGETHER = 3  # matrices of one x that a launch takes at most
 FIT_COLUMNS = 16  # the widest group that a thread of fit.py holds in its registers
 
 Tensors = Mapping[str, Tensor]
@@ -55,15 +58,40 @@ def whole_chunks(layout: Layout) -> bool:
     return layout.blocks % CHUNK == 0 and (layout.statistics == "direct" or layout.group_size == TILE)
 
 
+def alike(layouts: Sequence[Layout]) -> bool:
+    """Whether one kernel is right for all of these: the same codes and statistics over the same columns, none permuted."""
+    first = layouts[0]
+    kind = (first.in_features, first.weight_bits, first.group_size, first.statistics)
+    same = all((it.in_features, it.weight_bits, it.group_size, it.statistics) == kind for it in layouts)
+    return same and not any(it.permuted for it in layouts)
+
+
 def dequantize(tensors: Tensors, layout: Layout, dtype: torch.dtype) -> Tensor:
     """W of the given dtype, [out, in]."""
-    if has_triton(tensors["weight"].device):
+    device = tensors["weight"].device
+    if has_triton(device):
         from . import dequant
 
-        return dequant.dequantize(tensors, layout, dtype)
-    if tensors["weight"].device.type == "cpu":
+        with on_device(device):
+            return dequant.dequantize(tensors, layout, dtype)
+    if device.type == "cpu":
         return cpu.dequantize(tensors, layout, dtype)
     return reference.dequantize(tensors, layout, dtype)
+
+
+def linears(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], biases: Sequence[Tensor]) -> list[Tensor]:
+    """x W^T + bias for each of several matrices, of which each is one tensor, in a single launch where that is faster."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if half and x.numel() == layouts[0].in_features and has_tensor_cores(x.device) and len(layouts) > 1:
+        from . import grouped
+
+        same = len({bias.dtype for bias in biases}) < 2
+        if len(layouts) <= TOGETHER and same and whole_chunks(layouts[0]) and alike(layouts):
+            results = grouped.siblings(x.reshape(1, -1).contiguous(), joined, layouts, biases or None)
+            return [y.view(*x.shape[:-1], y.shape[-1]) for y in results]
+    each: Sequence[Tensor | None] = biases or [None] * len(joined)
+    matrices = zip(joined, layouts, each, strict=True)
+    return [linear(x, Joined(whole, layout), layout, bias) for whole, layout, bias in matrices]
 
 
 def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> Tensor:

@@ -9,8 +9,9 @@ Every sum has one fixed order, so results repeat bit for bit.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from .lanes import (
     room_for_chunks,
     wait_copies,
 )
+from .launch import LEAVES, Launch, addresses
 from .weights import dequantize_lane, half_statistics, lane_of_chunk
 
 
@@ -396,65 +398,80 @@ X_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)  # of slots of x in shared memory
 IN_ORDER = 32  # from this width on, a reordered x copied by a tensor map is faster than copies of 4 bytes
 
 
-@functools.cache
+@cache
 def _plan(batch: int, tile_rows: int, chunks: int, device: torch.device) -> Plan:
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return plan_for(batch, tile_rows, chunks, multiprocessors)
 
 
+class _Launches(NamedTuple):
+    """The kernels of a product and its plan: prepare where x must be made anew, finish where programs share pieces."""
+
+    plan: Plan
+    prepare: Launch | None
+    product: Launch
+    finish: Launch | None
+
+
+@cache
+def _launches(layout: Layout, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device) -> _Launches:
+    chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
+    plan = _plan(batch, layout.tile_rows, chunks, device)
+    choice = CHOICES[plan.width]
+    ordered = plan.width >= IN_ORDER
+    scaled = dtype == torch.bfloat16  # weights are exact enough in fp16 but not in bf16
+    prepare = finish = None
+    if scaled or ordered or columns != layout.in_features:
+        grid = (batch, 1 if scaled else ceil_div(columns, 2048))
+        constants = {"SCALED": scaled, "ORDERED": ordered, "BLOCK": 2048, "num_warps": 4}
+        dtypes = (dtype, torch.float16, torch.float32)
+        prepare = Launch(prepare_kernel, grid, device, dtypes, (layout.in_features, columns), constants)
+    common = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": plan.width}
+    if plan.splits > 1:
+        rows = 16 * choice.warps
+        grid = (ceil_div((plan.pieces - plan.whole) * plan.width * rows, 512), 1)
+        integers = (batch, layout.out_features, plan.parts, plan.whole, plan.splits)
+        dtypes = (torch.float32, torch.float32, bias or dtype, dtype)
+        constants = common | {"ROWS": rows, "BLOCK": 512, "num_warps": 4}
+        finish = Launch(finish_kernel, grid, device, dtypes, integers, constants)
+    dtypes = (torch.float16, torch.float16, torch.float32, *LEAVES.values(), bias or dtype, dtype, torch.float32)
+    integers = (
+        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, plan.parts, plan.whole, plan.splits, plan.a_split,
+    )  # fmt: skip
+    constants = common | {
+        "BITS": layout.weight_bits, "BILEVEL": layout.statistics == "bilevel", "BLOCKS_A_GROUP": layout.group_size // TILE,
+        "OUTLIERS": layout.outliers > 0, "SPLIT": plan.splits > 1, "ORDERED": ordered, "WARPS": choice.warps,
+        "TURN": choice.turn, "ENTRIES": outliers.outliers_a_lane(layout), "num_warps": choice.warps,
+    } | ({"maxnreg": choice.registers} if choice.registers else {})  # fmt: skip
+    product = Launch(gemm_kernel, (plan.programs, 1), device, dtypes, integers, constants)
+    return _Launches(plan, prepare, product, finish)
+
+
 def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, and checked operands of a layout of whole chunks, not
     permuted where it has outliers. Returns [batch, out] in x's dtype."""
-    out_dtype = x.dtype
-    batch = x.shape[0]
-    chunks = layout.blocks // CHUNK
-    plan = _plan(batch, layout.tile_rows, chunks, x.device)
+    batch, dtype = x.shape[0], x.dtype
+    plan, prepare, product, finish = _launches(layout, batch, dtype, None if bias is None else bias.dtype, x.device)
+    y = torch.empty(batch, layout.out_features, dtype=dtype, device=x.device)
+    added = y if bias is None else aligned(bias)
+    scale = partial = y  # where the kernels are told not to look
+    x = aligned(x) if not layout.permuted else x.index_select(1, tensors["perm"])
+    if prepare is not None:
+        if dtype == torch.bfloat16:
+            scale = torch.empty(batch, dtype=torch.float32, device=x.device)
+        given, x = x, torch.empty(batch, layout.blocks * TILE, dtype=torch.float16, device=x.device)
+        prepare(given.data_ptr(), x.data_ptr(), scale.data_ptr())
+    x_map: Any = x.data_ptr()
     choice = CHOICES[plan.width]
-    ordered = plan.width >= IN_ORDER
-    if layout.permuted:
-        x = x.index_select(1, tensors["perm"])
-    columns = layout.blocks * TILE
-    scaled = x.dtype == torch.bfloat16  # weights are exact enough in fp16 but not in bf16
-    scale = torch.empty(batch, dtype=torch.float32, device=x.device) if scaled else None
-    if scaled or ordered or columns != layout.in_features:
-        given, x = x, torch.empty(batch, columns, dtype=torch.float16, device=x.device)
-        prepare_kernel[(batch, 1 if scaled else ceil_div(columns, 2048))](
-            given,
-            x,
-            x if scale is None else scale,
-            layout.in_features,
-            columns,
-            SCALED=scaled,
-            ORDERED=ordered,
-            BLOCK=2048,
-            num_warps=4,
-        )
-    x = aligned(x)
-    split = plan.splits > 1
-    rows = 16 * choice.warps
-    y = torch.empty(batch, layout.out_features, dtype=out_dtype, device=x.device)
-    shared = (plan.pieces - plan.whole) if split else 0
-    partial = torch.empty(shared * plan.splits * plan.width * rows, dtype=torch.float32, device=x.device) if split else y
-    unused = tensors["weight"]
-    limit = {"maxnreg": choice.registers} if choice.registers else {}
-    x_map = x
-    if ordered:  # slots of 64 columns, one behind the other
-        shape, strides = [columns // 64, batch, 64], [64, columns, 1]
-        x_map = TensorDescriptor(x, shape, strides, [choice.turn, plan.width, 64], X_LAYOUT)
-    gemm_kernel[(plan.programs,)](
-        x, x_map, unused if scale is None else scale, tensors["weight"], tensors.get("stat_codes", unused),
-        tensors.get("tile_stats", unused), tensors.get("group_sc", unused), tensors.get("group_zp", unused),
-        tensors.get("outlier_ptr", unused), tensors.get("outliers", unused), unused if bias is None else bias, y, partial,
-        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, plan.parts, plan.whole, plan.splits, plan.a_split,
-        BITS=layout.weight_bits, BILEVEL=layout.statistics == "bilevel", BLOCKS_A_GROUP=layout.group_size // TILE,
-        OUTLIERS=layout.outliers > 0, HAS_BIAS=bias is not None, SCALED=scale is not None,
-        SPLIT=split, ORDERED=ordered, BATCH=plan.width, WARPS=choice.warps, TURN=choice.turn,
-        ENTRIES=outliers.outliers_a_lane(layout), num_warps=choice.warps, **limit,
-    )  # fmt: skip
-    if split:
-        finish_kernel[(ceil_div(shared * plan.width * rows, 512),)](
-            partial, unused if scale is None else scale, unused if bias is None else bias, y, batch, layout.out_features,
-            plan.parts, plan.whole, plan.splits,
-            SCALED=scale is not None, HAS_BIAS=bias is not None, BATCH=plan.width, ROWS=rows, BLOCK=512, num_warps=4,
-        )  # fmt: skip
+    if plan.width >= IN_ORDER:  # slots of 64 columns, one behind the other
+        columns = x.shape[1]
+        x_map = TensorDescriptor(x, [columns // 64, batch, 64], [64, columns, 1], [choice.turn, plan.width, 64], X_LAYOUT)
+    if finish is not None:
+        shared = (plan.pieces - plan.whole) * plan.splits * plan.width * 16 * choice.warps
+        partial = torch.empty(shared, dtype=torch.float32, device=x.device)
+    product(
+        x.data_ptr(), x_map, scale.data_ptr(), *addresses(tensors, layout), added.data_ptr(), y.data_ptr(), partial.data_ptr()
+    )
+    if finish is not None:
+        finish(partial.data_ptr(), scale.data_ptr(), added.data_ptr(), y.data_ptr())
     return y

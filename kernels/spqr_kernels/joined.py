@@ -6,7 +6,7 @@ to a CUDA graph, at every call, and a matrix would have up to six."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,3 +70,22 @@ def split(joined: Tensor, layout: Layout) -> dict[str, Tensor]:
             whole = of_dtype[place.dtype] = joined.view(place.dtype)
         views[leaf] = whole.as_strided(place.shape, place.stride, whole.storage_offset() + place.begin)
     return views
+
+
+class Joined(Mapping[str, Tensor]):
+    """Leaf -> stored tensor of `whole`, int32 [length(layout)]: views that are made when one is asked for."""
+
+    def __init__(self, whole: Tensor, layout: Layout) -> None:
+        self.whole, self.layout = whole, layout
+        self._views: dict[str, Tensor] | None = None
+
+    def __getitem__(self, leaf: str) -> Tensor:
+        if self._views is None:
+            self._views = split(self.whole, self.layout)
+        return self._views[leaf]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(places(self.layout))
+
+    def __len__(self) -> int:
+        return len(places(self.layout))

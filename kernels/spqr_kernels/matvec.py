@@ -13,7 +13,7 @@ order, so results repeat bit for bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise, permutations
 from threading import Thread
 
@@ -41,6 +41,7 @@ from .lanes import (
     warp_bases,
     words_of_chunk,
 )
+from .launch import LEAVES, Launch, addresses
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
 
@@ -254,17 +255,18 @@ def _statistic(t, exponent, offset, P: gl.constexpr):
 
 
 @gluon.jit
-def matvec_kernel(
-    X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
+def product_of_tile(
+    tile, X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
     out_features, chunks, groups, all_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+    SOME: gl.constexpr, HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
+    KEPT: gl.constexpr,
 ):  # fmt: skip
-    """Y[o] = sum_i W[o, i] X[i] (+ Bias[o]).
+    """Y[o] = sum_i W[o, i] X[i] (+ Bias[o]) for the 16 rows o of a tile.
 
     X [in] is read by the outliers, XDense [chunks * 256], permuted where need be, by the codes; both fp16, or bf16 where BF is
-    8. Zeros: 512 bytes of 0. Y [out]. Statistics: bilevel with groups of 16, or direct. WHOLE: chunks is a multiple of
-    WARPS * STAGES.
+    8. Zeros: 512 bytes of 0. Y [out]. Statistics: bilevel with groups of 16, or direct. SOME: the matrix has no outliers, and
+    no pointers to them, where all_outliers is 0. WHOLE: chunks is a multiple of WARPS * STAGES.
     """
     FLAVOR: gl.constexpr = BITS + BF
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -279,7 +281,6 @@ def matvec_kernel(
     warp = thread // 32
     gid = lane // 4
     tid = lane % 4
-    tile = gl.program_id(0)
     tile64 = tile.to(gl.int64)
     row0 = tile * 16 + gid
     row1 = row0 + 8
@@ -289,8 +290,14 @@ def matvec_kernel(
     undo = none + _UNDO_OR
 
     if OUTLIERS:  # first of all, because their copies wait for it
-        first_outlier = gl.load(Pointers + tile64 * (2 * chunks))
-        last_outlier = gl.load(Pointers + (tile64 + 1) * (2 * chunks))
+        cells = 2 * chunks
+        if SOME:
+            cells = gl.where(all_outliers > 0, cells, 0)
+            first_outlier = gl.load(Pointers + tile64 * cells, mask=all_outliers > 0, other=0)
+            last_outlier = gl.load(Pointers + (tile64 + 1) * cells, mask=all_outliers > 0, other=0)
+        else:
+            first_outlier = gl.load(Pointers + tile64 * cells)
+            last_outlier = gl.load(Pointers + (tile64 + 1) * cells)
 
     words_at, codes_at, tops_at, words_chunk, codes_chunk, tops_chunk, codes_lane = chunks_at(
         Weight, StatCodes, TileStats, tile, tile + 1, chunks, 0, BITS, WARPS, 1
@@ -397,7 +404,7 @@ def matvec_kernel(
 
     wait_copies(0)
     if OUTLIERS:
-        sum0, sum1 = outliers.products(room, Pointers, Outliers, X, tile, 2 * chunks, first_outlier, thread, KEPT, BF)
+        sum0, sum1 = outliers.products(room, Pointers, Outliers, X, tile, cells, first_outlier, thread, KEPT, BF)
         y0 += sum0 * (1.0 / _UNIT[FLAVOR])
         y1 += sum1 * (1.0 / _UNIT[FLAVOR])
     y0 = gl.inline_asm_elementwise(_QUAD_SUM, "=f,f", [y0], dtype=gl.float32, is_pure=True, pack=1)
@@ -412,8 +419,23 @@ def matvec_kernel(
     gl.store(Y + row, total.to(Y.dtype.element_ty), mask=(row < out_features) & (lane2 % 4 == 0))
 
 
-@lru_cache
-def _zeros(device: torch.device) -> Tensor:
+@gluon.jit
+def matvec_kernel(
+    X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
+    out_features, chunks, groups, all_outliers,
+    BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+):  # fmt: skip
+    """`product_of_tile` for every tile of a matrix, a program each."""
+    product_of_tile(
+        gl.program_id(0), X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
+        out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, False, HAS_BIAS, WHOLE, WARPS,
+        STAGES, KEPT,
+    )  # fmt: skip
+
+
+@cache
+def zeros(device: torch.device) -> Tensor:
     """512 bytes of 0 that live as long as the process. SpqrError E509 while a CUDA graph is captured: they would be zeros only
     once it has run, so the first product of a process must come before.
 
@@ -434,6 +456,21 @@ def _zeros(device: torch.device) -> Tensor:
     return made[0]
 
 
+@cache
+def _launch(layout: Layout, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device) -> Launch:
+    warps, stages = warps_for(layout.tile_rows, layout.blocks), 2
+    chunks = layout.blocks // CHUNK
+    dtypes = (dtype, dtype, torch.uint8, *LEAVES.values(), bias or dtype, dtype)
+    integers = (layout.out_features, chunks, layout.groups, layout.outliers)
+    constants = {
+        "BITS": layout.weight_bits, "BF": BF16 if dtype == torch.bfloat16 else 0, "BILEVEL": layout.statistics == "bilevel",
+        "BLOCKS_A_GROUP": layout.group_size // TILE, "OUTLIERS": layout.outliers > 0, "HAS_BIAS": bias is not None,
+        "WHOLE": chunks % (warps * stages) == 0, "WARPS": warps, "STAGES": stages, "KEPT": outliers.outliers_kept(layout),
+        "num_warps": warps,
+    }  # fmt: skip
+    return Launch(matvec_kernel, (layout.tile_rows, 1), device, dtypes, integers, constants)
+
+
 def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """W x + bias for x fp16 or bf16 [1, in], contiguous, and checked operands of a layout of whole chunks.
 
@@ -444,26 +481,19 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     if layout.in_features % TILE:
         dense = torch.nn.functional.pad(dense, (0, layout.blocks * TILE - layout.in_features))
     y = torch.empty(1, layout.out_features, dtype=x.dtype, device=x.device)
-    warps, stages = matvec_warps(layout), 2
-    chunks = layout.blocks // CHUNK
-    unused = tensors["weight"]
-    matvec_kernel[(layout.tile_rows,)](
-        x, dense, _zeros(x.device), tensors["weight"], tensors.get("stat_codes", unused), tensors.get("tile_stats", unused),
-        tensors.get("group_sc", unused), tensors.get("group_zp", unused), tensors.get("outlier_ptr", unused),
-        aligned(tensors.get("outliers", unused)), unused if bias is None else bias, y,
-        layout.out_features, chunks, layout.groups, layout.outliers,
-        BITS=layout.weight_bits, BF=BF16 if x.dtype == torch.bfloat16 else 0, BILEVEL=layout.statistics == "bilevel",
-        BLOCKS_A_GROUP=layout.group_size // TILE, OUTLIERS=layout.outliers > 0,
-        HAS_BIAS=bias is not None, WHOLE=chunks % (warps * stages) == 0, WARPS=warps, STAGES=stages,
-        KEPT=outliers.outliers_kept(layout), num_warps=warps,
+    added = None if bias is None else aligned(bias)
+    launch = _launch(layout, x.dtype, None if bias is None else bias.dtype, x.device)
+    launch(
+        x.data_ptr(), dense.data_ptr(), zeros(x.device).data_ptr(), *addresses(tensors, layout),
+        (y if added is None else added).data_ptr(), y.data_ptr(),
     )  # fmt: skip
     return y
 
 
-def matvec_warps(layout: Layout) -> int:
-    """Warps that share a tile: 4, or 8 where tiles are so few that an H200 would not be full (measured)."""
-    most = max(1, layout.blocks // CHUNK)
-    warps = 8 if layout.tile_rows < 512 else 4
+def warps_for(tile_rows: int, blocks: int) -> int:
+    """Warps that share a tile: 4, or 8 where the tiles of a launch are so few that an H200 would not be full (measured)."""
+    most = max(1, blocks // CHUNK)
+    warps = 8 if tile_rows < 512 else 4
     while warps > most:
         warps //= 2
     return warps

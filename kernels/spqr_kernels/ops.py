@@ -1,11 +1,14 @@
-"""The torch operators `spqr::linear` and `spqr::dequantize`: visible to torch.compile, differentiable in x.
+"""The torch operators, visible to torch.compile: `spqr::linear`, differentiable in x, and `spqr::dequantize`; `linear_forward`
+is `linear` for where no gradient is asked for, and `linears` is several of those of one x.
 
-Registered by their schemas: around an eager call `torch.library.custom_op` puts checks that these need not."""
+Registered by their schemas: around an eager call `torch.library.custom_op` puts checks that these need not. An operator with
+a gradient passes through Python twice in a call, and that is half of the time that the host takes for it."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +18,8 @@ from spqr_format.errors import SpqrError
 from spqr_format.layout import Layout
 
 from . import dispatch
-from .checks import check_joined, check_names, check_operand, check_tensors
-from .joined import places, split
+from .checks import aligned, check_joined, check_names, check_operand, check_tensors
+from .joined import Joined, places
 
 # stored: the tensors of `Layout.tensors()` in their order, or the one that `joined.join` makes of them.
 _MATRIX = (
@@ -25,6 +28,9 @@ _MATRIX = (
 )
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 torch.library.define("spqr::linear", f"(Tensor x, Tensor? bias, {_MATRIX}) -> Tensor", tags=_TAGS)
+torch.library.define("spqr::linear_forward", f"(Tensor x, Tensor? bias, {_MATRIX}) -> Tensor", tags=_TAGS)
+# biases: none, or one for each. joined: of `joined.join`. geometry: `geometry` of each, one behind the other.
+torch.library.define("spqr::linears", "(Tensor x, Tensor[] biases, Tensor[] joined, int[] geometry) -> Tensor[]", tags=_TAGS)
 torch.library.define("spqr::dequantize", f"({_MATRIX}, ScalarType dtype) -> Tensor", tags=_TAGS)
 
 
@@ -36,22 +42,25 @@ def geometry(layout: Layout) -> tuple[int, int, int, int, bool, int, bool]:
     )  # fmt: skip
 
 
+_FIELDS = 7  # of `geometry`
+
+
 @functools.cache
 def _layout(out: int, inn: int, bits: int, group: int, bilevel: bool, outliers: int, permuted: bool) -> Layout:
     return Layout(out, inn, bits, group, "bilevel" if bilevel else "direct", outliers, permuted, where="spqr::linear")
 
 
-def _checked(stored: list[Tensor], layout: Layout, where: str) -> dict[str, Tensor]:
+def _checked(stored: list[Tensor], layout: Layout, where: str) -> Mapping[str, Tensor]:
     """Leaf -> tensor that may be given to a kernel. Raises SpqrError E509."""
     if len(stored) == 1:  # no layout has but one
         check_joined(stored[0], layout, where)
-        return split(stored[0], layout)
+        return Joined(stored[0], layout)
     leaves = places(layout)
     if len(stored) != len(leaves):
         raise SpqrError("E509", f"{where}.stored", f"{len(stored)} tensors, expected {', '.join(leaves)}")
     tensors = dict(zip(leaves, stored, strict=True))
     check_tensors(tensors, layout, where)
-    return tensors
+    return {leaf: aligned(tensor) for leaf, tensor in tensors.items()} if stored[0].is_cuda else tensors
 
 
 def _dequantize(stored: list[Tensor], *matrix: Any) -> Tensor:
@@ -74,12 +83,42 @@ def _linear(x: Tensor, bias: Tensor | None, stored: list[Tensor], *matrix: Any) 
     return dispatch.linear(x, tensors, layout, bias)
 
 
-torch.library.impl("spqr::linear", "default", _linear)
+def _linear_fake(x, bias, stored, out_features, *matrix):
+    # This is how a compiler first meets the operator. Importing inductor takes seconds: it is left to who uses it.
+    if "torch._inductor.config" in sys.modules:
+        from . import inductor
 
-
-@torch.library.register_fake("spqr::linear")
-def _(x, bias, stored, out_features, *matrix):
+        inductor.install()
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+for _name in ("spqr::linear", "spqr::linear_forward"):
+    torch.library.impl(_name, "default", _linear)
+    torch.library.register_fake(_name, _linear_fake)
+
+
+def _matrices(geometry: Sequence[int]) -> list[tuple[Any, ...]]:
+    parts = [geometry[begin : begin + _FIELDS] for begin in range(0, len(geometry), _FIELDS)]
+    return [(*part[:4], bool(part[4]), part[5], bool(part[6])) for part in parts]
+
+
+def _linears(x: Tensor, biases: list[Tensor], joined: list[Tensor], geometry: list[int]) -> list[Tensor]:
+    layouts = tuple(_layout(*matrix) for matrix in _matrices(geometry))
+    if not len(layouts) == len(joined) == (len(biases) or len(joined)):
+        found = f"{len(joined)} matrices, {len(layouts)} geometries, {len(biases)} biases"
+        raise SpqrError("E509", "spqr::linears", found)
+    for index, (whole, layout) in enumerate(zip(joined, layouts, strict=True)):
+        check_joined(whole, layout, "spqr::linears")
+        check_operand(x, biases[index] if biases else None, layout, whole.device, "spqr::linears")
+    return dispatch.linears(x, joined, layouts, biases)
+
+
+torch.library.impl("spqr::linears", "default", _linears)
+
+
+@torch.library.register_fake("spqr::linears")
+def _(x, biases, joined, geometry):
+    return [x.new_empty((*x.shape[:-1], matrix[0])) for matrix in _matrices(geometry)]
 
 
 def _save(ctx, inputs, output):
@@ -101,6 +140,11 @@ def _backward(ctx, grad):
 torch.library.register_autograd("spqr::linear", _backward, setup_context=_save)
 
 
+def asks_for_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear` must be called, and not `linear_forward`."""
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
 def _stored(tensors: Mapping[str, Tensor], layout: Layout, where: str) -> list[Tensor]:
     check_names(tensors, layout, where)
     return [tensors[leaf] for leaf in layout.tensors()]
@@ -114,7 +158,8 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     bias: [out] or None. Returns [..., out] in x's dtype; differentiable in x and bias. Accumulates in float32.
     Raises SpqrError E509 before anything is launched where an operand does not fit.
     """
-    return torch.ops.spqr.linear(x, bias, _stored(tensors, layout, "spqr::linear"), *geometry(layout))
+    operator = torch.ops.spqr.linear if asks_for_gradient(x, bias) else torch.ops.spqr.linear_forward
+    return operator(x, bias, _stored(tensors, layout, "spqr::linear"), *geometry(layout))
 
 
 def dequantize(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 from spqr_format.layout import Layout
 from spqr_loaders.linear import SpqrLinear
+from spqr_loaders.siblings import share
 
 
 def build(layers: int, dtype: torch.dtype) -> Any:
@@ -49,6 +50,7 @@ def pack(model: Any, outliers: float) -> None:
                 packed.join()
                 parent, _, leaf_name = name.rpartition(".")
                 setattr(block.get_submodule(parent), leaf_name, packed)
+    share(model)
 
 
 def measure(model: Any, tokens: int, repeats: int) -> dict[str, float]:

@@ -13,7 +13,9 @@ from spqr_format.layout import Layout
 from spqr_format.matrix import SpqrMatrix
 from spqr_kernels import dequantize
 from spqr_kernels.joined import TORCH_DTYPES, join, places, split
-from spqr_kernels.ops import geometry
+from spqr_kernels.ops import asks_for_gradient, geometry
+
+from .siblings import Siblings
 
 
 class SpqrLinear(nn.Linear):
@@ -34,6 +36,7 @@ class SpqrLinear(nn.Linear):
     geometry: tuple[int | bool, ...]  # the operator's view of `layout`
     joined: Tensor | None = None  # int32, what `spqr_kernels.joined.join` makes of all
     _places: tuple[tuple[str, nn.Parameter, int], ...] = ()  # leaf, parameter, and at which byte of `joined` it begins
+    siblings: Siblings | None = None  # layers that are called with the same input
     _is_hf_initialized: bool
 
     def __init__(
@@ -100,9 +103,15 @@ class SpqrLinear(nn.Linear):
         elif torch.compiler.is_exporting():  # the program would have the joined tensor beside the parameters
             whole = None
         else:
+            if self.siblings is not None and input.numel() == self.in_features and not input.is_inference():
+                found = self.siblings.product(self, input)
+                if found is not None:
+                    return found
             whole = self.joined if self.is_joined() else None
         stored = [getattr(self, leaf) for leaf in self.leaves] if whole is None else [whole]
-        result: Tensor = torch.ops.spqr.linear(input, self.bias, stored, *self.geometry)
+        differentiable = asks_for_gradient(input, self.bias)
+        operator = torch.ops.spqr.linear if differentiable else torch.ops.spqr.linear_forward
+        result: Tensor = operator(input, self.bias, stored, *self.geometry)
         return result
 
     def join(self, on_cpu: bool = True) -> None:

@@ -25,6 +25,7 @@ from .linear import SpqrLinear
 from .names import hub_names, is_expert_converter
 from .onthefly import QuantizeWeight, plan
 from .placement import check_agreement, check_missing, place
+from .siblings import share
 
 logger = logging.get_logger(__name__)
 
@@ -124,6 +125,7 @@ class SpqrFormatQuantizer(HfQuantizer):
             return model
         for layer in layers.values():  # one after the other: never more than one of them is there twice
             layer.join(on_cpu=False)
+        share(model)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # of the single tensors
         return model

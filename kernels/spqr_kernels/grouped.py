@@ -1,0 +1,124 @@
+"""Several matrices in one launch, at batch 1 each: projections that share x (q, k, v; gate, up), and the experts of tokens.
+
+The programs of one launch keep the GPU full where those of a small matrix would not, and a launch costs its start and its
+end once. Each program computes as in `matvec`, with the warps that suit the tiles of all: sums may be added in another order
+than in a launch of one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from spqr_format.layout import CHUNK, TILE, Layout
+
+from . import outliers
+from .checks import aligned
+from .dispatch import TOGETHER
+from .joined import places
+from .launch import Launch
+from .matvec import BF16, product_of_tile, warps_for, zeros
+
+
+@gluon.jit
+def _product_in(
+    Joined, tile, X, Zeros, Bias, Y, at_scales, at_zeros, at_pointers, at_outliers, out_features, chunks, groups, all_outliers,
+    BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+):  # fmt: skip
+    """`product_of_tile` of the matrix that lies in `Joined`, its statistics and outliers at these words of it."""
+    scales = Joined + at_scales
+    zero_points = Joined + at_zeros
+    product_of_tile(
+        tile, X, X, Zeros, Joined, scales, zero_points.to(gl.pointer_type(gl.int16)), scales.to(gl.pointer_type(gl.int16)),
+        zero_points.to(gl.pointer_type(gl.uint8)), Joined + at_pointers, Joined + at_outliers, Bias, Y,
+        out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, True, HAS_BIAS, WHOLE, WARPS,
+        STAGES, KEPT,
+    )  # fmt: skip
+
+
+@gluon.jit
+def siblings_kernel(
+    X, Zeros, Joined0, Joined1, Joined2, Bias0, Bias1, Bias2, Y0, Y1, Y2,
+    chunks, groups, first1, first2,
+    at_scales0, at_zeros0, at_pointers0, at_outliers0, out_features0, outliers0,
+    at_scales1, at_zeros1, at_pointers1, at_outliers1, out_features1, outliers1,
+    at_scales2, at_zeros2, at_pointers2, at_outliers2, out_features2, outliers2,
+    BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+):  # fmt: skip
+    """Y0, Y1 and Y2 from one X [chunks * 256]; programs from first1 and from first2 on are those of the second and the third
+    matrix. Where there are but two, first2 is the number of programs."""
+    program = gl.program_id(0)
+    second = program >= first1
+    third = program >= first2
+    tile = program - gl.where(third, first2, gl.where(second, first1, 0))
+    joined = gl.where(third, Joined2, gl.where(second, Joined1, Joined0))
+    bias = gl.where(third, Bias2, gl.where(second, Bias1, Bias0))
+    y = gl.where(third, Y2, gl.where(second, Y1, Y0))
+    at_scales = gl.where(third, at_scales2, gl.where(second, at_scales1, at_scales0))
+    at_zeros = gl.where(third, at_zeros2, gl.where(second, at_zeros1, at_zeros0))
+    at_pointers = gl.where(third, at_pointers2, gl.where(second, at_pointers1, at_pointers0))
+    at_outliers = gl.where(third, at_outliers2, gl.where(second, at_outliers1, at_outliers0))
+    out_features = gl.where(third, out_features2, gl.where(second, out_features1, out_features0))
+    all_outliers = gl.where(third, outliers2, gl.where(second, outliers1, outliers0))
+    _product_in(
+        joined, tile, X, Zeros, bias, y, at_scales, at_zeros, at_pointers, at_outliers, out_features, chunks, groups,
+        all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, HAS_BIAS, WHOLE, WARPS, STAGES, KEPT,
+    )  # fmt: skip
+
+
+def _words(layout: Layout) -> list[int]:
+    """At which word of the joined tensor scales, zeros (or what there is of two levels), pointers and outliers begin."""
+    found = places(layout)
+    statistics = ("stat_codes", "tile_stats") if layout.statistics == "bilevel" else ("group_sc", "group_zp")
+    sparse = ("outlier_ptr", "outliers") if layout.outliers else ()
+    begins = [found[leaf].begin * found[leaf].dtype.itemsize // 4 for leaf in (*statistics, *sparse)]
+    return begins + [0] * (4 - len(begins))
+
+
+@cache
+def _siblings(layouts: tuple[Layout, ...], dtype: torch.dtype, bias: torch.dtype | None, device: torch.device) -> Launch:
+    tiles = [layout.tile_rows for layout in layouts]
+    warps, stages = warps_for(sum(tiles), layouts[0].blocks), 2
+    first = layouts[0]
+    chunks = first.blocks // CHUNK
+    dtypes = (dtype, torch.uint8, *[torch.int32] * TOGETHER, *[bias or dtype] * TOGETHER, *[dtype] * TOGETHER)
+    integers = [chunks, first.groups, tiles[0], tiles[0] + tiles[1]]
+    for layout in (*layouts, *[layouts[-1]] * (TOGETHER - len(layouts))):
+        integers += [*_words(layout), layout.out_features, layout.outliers]
+    constants = {
+        "BITS": first.weight_bits, "BF": BF16 if dtype == torch.bfloat16 else 0, "BILEVEL": first.statistics == "bilevel",
+        "BLOCKS_A_GROUP": first.group_size // TILE, "OUTLIERS": any(layout.outliers for layout in layouts),
+        "HAS_BIAS": bias is not None, "WHOLE": chunks % (warps * stages) == 0, "WARPS": warps, "STAGES": stages,
+        "KEPT": max(outliers.outliers_kept(layout) for layout in layouts), "num_warps": warps,
+    }  # fmt: skip
+    return Launch(siblings_kernel, (sum(tiles), 1), device, dtypes, integers, constants)
+
+
+def siblings(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], biases: Sequence[Tensor] | None) -> list[Tensor]:
+    """W x + bias for each of two or three matrices that are `alike` and of whole chunks.
+
+    x: fp16 or bf16 [1, in], contiguous. joined: what `joined.join` makes of each. biases: one of a dtype for each, or None.
+    Returns [1, out] of each in x's dtype.
+    """
+    x = aligned(x)
+    dense = x
+    if x.shape[1] % TILE:
+        dense = torch.nn.functional.pad(x, (0, layouts[0].blocks * TILE - x.shape[1]))
+    results = [torch.empty(1, layout.out_features, dtype=x.dtype, device=x.device) for layout in layouts]
+    added = results if biases is None else [aligned(bias) for bias in biases]
+    more = [0] * (TOGETHER - len(layouts))  # where the last one stands in for a third
+    matrices = [whole.data_ptr() for whole in joined]
+    bias_at = [bias.data_ptr() for bias in added]
+    y_at = [y.data_ptr() for y in results]
+    _siblings(layouts, x.dtype, None if biases is None else biases[0].dtype, x.device)(
+        dense.data_ptr(), zeros(x.device).data_ptr(), *matrices, *[matrices[-1] for _ in more], *bias_at,
+        *[bias_at[-1] for _ in more], *y_at, *[y_at[-1] for _ in more],
+    )  # fmt: skip
+    return results

@@ -1,0 +1,87 @@
+"""Launches of the tensor-core kernels that cost the host little.
+
+Triton's `run` looks at every argument of a call to find which specialization it takes, and at every global that the kernel
+reads: at batch 1 that is longer than the product. Here all but the addresses of a call are fixed once; the first call goes
+through `run`, which compiles, and the ones after it go to what it compiled."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spqr_format.layout import Layout
+
+from .joined import Joined, places
+
+# What the kernels take of a stored matrix, in their order. What a layout does not have is not read.
+LEAVES = {
+    "weight": torch.int32, "stat_codes": torch.int32, "tile_stats": torch.int16, "group_sc": torch.int16,
+    "group_zp": torch.uint8, "outlier_ptr": torch.int32, "outliers": torch.int32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Pointer:
+    """What Triton asks of a tensor."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class Launch:
+    """A kernel with its grid and everything that it is given behind the addresses. Called with the addresses alone, each a
+    multiple of 16, on the device that it was made for."""
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int], device: torch.device, dtypes: Sequence[torch.dtype], integers: Sequence[int],
+        constants: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """dtypes: what the addresses point to. constants: of the kernel, and Triton's options for it."""
+        self.kernel, self.grid, self.device = kernel, (*grid, 1), device
+        self.dtypes, self.integers, self.constants = tuple(dtypes), tuple(integers), dict(constants)
+        self._rest: tuple[Any, ...] = ()
+        self._compiled: Any = None
+
+    def __call__(self, *addresses: Any) -> None:
+        """Queues the kernel on the device's current stream. A tensor descriptor is given as it is."""
+        with on_device(self.device):
+            if self._compiled is not None:
+                self._compiled[self.grid](*addresses, *self._rest)
+                return
+            given = [_Pointer(a, t) if isinstance(a, int) else a for a, t in zip(addresses, self.dtypes, strict=True)]
+            compiled = self.kernel[self.grid](*given, *self.integers, **self.constants)
+            names = self.kernel.arg_names[len(given) + len(self.integers) :]
+            self._rest = (*self.integers, *(self.constants[name] for name in names))
+            self._compiled = compiled
+
+
+_HERE = contextlib.nullcontext()
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within it the current device, on which Triton launches, is `device`, if that is one of CUDA's."""
+    return _HERE if device.type != "cuda" or device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+@cache
+def _offsets(layout: Layout) -> tuple[int, ...]:
+    found = places(layout)
+    return tuple(found[leaf].begin * found[leaf].dtype.itemsize if leaf in found else 0 for leaf in LEAVES)
+
+
+def addresses(tensors: Mapping[str, Tensor], layout: Layout) -> list[int]:
+    """Where each of LEAVES lies; what the layout does not have, where the weight does."""
+    if isinstance(tensors, Joined):
+        begin = tensors.whole.data_ptr()
+        return [begin + offset for offset in _offsets(layout)]
+    weight = tensors["weight"]
+    return [tensors.get(leaf, weight).data_ptr() for leaf in LEAVES]

@@ -1,0 +1,82 @@
+"""Layers that are given the same input one after the other, as q, k and v are: the first one computes for all.
+
+At batch 1 a launch for three matrices is faster than three, on the GPU and on the host. In a compiled graph a pass over the
+graph does it (`spqr_kernels.inductor`); here is what serves eager calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spqr_kernels.ops import asks_for_gradient
+
+if TYPE_CHECKING:
+    from .linear import SpqrLinear
+
+# Children of one module that models call with one input.
+FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("wq", "wk", "wv"))
+
+
+class _Results(NamedTuple):
+    """Of the layers that have not asked yet, for one input in the state that it had."""
+
+    x: Tensor
+    version: int
+    of_layers: dict[SpqrLinear, Tensor]
+
+
+class Siblings:
+    """Two or three layers of one module in the order in which they are called.
+
+    The results of the others are kept until they ask with the same tensor, unchanged since. Where they do not, as with the k
+    and v of cross-attention, that was in vain once, and from then on each computes for itself.
+    """
+
+    def __init__(self, layers: Sequence[SpqrLinear]) -> None:
+        self.layers = tuple(layers)
+        self.results: _Results | None = None
+        self.in_vain = False
+
+    def product(self, layer: SpqrLinear, x: Tensor) -> Tensor | None:
+        """The layer's output for x, or None where it has to compute that itself. x: one row."""
+        held = self.results
+        if held is not None and held.x is x and held.version == x._version and layer in held.of_layers:
+            result = held.of_layers.pop(layer)  # given out once: who has it may change it
+            if not held.of_layers:
+                self.results = None
+            return result
+        if layer is not self.layers[0] or self.in_vain:
+            return None
+        self.in_vain = held is not None
+        self.results = None
+        if self.in_vain or not all(other.is_joined() for other in self.layers):
+            return None
+        joined = [other.joined for other in self.layers]
+        biases = [other.bias for other in self.layers if other.bias is not None]
+        if len(biases) not in (0, len(joined)) or any(asks_for_gradient(x, other.bias) for other in self.layers):
+            return None
+        geometry = [int(number) for other in self.layers for number in other.geometry]
+        first, *others = torch.ops.spqr.linears(x, biases, joined, geometry)
+        self.results = _Results(x, x._version, dict(zip(self.layers[1:], others, strict=True)))
+        return first
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"results": None}
+
+
+def share(model: nn.Module) -> None:
+    """Makes siblings of the packed layers of `model` that FAMILIES names."""
+    from .linear import SpqrLinear
+
+    for parent in model.modules():
+        for names in FAMILIES:
+            found = [getattr(parent, name, None) for name in names]
+            layers = [layer for layer in found if isinstance(layer, SpqrLinear) and layer.layout is not None]
+            if len(layers) == len(names):
+                together = Siblings(layers)
+                for layer in layers:
+                    layer.siblings = together

@@ -1,0 +1,134 @@
+"""Several matrices and one x: the operator, what torch.compile makes of single products, and the kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spqr_format import SpqrError
+from spqr_kernels import joined, ops
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Rows of each matrix, and their columns. Tiles of 768 and of few, the last one not full; chunks even and odd.
+SIZES = [((4096, 1024, 1024), 512), ((688, 688), 1280), ((48, 40, 17), 256), ((3, 5), 768), ((16, 33), 130)]
+KINDS = [
+    {"weight_bits": 3, "statistics": "bilevel"},
+    {"weight_bits": 3, "statistics": "bilevel", "outliers": 0.0},
+    {"weight_bits": 2, "statistics": "bilevel", "outliers": 0.02},
+    {"weight_bits": 4, "statistics": "direct", "group_size": 128},
+]
+BOUND = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def _device(request):
+    if "cuda" in request.node.name and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+
+
+def matrices(random_matrix, rows, columns, kind, device):
+    """Layout, joined tensor and dense weight in float64 of each. The second one has no outliers."""
+    found = []
+    for index, out in enumerate(rows):
+        matrix = random_matrix(out, columns, seed=index, **(kind | ({"outliers": 0.0} if index == 1 else {})))
+        stored = {leaf: torch.from_numpy(tensor.copy()) for leaf, tensor in matrix.pack().items()}
+        whole = joined.join(stored, matrix.layout).to(device)
+        found.append((matrix.layout, whole, torch.from_numpy(matrix.dequantize()).double()))
+    return found
+
+
+def geometry(found):
+    return [int(number) for layout, _, _ in found for number in ops.geometry(layout)]
+
+
+def relative_error(y, expected):
+    assert torch.isfinite(y).all()
+    return ((y.double().cpu() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
+@pytest.mark.parametrize("device", DEVICES)
+def test_products_of_one_x_match_float64(random_matrix, device, kind):
+    for rows, columns in SIZES:
+        found = matrices(random_matrix, rows, columns, kind, device)
+        for dtype, batch, biased in ((torch.float16, 1, False), (torch.bfloat16, 1, True), (torch.float16, 2, True)):
+            x = torch.randn(batch, 1, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+            biases = [torch.randn(out).to(dtype) for out in rows] if biased else []
+            given = [bias.to(device) for bias in biases]
+            results = torch.ops.spqr.linears(x.to(device), given, [whole for _, whole, _ in found], geometry(found))
+            assert len(results) == len(rows)
+            for index, y in enumerate(results):
+                expected = x.double() @ found[index][2].T + (biases[index].double() if biased else 0)
+                assert y.shape == (batch, 1, rows[index])
+                assert y.dtype == dtype
+                assert relative_error(y, expected) < BOUND[dtype], (rows, dtype, batch, index)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_matrices_that_are_not_alike_are_multiplied_too(random_matrix, device):
+    found = matrices(random_matrix, (48, 48), 256, KINDS[0], device)[:1]
+    found += matrices(random_matrix, (32, 48), 256, KINDS[3], device)[:1]
+    x = torch.randn(1, 256, generator=torch.Generator().manual_seed(1)).half()
+    results = torch.ops.spqr.linears(x.to(device), [], [whole for _, whole, _ in found], geometry(found))
+    for y, (_, _, exact) in zip(results, found, strict=True):
+        assert relative_error(y, x.double() @ exact.T) < BOUND[torch.float16]
+
+
+def test_operands_that_do_not_fit_are_refused(random_matrix):
+    found = matrices(random_matrix, (48, 40), 256, KINDS[0], "cpu")
+    x, stored = torch.randn(1, 256), [whole for _, whole, _ in found]
+    for wrong in (
+        (x, [], stored[:1], geometry(found)),
+        (x, [torch.zeros(48)], stored, geometry(found)),
+        (x, [torch.zeros(40), torch.zeros(48)], stored, geometry(found)),
+        (x, [], stored[::-1], geometry(found)),
+        (x[:, :-1], [], stored, geometry(found)),
+    ):
+        with pytest.raises(SpqrError, match="E509"):
+            torch.ops.spqr.linears(*wrong)
+
+
+class Family(torch.nn.Module):
+    """Products of single matrices: three of x, one of what the first gives, one of x again."""
+
+    def __init__(self, found, device):
+        super().__init__()
+        self.whole = torch.nn.ParameterList([torch.nn.Parameter(whole, requires_grad=False) for _, whole, _ in found])
+        self.geometry = [ops.geometry(layout) for layout, _, _ in found]
+        self.bias = torch.nn.Parameter(torch.ones(found[0][0].out_features, device=device).half())
+
+    def product(self, x, index, bias=None):
+        return torch.ops.spqr.linear_forward(x, bias, [self.whole[index]], *self.geometry[index])
+
+    def forward(self, x, times):
+        first, second = self.product(x, 0), self.product(x, 1)
+        inner = self.product(first.relu(), 3)
+        return first, second * times, self.product(x * 2, 2), inner, self.product(x, 2), self.product(x, 0, self.bias)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_torch_compile_merges_the_products_of_one_row(random_matrix, device, rows, monkeypatch):
+    found = matrices(random_matrix, (256, 48, 17), 256, KINDS[0], device)
+    found += matrices(random_matrix, (64,), 256, KINDS[0], device)
+    model = Family(found, device)
+    x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(3)).half().to(device)
+    with torch.no_grad():
+        expected = model(x, 2.0)
+        compiled = torch.compile(model, fullgraph=True)
+        compiled(x, 2.0)
+        with torch.profiler.profile() as profile:
+            results = compiled(x, 2.0)
+    for y, target in zip(results, expected, strict=True):
+        torch.testing.assert_close(y, target, rtol=2e-3, atol=2e-3)
+    calls = {event.key: event.count for event in profile.key_averages() if event.key.startswith("spqr::")}
+    # x: with 0, 1 and 2 in one; 3 and 2 have an x of their own, and 0 with a bias is of another kind
+    merged = {"spqr::linears": 1, "spqr::linear_forward": 3} if rows == 1 else {"spqr::linear_forward": 6}
+    assert calls == merged
+
+
+def test_opcheck(random_matrix):
+    found = matrices(random_matrix, (48, 40), 256, KINDS[0], "cpu")
+    stored = [whole for _, whole, _ in found]
+    torch.library.opcheck(torch.ops.spqr.linears, (torch.randn(1, 256), [], stored, geometry(found)))
+    torch.library.opcheck(torch.ops.spqr.linear_forward, (torch.randn(1, 256), None, stored[:1], *ops.geometry(found[0][0])))
