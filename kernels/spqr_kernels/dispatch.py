@@ -58,12 +58,14 @@ def whole_chunks(layout: Layout) -> bool:
     return layout.blocks % CHUNK == 0 and (layout.statistics == "direct" or layout.group_size == TILE)
 
 
-def alike(layouts: Sequence[Layout]) -> bool:
-    """Whether one kernel is right for all of these: the same codes and statistics over the same columns, none permuted."""
-    first = layouts[0]
-    kind = (first.in_features, first.weight_bits, first.group_size, first.statistics)
-    same = all((it.in_features, it.weight_bits, it.group_size, it.statistics) == kind for it in layouts)
-    return same and not any(it.permuted for it in layouts)
+@functools.cache
+def in_one_launch(layouts: tuple[Layout, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether one launch can multiply x of this dtype with all of these matrices: two or three, of whole chunks, none permuted,
+    with the same codes and statistics over the same columns."""
+    if dtype not in (torch.float16, torch.bfloat16) or not has_tensor_cores(device) or not 2 <= len(layouts) <= TOGETHER:
+        return False
+    kinds = {(it.in_features, it.weight_bits, it.group_size, it.statistics, it.permuted) for it in layouts}
+    return len(kinds) == 1 and whole_chunks(layouts[0]) and not layouts[0].permuted
 
 
 def dequantize(tensors: Tensors, layout: Layout, dtype: torch.dtype) -> Tensor:
@@ -81,14 +83,12 @@ def dequantize(tensors: Tensors, layout: Layout, dtype: torch.dtype) -> Tensor:
 
 def linears(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], biases: Sequence[Tensor]) -> list[Tensor]:
     """x W^T + bias for each of several matrices, of which each is one tensor, in a single launch where that is faster."""
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    if half and x.numel() == layouts[0].in_features and has_tensor_cores(x.device) and len(layouts) > 1:
+    if x.numel() == layouts[0].in_features and in_one_launch(layouts, x.dtype, x.device):
         from . import grouped
 
-        same = len({bias.dtype for bias in biases}) < 2
-        if len(layouts) <= TOGETHER and same and whole_chunks(layouts[0]) and alike(layouts):
-            results = grouped.siblings(x.reshape(1, -1).contiguous(), joined, layouts, biases or None)
-            return [y.view(*x.shape[:-1], y.shape[-1]) for y in results]
+        if not biases or all(bias.dtype == biases[0].dtype for bias in biases):
+            results = grouped.siblings(x.reshape(1, -1).contiguous(), joined, layouts, biases)
+            return [y.view(*x.shape[:-1], -1) for y in results]
     each: Sequence[Tensor | None] = biases or [None] * len(joined)
     matrices = zip(joined, layouts, each, strict=True)
     return [linear(x, Joined(whole, layout), layout, bias) for whole, layout, bias in matrices]

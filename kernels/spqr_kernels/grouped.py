@@ -101,10 +101,10 @@ def _siblings(layouts: tuple[Layout, ...], dtype: torch.dtype, bias: torch.dtype
     return Launch(siblings_kernel, (sum(tiles), 1), device, dtypes, integers, constants)
 
 
-def siblings(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], biases: Sequence[Tensor] | None) -> list[Tensor]:
-    """W x + bias for each of two or three matrices that are `alike` and of whole chunks.
+def siblings(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], biases: Sequence[Tensor]) -> list[Tensor]:
+    """W x + bias for each of two or three matrices that one launch can take (`dispatch.in_one_launch`).
 
-    x: fp16 or bf16 [1, in], contiguous. joined: what `joined.join` makes of each. biases: one of a dtype for each, or None.
+    x: fp16 or bf16 [1, in], contiguous. joined: what `joined.join` makes of each. biases: one of a dtype for each, or none.
     Returns [1, out] of each in x's dtype.
     """
     x = aligned(x)
@@ -112,13 +112,10 @@ def siblings(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], b
     if x.shape[1] % TILE:
         dense = torch.nn.functional.pad(x, (0, layouts[0].blocks * TILE - x.shape[1]))
     results = [torch.empty(1, layout.out_features, dtype=x.dtype, device=x.device) for layout in layouts]
-    added = results if biases is None else [aligned(bias) for bias in biases]
-    more = [0] * (TOGETHER - len(layouts))  # where the last one stands in for a third
-    matrices = [whole.data_ptr() for whole in joined]
-    bias_at = [bias.data_ptr() for bias in added]
-    y_at = [y.data_ptr() for y in results]
-    _siblings(layouts, x.dtype, None if biases is None else biases[0].dtype, x.device)(
-        dense.data_ptr(), zeros(x.device).data_ptr(), *matrices, *[matrices[-1] for _ in more], *bias_at,
-        *[bias_at[-1] for _ in more], *y_at, *[y_at[-1] for _ in more],
-    )  # fmt: skip
+    added = [aligned(bias) for bias in biases] if biases else results
+    addresses = [[tensor.data_ptr() for tensor in each] for each in (joined, added, results)]
+    if len(layouts) < TOGETHER:  # the last one stands in for a third
+        addresses = [[*each, each[-1]] for each in addresses]
+    launch = _siblings(layouts, x.dtype, biases[0].dtype if biases else None, x.device)
+    launch(dense.data_ptr(), zeros(x.device).data_ptr(), *addresses[0], *addresses[1], *addresses[2])
     return results

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -97,19 +97,20 @@ for _name in ("spqr::linear", "spqr::linear_forward"):
     torch.library.register_fake(_name, _linear_fake)
 
 
-def _matrices(geometry: Sequence[int]) -> list[tuple[Any, ...]]:
+@functools.cache
+def _layouts(geometry: tuple[int, ...]) -> tuple[Layout, ...]:
     parts = [geometry[begin : begin + _FIELDS] for begin in range(0, len(geometry), _FIELDS)]
-    return [(*part[:4], bool(part[4]), part[5], bool(part[6])) for part in parts]
+    return tuple(_layout(*part[:4], bool(part[4]), part[5], bool(part[6])) for part in parts)
 
 
 def _linears(x: Tensor, biases: list[Tensor], joined: list[Tensor], geometry: list[int]) -> list[Tensor]:
-    layouts = tuple(_layout(*matrix) for matrix in _matrices(geometry))
+    layouts = _layouts(tuple(geometry))
     if not len(layouts) == len(joined) == (len(biases) or len(joined)):
         found = f"{len(joined)} matrices, {len(layouts)} geometries, {len(biases)} biases"
         raise SpqrError("E509", "spqr::linears", found)
-    for index, (whole, layout) in enumerate(zip(joined, layouts, strict=True)):
-        check_joined(whole, layout, "spqr::linears")
-        check_operand(x, biases[index] if biases else None, layout, whole.device, "spqr::linears")
+    for index, layout in enumerate(layouts):
+        check_joined(joined[index], layout, "spqr::linears")
+        check_operand(x, biases[index] if biases else None, layout, joined[index].device, "spqr::linears")
     return dispatch.linears(x, joined, layouts, biases)
 
 
@@ -118,7 +119,7 @@ torch.library.impl("spqr::linears", "default", _linears)
 
 @torch.library.register_fake("spqr::linears")
 def _(x, biases, joined, geometry):
-    return [x.new_empty((*x.shape[:-1], matrix[0])) for matrix in _matrices(geometry)]
+    return [x.new_empty((*x.shape[:-1], layout.out_features)) for layout in _layouts(tuple(geometry))]
 
 
 def _save(ctx, inputs, output):

@@ -56,10 +56,11 @@ class Siblings:
         if self.in_vain or not all(other.is_joined() for other in self.layers):
             return None
         joined = [other.joined for other in self.layers]
-        biases = [other.bias for other in self.layers if other.bias is not None]
-        if len(biases) not in (0, len(joined)) or any(asks_for_gradient(x, other.bias) for other in self.layers):
+        each = [other.bias for other in self.layers]
+        biases = [bias for bias in each if bias is not None]
+        if len(biases) not in (0, len(joined)) or any(asks_for_gradient(x, bias) for bias in each):
             return None
-        geometry = [int(number) for other in self.layers for number in other.geometry]
+        geometry = [number for other in self.layers for number in other.geometry]
         first, *others = torch.ops.spqr.linears(x, biases, joined, geometry)
         self.results = _Results(x, x._version, dict(zip(self.layers[1:], others, strict=True)))
         return first
