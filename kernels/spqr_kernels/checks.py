@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,24 @@ def check_joined(joined: Tensor, layout: Layout, where: str = "spqr::linear") ->
         raise SpqrError("E509", f"{where}.stored", f"{found}, expected {torch.int32} {(length(layout),)}")
     if not joined.is_contiguous() or joined.data_ptr() % 16:  # vector loads need the latter
         raise SpqrError("E509", f"{where}.stored", "not contiguous, or not aligned to 16 bytes")
+
+
+def check_experts(
+    x: Tensor, ids: Tensor, stored: Tensor, tables: Sequence[Tensor], layouts: Sequence[Layout], where: str
+) -> None:
+    """x [rows, in], int64 ids [a multiple of rows], and tables of matrices of one shape. Raises SpqrError E509."""
+    if stored.dtype != torch.int32 or stored.ndim != 1 or not stored.is_contiguous() or stored.data_ptr() % 16:
+        raise SpqrError("E509", f"{where}.stored", f"{stored.dtype} {tuple(stored.shape)}, expected aligned int32 [words]")
+    if not layouts or len(tables) != len(layouts):
+        raise SpqrError("E509", f"{where}.tables", f"{len(tables)} tables, {len(layouts)} geometries")
+    for table, layout in zip(tables, layouts, strict=True):
+        if table.dtype != torch.int64 or table.shape != (*tables[0].shape[:2], 2) or table.device != stored.device:
+            raise SpqrError("E509", f"{where}.tables", f"{table.dtype} {tuple(table.shape)} on {table.device}")
+        if (layout.out_features, layout.in_features) != (layouts[0].out_features, layouts[0].in_features):
+            raise SpqrError("E509", f"{where}.geometry", "matrices of more than one shape")
+    if x.ndim != 2 or ids.dtype != torch.int64 or ids.ndim != 1 or ids.device != x.device or (len(x) and len(ids) % len(x)):
+        found = f"{ids.dtype} {tuple(ids.shape)} on {ids.device} for x {tuple(x.shape)}"
+        raise SpqrError("E509", f"{where}.ids", f"{found}, expected int64 [a multiple of the rows]")
 
 
 def check_operand(x: Tensor, bias: Tensor | None, layout: Layout, device: torch.device, where: str = "spqr::linear") -> None:

@@ -32,9 +32,11 @@ AMD = ("gfx942",)
 _STORED = {"Weight": "*i32", "StatCodes": "*i32", "TileStats": "*i16", "GroupSc": "*i16", "GroupZp": "*u8"}
 _UNALIGNED = (
     "batch", "out_features", "tile_rows", "chunks", "groups", "parts", "whole", "splits", "a_split", "all_outliers", "top",
-    "first1", "first2", *(f"{name}{i}" for name in ("out_features", "outliers") for i in range(TOGETHER)),
+    "tiles", "experts", "pairs_a_row", "first1", "first2",
+    *(f"{name}{i}" for name in ("out_features", "outliers") for i in range(TOGETHER)),
 )  # fmt: skip
 _FIT = ("search_kernel", "tile_start_kernel", "round_kernel", "residual_kernel")
+_ROW = {"BF": 0, "OUTLIERS": True, "WHOLE": True, "WARPS": 4, "STAGES": 2, "KEPT": 2048}  # of one row of x
 _OUTLIERS = {"Pointers": "*i32", "Outliers": "*i32"}
 
 
@@ -80,7 +82,7 @@ def variants() -> list[Variant]:
             sizes = {"out_features": "i32", "chunks": "i32", "groups": "i32", "all_outliers": "i32"}
             constants = kind | sparse | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2, "KEPT": 2048}
             found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4))
-        found.append(_siblings(title, kind | sparse))
+        found += [_siblings(title, kind), _experts(title, kind)]
         operands = {"X": "*fp16", "Scale": "*fp32"} | _STORED | _OUTLIERS | {"Bias": "*fp16", "Y": "*fp16"}
         sizes = {"batch": "i32", "out_features": "i32", "tile_rows": "i32", "chunks": "i32", "groups": "i32"}
         for batch, tiles, warps, outliers in ((8, 4, 8, True), (32, 8, 8, True), (64, 8, 8, False)):
@@ -143,8 +145,16 @@ def _siblings(title: str, kind: dict[str, Any]) -> Variant:
     for i in three:
         names = ("at_scales", "at_zeros", "at_pointers", "at_outliers", "out_features", "outliers")
         operands |= {f"{name}{i}": "i32" for name in names}
-    constants = kind | {"BF": 0, "WHOLE": True, "WARPS": 4, "STAGES": 2, "KEPT": 2048}
+    constants = kind | _ROW | {"HAS_BIAS": False}
     return Variant(f"siblings {title}", grouped.siblings_kernel, operands, constants, 4)
+
+
+def _experts(title: str, kind: dict[str, Any]) -> Variant:
+    """The experts of each row."""
+    operands = {"X": "*fp16", "Ids": "*i64", "Table": "*i64", "Zeros": "*u8", "Stored": "*i32", "Y": "*fp16"}
+    sizes = ("chunks", "groups", "tiles", "out_features", "experts", "parts", "pairs_a_row")
+    operands |= dict.fromkeys((*sizes, "at_scales", "at_zeros", "at_pointers", "at_outliers"), "i32")
+    return Variant(f"experts {title}", grouped.experts_kernel, operands, kind | _ROW, 4)
 
 
 def _fit_variants() -> list[Variant]:

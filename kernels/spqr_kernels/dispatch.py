@@ -13,6 +13,8 @@ from torch import Tensor
 from spqr_format.layout import CHUNK, TILE, Layout
 
 from . import cpu, reference
+from .checks import aligned
+from .experts import Table, one_by_one
 from .joined import Joined
 from .launch import on_device
 
@@ -23,6 +25,7 @@ GEMM_BATCH = 1024
 DECODE_BATCH = {False: 64, True: 32}
 _SPLIT_BATCH = 256  # up to which cuBLAS may split columns: what was seen to lose exactness had 33 rows
 TOGETHER = 3  # matrices of one x that a launch takes at most
+MOST_PAIRS = 65535  # of rows and experts in a launch: the second dimension of a grid
 FIT_COLUMNS = 16  # the widest group that a thread of fit.py holds in its registers
 
 Tensors = Mapping[str, Tensor]
@@ -92,6 +95,20 @@ def linears(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], bi
     each: Sequence[Tensor | None] = biases or [None] * len(joined)
     matrices = zip(joined, layouts, each, strict=True)
     return [linear(x, Joined(whole, layout), layout, bias) for whole, layout, bias in matrices]
+
+
+def experts(x: Tensor, ids: Tensor, stored: Tensor, tables: Sequence[Table]) -> Tensor:
+    """x [rows, in] times the matrices of each row's experts, ids int64 [pairs]: [pairs, parts * out]."""
+    pairs = ids.numel()
+    if pairs == 0:
+        return x.new_empty(0, tables[0].begins.shape[1] * tables[0].layout.out_features)
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    fits = all(whole_chunks(table.layout) and not table.layout.permuted for table in tables)
+    if half and fits and has_tensor_cores(x.device) and pairs <= MOST_PAIRS:
+        from . import grouped
+
+        return grouped.experts(x.contiguous(), aligned(ids), stored, tables)
+    return one_by_one(x, ids, stored, tables)
 
 
 def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> Tensor:

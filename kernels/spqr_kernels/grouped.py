@@ -20,6 +20,7 @@ from spqr_format.layout import CHUNK, TILE, Layout
 from . import outliers
 from .checks import aligned
 from .dispatch import TOGETHER
+from .experts import Table
 from .joined import places
 from .launch import Launch
 from .matvec import BF16, product_of_tile, warps_for, zeros
@@ -119,3 +120,70 @@ def siblings(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], b
     launch = _siblings(layouts, x.dtype, biases[0].dtype if biases else None, x.device)
     launch(dense.data_ptr(), zeros(x.device).data_ptr(), *addresses[0], *addresses[1], *addresses[2])
     return results
+
+
+@gluon.jit
+def experts_kernel(
+    X, Ids, Table, Zeros, Stored, Y,
+    chunks, groups, tiles, out_features, experts, parts, pairs_a_row, at_scales, at_zeros, at_pointers, at_outliers,
+    BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
+    WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+):  # fmt: skip
+    """Y[pair, part, o] = sum_i W[Ids[pair], part][o, i] X[pair // pairs_a_row, i] where Table has that matrix.
+
+    X [rows, chunks * 256]; Ids int64 [pairs]; Table int64 [experts, parts, 2] as in `experts.Table`."""
+    pair = gl.program_id(1)
+    part = gl.program_id(0) // tiles
+    tile = gl.program_id(0) % tiles
+    expert = gl.minimum(gl.maximum(gl.load(Ids + pair), 0), experts - 1)
+    entry = Table + (expert * parts + part) * 2
+    begin = gl.load(entry)
+    if begin >= 0:
+        all_outliers = gl.load(entry + 1).to(gl.int32)
+        row = (pair // pairs_a_row).to(gl.int64)
+        y = Y + (pair.to(gl.int64) * parts + part) * out_features
+        _product_in(
+            Stored + gl.multiple_of(begin, 32), tile, X + row * (chunks * 256), Zeros, y, y, at_scales, at_zeros, at_pointers,
+            at_outliers, out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, False, WHOLE,
+            WARPS, STAGES, KEPT,
+        )  # fmt: skip
+
+
+@cache
+def _experts(
+    layout: Layout, number: int, parts: int, pairs: int, rows: int, dtype: torch.dtype, device: torch.device
+) -> Launch:
+    tiles = layout.tile_rows
+    warps, stages = warps_for(tiles * parts * pairs, layout.blocks), 2
+    chunks = layout.blocks // CHUNK
+    dtypes = (dtype, torch.int64, torch.int64, torch.uint8, torch.int32, dtype)
+    integers = (
+        chunks, layout.groups, tiles, layout.out_features, number, parts, pairs // rows, *_words(layout),
+    )  # fmt: skip
+    constants = {
+        "BITS": layout.weight_bits, "BF": BF16 if dtype == torch.bfloat16 else 0, "BILEVEL": layout.statistics == "bilevel",
+        "BLOCKS_A_GROUP": layout.group_size // TILE, "OUTLIERS": layout.outliers > 0, "WHOLE": chunks % (warps * stages) == 0,
+        "WARPS": warps, "STAGES": stages, "KEPT": outliers.outliers_kept(layout), "num_warps": warps,
+    }  # fmt: skip
+    return Launch(experts_kernel, (tiles * parts, pairs), device, dtypes, integers, constants)
+
+
+def experts(x: Tensor, ids: Tensor, stored: Tensor, tables: Sequence[Table]) -> Tensor:
+    """Products of each row of x with the parts of its experts' matrices, side by side.
+
+    x: fp16 or bf16 [rows, in], contiguous. ids: int64 [pairs], the experts of row 0, then of row 1, ...; as many for each,
+    each below the number of experts. stored: int32, all matrices. tables: one for each kind, of whole chunks, not permuted.
+    Returns [pairs, parts * out] in x's dtype.
+    """
+    layout, parts = tables[0].layout, tables[0].begins.shape[1]
+    if x.shape[1] != layout.blocks * TILE:
+        x = torch.nn.functional.pad(x, (0, layout.blocks * TILE - x.shape[1]))
+    x = aligned(x)
+    pairs = ids.numel()
+    y = torch.empty(pairs, parts * layout.out_features, dtype=x.dtype, device=x.device)
+    for table in tables:
+        launch = _experts(table.layout, len(table.begins), parts, pairs, x.shape[0], x.dtype, x.device)
+        launch(
+            x.data_ptr(), ids.data_ptr(), table.begins.data_ptr(), zeros(x.device).data_ptr(), stored.data_ptr(), y.data_ptr()
+        )
+    return y

@@ -18,7 +18,8 @@ from spqr_format.errors import SpqrError
 from spqr_format.layout import Layout
 
 from . import dispatch
-from .checks import aligned, check_joined, check_names, check_operand, check_tensors
+from .checks import aligned, check_experts, check_joined, check_names, check_operand, check_tensors
+from .experts import Table
 from .joined import Joined, places
 
 # stored: the tensors of `Layout.tensors()` in their order, or the one that `joined.join` makes of them.
@@ -31,6 +32,10 @@ torch.library.define("spqr::linear", f"(Tensor x, Tensor? bias, {_MATRIX}) -> Te
 torch.library.define("spqr::linear_forward", f"(Tensor x, Tensor? bias, {_MATRIX}) -> Tensor", tags=_TAGS)
 # biases: none, or one for each. joined: of `joined.join`. geometry: `geometry` of each, one behind the other.
 torch.library.define("spqr::linears", "(Tensor x, Tensor[] biases, Tensor[] joined, int[] geometry) -> Tensor[]", tags=_TAGS)
+# ids: the experts of row 0, of row 1, ... tables and geometry: one for each kind of matrix, see `experts.Table`.
+torch.library.define(
+    "spqr::experts", "(Tensor x, Tensor ids, Tensor stored, Tensor[] tables, int[] geometry) -> Tensor", tags=_TAGS
+)
 torch.library.define("spqr::dequantize", f"({_MATRIX}, ScalarType dtype) -> Tensor", tags=_TAGS)
 
 
@@ -120,6 +125,21 @@ torch.library.impl("spqr::linears", "default", _linears)
 @torch.library.register_fake("spqr::linears")
 def _(x, biases, joined, geometry):
     return [x.new_empty((*x.shape[:-1], layout.out_features)) for layout in _layouts(tuple(geometry))]
+
+
+def _experts(x: Tensor, ids: Tensor, stored: Tensor, tables: list[Tensor], geometry: list[int]) -> Tensor:
+    layouts, where = _layouts(tuple(geometry)), "spqr::experts"
+    check_experts(x, ids, stored, tables, layouts, where)
+    check_operand(x, None, layouts[0], stored.device, where)
+    return dispatch.experts(x, ids, stored, [Table(layout, begins) for layout, begins in zip(layouts, tables, strict=True)])
+
+
+torch.library.impl("spqr::experts", "default", _experts)
+
+
+@torch.library.register_fake("spqr::experts")
+def _(x, ids, stored, tables, geometry):
+    return x.new_empty((ids.numel(), tables[0].shape[1] * geometry[0]))
 
 
 def _save(ctx, inputs, output):

@@ -6,13 +6,29 @@ Outliers differ in number from expert to expert, so quantized experts cannot be 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from spqr_kernels.experts import arrange, tables
+from spqr_kernels.joined import length
+from spqr_kernels.ops import geometry
+
 from .linear import SpqrLinear
 from .names import FUSED
+
+# How many weights are multiplied, each pair of a row and an expert with its own, in the time that one expert alone takes on
+# the host of a GPU: what decides between one launch for all pairs and a loop over the experts. A guess from an H200.
+WEIGHTS_OF_A_TURN = 1.5e9
+
+
+class _Pool(NamedTuple):
+    """All matrices in one tensor, and what `spqr::experts` takes of gate and up, and of down."""
+
+    stored: Tensor  # int32
+    tables: tuple[list[Tensor], list[Tensor]]
+    geometries: tuple[list[int], list[int]]
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -30,6 +46,10 @@ class SplitExperts(nn.Module):
     Computes what the fused module computes: for each token the sum of its experts' outputs, weighted by the router.
     """
 
+    pool: _Pool | None = None
+    pooled = False  # whether there should be a pool
+    _parts: tuple[tuple[SpqrLinear, Tensor], ...] = ()  # each layer and its joined tensor, a piece of the pool
+
     def __init__(self, fused: Any, projections: tuple[str, str, str]) -> None:
         """Dense placeholders on `meta` for the experts of `fused`. projections: their names for gate, up and down."""
         super().__init__()
@@ -46,6 +66,8 @@ class SplitExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k], to [tokens, hidden]."""
+        if self._takes(hidden_states, top_k_index):
+            return self._all_pairs(hidden_states, top_k_index, top_k_weights)
         fused = self._fused[0]
         gate, up, down = self.projections
         result = torch.zeros_like(hidden_states)
@@ -58,6 +80,74 @@ class SplitExperts(nn.Module):
             y = getattr(expert, down)(type(fused)._apply_gate(fused, both)) * top_k_weights[token, slot, None]
             result.index_add_(0, token, y.to(result.dtype))
         return result
+
+    def _takes(self, x: Tensor, index: Tensor) -> bool:
+        """Whether one launch for all pairs is right, and faster than a loop. Decided from shapes alone."""
+        if not self.pooled or (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        pairs, experts = index.numel(), min(index.numel(), self.num_experts)
+        if pairs * 3 * self.hidden * self.intermediate > experts * WEIGHTS_OF_A_TURN:
+            return False
+        if torch.compiler.is_dynamo_compiling():  # as in SpqrLinear
+            return self.pool is not None
+        if self.pool is None or not all(layer.joined is part for layer, part in self._parts):
+            self.join()
+        return self.pool is not None
+
+    def _all_pairs(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        assert self.pool is not None
+        fused, stored = self._fused[0], self.pool.stored
+        empty = index >= self.num_experts  # slots that the router left empty
+        ids = index.masked_fill(empty, 0).reshape(-1).to(torch.int64)
+        both = torch.ops.spqr.experts(x, ids, stored, self.pool.tables[0], self.pool.geometries[0])
+        inner = type(fused)._apply_gate(fused, both)
+        y = torch.ops.spqr.experts(inner, ids, stored, self.pool.tables[1], self.pool.geometries[1])
+        y = y.view(*index.shape, self.hidden) * weights.masked_fill(empty, 0)[..., None]
+        return y.sum(1).to(x.dtype)
+
+    def join(self, on_cpu: bool = True) -> None:
+        """Lays the tensors of all experts into one, where all are quantized and on one device; on_cpu as in SpqrLinear."""
+        self.pool, self.pooled, self._parts = None, False, ()
+        experts = [getattr(self, str(index)) for index in range(self.num_experts)]
+        layers = [[getattr(expert, name) for name in self.projections] for expert in experts]
+        single = [layer for three in layers for layer in three]
+        if not all(isinstance(layer, SpqrLinear) and layer.bias is None for layer in single):
+            return
+        device = single[0].weight.device
+        if device.type == "cpu" and not on_cpu:
+            return
+        for layer in single:
+            layer.join()
+        if any(layer.joined is None or layer.weight.device != device or layer.layout.permuted for layer in single):
+            return
+        layouts = [[layer.layout for layer in three] for three in layers]
+        begins, end = arrange(layouts)
+        # Past nn.Module, and parameters nevertheless: see SpqrLinear.
+        stored = nn.Parameter(torch.empty(end, dtype=torch.int32, device=device), requires_grad=False)
+        parts = []
+        for three, places in zip(layers, begins, strict=True):
+            for layer, begin in zip(three, places, strict=True):
+                piece = stored.data[begin : begin + length(layer.layout)]
+                layer.lie_in(piece.copy_(layer.joined))
+                parts.append((layer, layer.joined))
+        kinds: list[list[Tensor]] = []
+        geometries: list[list[int]] = []
+        for which in (slice(0, 2), slice(2, 3)):
+            found = tables([three[which] for three in layouts], [three[which] for three in begins])
+            kinds.append([nn.Parameter(kind.begins.to(device), requires_grad=False) for kind in found])
+            geometries.append([int(number) for kind in found for number in geometry(kind.layout)])
+        self.pool = _Pool(stored, (kinds[0], kinds[1]), (geometries[0], geometries[1]))
+        self.pooled, self._parts = True, tuple(parts)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SplitExperts:
+        pooled = self.pooled
+        super()._apply(fn, recurse)
+        self.join(on_cpu=pooled)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the pool: the layers bring their tensors along, and a copy makes a pool of its own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("pool", "_parts")}
 
     def fuse(self) -> Any:
         """The fused module with these experts' weights, which must be dense by now."""

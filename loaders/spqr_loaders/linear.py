@@ -130,7 +130,7 @@ class SpqrLinear(nn.Linear):
             if (parameter.dtype, parameter.shape, parameter.device) != (place.dtype, place.shape, self.weight.device):
                 return
             tensors[leaf] = parameter
-        self._view(join(tensors, self.layout))
+        self.lie_in(join(tensors, self.layout))
 
     def is_joined(self) -> bool:
         """Whether every stored tensor lies where `join` put it. If not, the tensor that held them is let go."""
@@ -143,8 +143,8 @@ class SpqrLinear(nn.Linear):
                 return False
         return True
 
-    def _view(self, whole: Tensor) -> None:
-        """Makes every stored tensor a view of `whole`."""
+    def lie_in(self, whole: Tensor) -> None:
+        """Makes every stored tensor a view of `whole`, in which `spqr_kernels.joined.join` has put them."""
         assert self.layout is not None
         found = []
         for leaf, view in split(whole, self.layout).items():
@@ -178,6 +178,8 @@ class SpqrLinear(nn.Linear):
         """Of joined tensors the one that holds them: a copy of each would bring all of it along."""
         whole = self.is_joined()  # first of all: it may let go what was joined
         state = {name: value for name, value in self.__dict__.items() if name != "_places"}
+        if self.joined is not None and self.joined.untyped_storage().nbytes() > self.joined.nbytes:  # a piece of a pool
+            state["joined"] = nn.Parameter(self.joined.detach().clone(), requires_grad=False)
         if whole:
             state["_parameters"] = {name: None if name in self.leaves else p for name, p in self._parameters.items()}
         return state
@@ -185,7 +187,7 @@ class SpqrLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.joined is not None:
-            self._view(self.joined.data)
+            self.lie_in(self.joined.data)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The dense layer of the same numbers. Raises SpqrError E508 while the tensors are offloaded."""

@@ -46,6 +46,7 @@ class SpqrFormatQuantizer(HfQuantizer):
         self.placeholders: dict[str, torch.dtype] = {}
         self.dtype = torch.get_default_dtype()
         self.split = False  # whether experts are single modules
+        self.experts: list[SplitExperts] = []  # these modules
         self.dropped_conversions: list[Any] = []
         self.failure: SpqrError | None = None  # of an on-the-fly quantization, raised when transformers lets us
 
@@ -125,6 +126,9 @@ class SpqrFormatQuantizer(HfQuantizer):
             return model
         for layer in layers.values():  # one after the other: never more than one of them is there twice
             layer.join(on_cpu=False)
+        self.experts = [module for module in model.modules() if isinstance(module, SplitExperts)]
+        for experts in self.experts:
+            experts.join(on_cpu=False)
         share(model)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # of the single tensors
@@ -243,8 +247,8 @@ class SpqrFormatQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether forward neither waits for the device nor branches on values; single experts do both."""
-        return not self.split
+        """Whether forward neither waits for the device nor branches on values, for the few tokens of a step."""
+        return not self.split or (bool(self.experts) and all(experts.pooled for experts in self.experts))
 
 
 def refuse_sharding(model: PreTrainedModel) -> None:

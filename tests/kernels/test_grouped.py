@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spqr_format import SpqrError
-from spqr_kernels import joined, ops
+from spqr_kernels import experts, joined, ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Rows of each matrix, and their columns. Tiles of 768 and of few, the last one not full; chunks even and odd.
@@ -132,3 +132,78 @@ def test_opcheck(random_matrix):
     stored = [whole for _, whole, _ in found]
     torch.library.opcheck(torch.ops.spqr.linears, (torch.randn(1, 256), [], stored, geometry(found)))
     torch.library.opcheck(torch.ops.spqr.linear_forward, (torch.randn(1, 256), None, stored[:1], *ops.geometry(found[0][0])))
+
+
+# Experts
+
+EXPERT_KINDS = [  # of expert 0, 1, ...: equal, or differing in what the table is for
+    [{"outliers": 0.01}, {"outliers": 0.03}, {"outliers": 0.0}, {"outliers": 0.002}],
+    [{"outliers": 0.0}] * 4,
+    [
+        {},
+        {"weight_bits": 2},
+        {"weight_bits": 4, "outliers": 0.0},
+        {"weight_bits": 4, "statistics": "direct", "group_size": 128},
+    ],
+]
+
+
+def pool(random_matrix, kinds, parts, out, columns, device):
+    """stored, tables, geometry, and the dense weights in float64 [experts][parts]."""
+    found = [[random_matrix(out, columns, seed=10 * e + p, **kind) for p in range(parts)] for e, kind in enumerate(kinds)]
+    layouts = [[matrix.layout for matrix in its] for its in found]
+    begins, end = experts.arrange(layouts)
+    stored = torch.zeros(end, dtype=torch.int32)
+    for its, places in zip(found, begins, strict=True):
+        for matrix, begin in zip(its, places, strict=True):
+            tensors = {leaf: torch.from_numpy(tensor.copy()) for leaf, tensor in matrix.pack().items()}
+            whole = joined.join(tensors, matrix.layout)
+            stored[begin : begin + len(whole)] = whole
+    made = experts.tables(layouts, begins)
+    numbers = [int(number) for table in made for number in ops.geometry(table.layout)]
+    dense = [[torch.from_numpy(matrix.dequantize()).double() for matrix in its] for its in found]
+    return stored.to(device), [table.begins.to(device) for table in made], numbers, dense
+
+
+@pytest.mark.parametrize("kinds", EXPERT_KINDS, ids=["outliers", "none", "kinds"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_experts_match_float64(random_matrix, device, kinds):
+    for parts, out, columns, rows, chosen in ((2, 48, 256, 1, 2), (1, 40, 768, 3, 1), (2, 17, 512, 5, 4), (1, 33, 250, 2, 2)):
+        stored, tables, numbers, dense = pool(random_matrix, kinds, parts, out, columns, device)
+        generator = torch.Generator().manual_seed(rows)
+        for dtype in (torch.float16, torch.bfloat16):
+            x = torch.randn(rows, columns, generator=generator).to(dtype)
+            ids = torch.stack([torch.randperm(4, generator=generator)[:chosen] for _ in range(rows)]).reshape(-1)
+            y = torch.ops.spqr.experts(x.to(device), ids.to(device), stored, tables, numbers)
+            expected = torch.stack(
+                [
+                    torch.cat([weight @ x[pair // chosen].double() for weight in dense[expert]])
+                    for pair, expert in enumerate(ids)
+                ]
+            )
+            assert y.shape == (rows * chosen, parts * out)
+            assert relative_error(y, expected) < BOUND[dtype], (parts, out, dtype)
+            again = torch.ops.spqr.experts(x.to(device), ids.to(device), stored, tables, numbers)
+            assert torch.equal(again, y)
+
+
+def test_no_rows_and_operands_that_do_not_fit(random_matrix):
+    stored, tables, numbers, _ = pool(random_matrix, EXPERT_KINDS[0], 2, 48, 256, "cpu")
+    x, ids = torch.randn(2, 256), torch.tensor([0, 1, 2, 3])
+    assert torch.ops.spqr.experts(x[:0], ids[:0], stored, tables, numbers).shape == (0, 96)
+    for wrong in (
+        (x, ids[:3], stored, tables, numbers),
+        (x, ids.int(), stored, tables, numbers),
+        (x[:, :-1], ids, stored, tables, numbers),
+        (x, ids, stored.long(), tables, numbers),
+        (x, ids, stored, [tables[0].int()], numbers),
+        (x, ids, stored, [], []),
+        (x, ids, stored, [*tables, *tables], numbers),
+    ):
+        with pytest.raises(SpqrError, match="E509"):
+            torch.ops.spqr.experts(*wrong)
+
+
+def test_the_experts_operator_passes_opcheck(random_matrix):
+    stored, tables, numbers, _ = pool(random_matrix, EXPERT_KINDS[2], 2, 48, 256, "cpu")
+    torch.library.opcheck(torch.ops.spqr.experts, (torch.randn(2, 256), torch.tensor([0, 1, 2, 3]), stored, tables, numbers))

@@ -6,10 +6,11 @@ import gc
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from spqr_format.errors import SpqrError
 from spqr_loaders import SpqrFormatConfig
+from spqr_loaders.experts import SplitExperts
 
 from .conftest import IDS, layers, position_out_of_range
 
@@ -88,3 +89,44 @@ def test_moving_a_model_frees_what_it_leaves_and_holds_nothing_twice(tiny):
     assert torch.equal(model(IDS.cuda()).logits, target)
     arrived = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float16).to("cuda")
     assert all(layer.is_joined() for layer in layers(arrived).values())
+
+
+def test_experts_generate_without_asking_the_host(tmp_path):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_experts_per_tok=2, num_local_experts=4,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    how = SpqrFormatConfig(weight_bits=4, outlier_share=0.01)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16, device_map="cuda", quantization_config=how)
+    split = [module for module in model.modules() if isinstance(module, SplitExperts)]
+    assert all(module.pooled for module in split)
+    ids = IDS.cuda() % 64
+    with torch.no_grad():
+        together = model(ids).logits
+        for module in split:
+            module.pooled = False
+        torch.testing.assert_close(together, model(ids).logits, rtol=2e-2, atol=2e-3)
+        for module in split:
+            module.pooled = True
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(ids, use_cache=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    kwargs = {"max_new_tokens": 24, "do_sample": False}
+    eager = model.generate(ids, **kwargs)
+    compiled = model.generate(ids, cache_implementation="static", **kwargs)
+    assert torch.equal(eager[:, : ids.shape[1] + 4], compiled[:, : ids.shape[1] + 4])
+
+
+def test_a_model_that_is_not_on_the_current_device(tiny):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float16, device_map={"": 1})
+    here = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float16, device_map={"": 0})
+    assert torch.cuda.current_device() == 0
+    with torch.no_grad():
+        for ids in (IDS, IDS[:, :1]):
+            assert torch.equal(model(ids.to("cuda:1")).logits.cpu(), here(ids.cuda()).logits.cpu())

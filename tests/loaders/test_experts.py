@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,99 @@ def test_experts_of_another_kind_stay_dense(tmp_path: Path) -> None:
     assert model(IDS).logits.isfinite().all()
     model.save_pretrained(tmp_path / "again")
     assert validate(tmp_path / "again").ok
+
+
+# One launch for all pairs
+
+
+def test_a_pool_computes_what_single_experts_do(dense: Path, tmp_path: Path) -> None:
+    stored, oracle = quantized(dense, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(stored.folder, dtype=torch.float32)
+    split = [module for module in model.modules() if isinstance(module, SplitExperts)]
+    assert not any(module.pooled for module in split), "on a CPU tensors stay in the file"
+    with torch.no_grad():
+        single = model(IDS).logits
+        for module in split:
+            module.join()
+        assert all(module.pooled for module in split)
+        assert calls(model) == {"spqr::experts": 4, "spqr::linear_forward": 8}
+        torch.testing.assert_close(model(IDS).logits, single, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(IDS).logits, oracle(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def calls(model: Any) -> dict[str, int]:
+    """Calls of the operators in a forward pass, those in others not counted."""
+    counted: dict[str, int] = {}
+    with torch.no_grad(), Counter(counted):
+        model(IDS)
+    return counted
+
+
+class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self, counted: dict[str, int]) -> None:
+        super().__init__()
+        self.counted = counted
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name()
+        if name.startswith("spqr::"):
+            self.counted[name] = self.counted.get(name, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def pooled(dense: Path, tmp_path: Path) -> Any:
+    stored, _ = quantized(dense, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(stored.folder, dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, SplitExperts):
+            module.join()
+    return model
+
+
+def test_copies_moves_and_files_of_a_pool(pooled: Any, tmp_path: Path) -> None:
+    with torch.no_grad():
+        expected = pooled(IDS).logits
+        torch.save(pooled, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        for model in (copy.deepcopy(pooled), pickle.loads(pickle.dumps(pooled)), loaded, pooled.to(torch.float32)):
+            assert torch.equal(model(IDS).logits, expected)
+            assert "spqr::experts" in calls(model)
+    apart = copy.deepcopy(pooled)  # each layer with memory of its own
+    assert len(pickle.dumps(pooled)) < 1.1 * len(pickle.dumps(apart)), "no layer brings all of the pool"
+
+
+def test_a_layer_that_left_the_pool_is_seen(pooled: Any) -> None:
+    split = next(module for module in pooled.modules() if isinstance(module, SplitExperts))
+    gate = getattr(getattr(split, "0"), split.projections[0])
+    gate.weight = torch.nn.Parameter(torch.zeros_like(gate.weight), requires_grad=False)
+    with torch.no_grad():
+        new = pooled(IDS).logits
+        split.pooled = False
+        torch.testing.assert_close(new, pooled(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_slots_that_the_router_left_empty(pooled: Any) -> None:
+    split = next(module for module in pooled.modules() if isinstance(module, SplitExperts))
+    x, index = torch.randn(3, 32), torch.tensor([[0, 4], [4, 4], [2, 1]])
+    weights = torch.tensor([[0.5, float("nan")], [1.0, 1.0], [0.25, 0.75]])
+    with torch.no_grad():
+        result = split(x, index, weights)
+        split.pooled = False
+        torch.testing.assert_close(result, split(x, index, weights), rtol=1e-5, atol=1e-6)
+    assert (result[1] == 0).all()
+
+
+def test_gradients_pass_through_single_experts(pooled: Any) -> None:
+    split = next(module for module in pooled.modules() if isinstance(module, SplitExperts))
+    x = torch.randn(2, 32, requires_grad=True)
+    split(x, torch.tensor([[0, 1], [2, 3]]), torch.full((2, 2), 0.5)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+def test_a_step_compiles_into_one_graph(pooled: Any) -> None:
+    with torch.no_grad():
+        expected = pooled(IDS[:, :1], use_cache=False).logits
+        compiled = torch.compile(pooled, fullgraph=True)
+        torch.testing.assert_close(compiled(IDS[:, :1], use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,72 @@
+"""Experts: many matrices of one shape, of which each row of x is multiplied with a few that the device knows.
+
+All lie in one tensor, their outliers too, and a table says where each begins: so one launch reaches whichever the router
+chose, without asking the host. Bits and statistics may differ from expert to expert; then there is a launch for each kind,
+whose programs leave the others' pairs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spqr_format.layout import Layout
+
+from .joined import Joined, length
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where the matrices of one kind are: `begins` int64 [experts, parts, 2], the first word of an expert's part and how many
+    outliers it has; -1 and 0 where that is of another kind. `layout`: of the kind, with the most outliers of any."""
+
+    layout: Layout
+    begins: Tensor
+
+
+def arrange(layouts: Sequence[Sequence[Layout]], begin: int = 0) -> tuple[list[list[int]], int]:
+    """The first word of each expert's parts, one behind the other from `begin` on, and the word behind the last."""
+    begins: list[list[int]] = []
+    for parts in layouts:
+        begins.append([])
+        for layout in parts:
+            begins[-1].append(begin)
+            begin += length(layout)
+    return begins, begin
+
+
+def tables(layouts: Sequence[Sequence[Layout]], begins: Sequence[Sequence[int]]) -> list[Table]:
+    """One for each kind of matrix among the parts of all experts, on the CPU."""
+    kinds: dict[Layout, list[tuple[int, int]]] = {}
+    for expert, parts in enumerate(layouts):
+        for part, layout in enumerate(parts):
+            kinds.setdefault(layout.with_outliers(0), []).append((expert, part))
+    found = []
+    for kind, places in kinds.items():
+        table = torch.zeros(len(layouts), len(layouts[0]), 2, dtype=torch.int64)
+        table[:, :, 0] = -1
+        for expert, part in places:
+            table[expert, part, 0] = begins[expert][part]
+            table[expert, part, 1] = layouts[expert][part].outliers
+        found.append(Table(kind.with_outliers(int(table[:, :, 1].max())), table))
+    return found
+
+
+def one_by_one(x: Tensor, ids: Tensor, stored: Tensor, found: Sequence[Table]) -> Tensor:
+    """As `grouped.experts`, expert by expert, on any device: waits for the device to know them."""
+    from .dispatch import linear  # here, because that module imports this one
+
+    parts, out_features = found[0].begins.shape[1], found[0].layout.out_features
+    y = x.new_empty(ids.numel(), parts, out_features)
+    row = torch.arange(ids.numel(), device=x.device) // (ids.numel() // x.shape[0])
+    known = [(table.layout, table.begins.tolist()) for table in found]
+    for expert in ids.unique().tolist():
+        pairs = torch.where(ids == expert)[0]
+        for part in range(parts):
+            layout, begin, outliers = next((kind, *its[expert][part]) for kind, its in known if its[expert][part][0] >= 0)
+            layout = layout.with_outliers(outliers)
+            y[pairs, part] = linear(x[row[pairs]], Joined(stored[begin : begin + length(layout)], layout), layout, None)
+    return y.view(ids.numel(), parts * out_features)
