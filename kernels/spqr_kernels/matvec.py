@@ -404,7 +404,7 @@ def product_of_tile(
 
     wait_copies(0)
     if OUTLIERS:
-        sum0, sum1 = outliers.products(room, Pointers, Outliers, X, tile, cells, first_outlier, thread, KEPT, BF)
+        sum0, sum1 = outliers.products(room, Pointers, Outliers, X, tile, cells, first_outlier, all_outliers, thread, KEPT, BF)
         y0 += sum0 * (1.0 / _UNIT[FLAVOR])
         y1 += sum1 * (1.0 / _UNIT[FLAVOR])
     y0 = gl.inline_asm_elementwise(_QUAD_SUM, "=f,f", [y0], dtype=gl.float32, is_pure=True, pack=1)

@@ -154,24 +154,21 @@ def outliers_a_lane(layout: Layout) -> int:
     return next((n for n in (1, 2) if mean + 5 * mean**0.5 <= 32 * n), 4)
 
 
-# Copies the outliers $2 from place $3, a multiple of 4, on and below $4, $8 at most, to the room $1 with the group of copies
-# that is committed next; $5 the thread, $6 threads; the array ends at $7. $0 is $1.
+# Copies the outliers $2 from place $3 on and below $4, $7 at most, to the room $1 with the group of copies that is committed
+# next; $5 the thread, $6 threads. Places are multiples of 4. $0 is $1.
 _ASK = gl.constexpr("""{
 .reg .pred p;
-.reg .b32 i, a, end, bytes;
+.reg .b32 i, a, end;
 .reg .b64 g;
-add.s32 end, $3, $8;
+add.s32 end, $3, $7;
 min.s32 end, end, $4;
 mad.lo.s32 a, $5, 16, $1;
 mad.lo.s32 i, $5, 4, $3;
 NEXT:
 setp.ge.s32 p, i, end;
 @p bra DONE;
-sub.s32 bytes, $7, i;
-min.s32 bytes, bytes, 4;
-shl.b32 bytes, bytes, 2;
 mad.wide.s32 g, i, 4, $2;
-cp.async.cg.shared.global [a], [g], 16, bytes;
+cp.async.cg.shared.global [a], [g], 16;
 mad.lo.s32 i, $6, 4, i;
 mad.lo.s32 a, $6, 16, a;
 bra NEXT;
@@ -184,17 +181,17 @@ def _products(bfloat: bool) -> str:
     """PTX: a thread's outliers times x, added to its sum of their row. It has four in a row of every 4 * threads.
 
     Inputs: $1 the thread's sums, 128 bytes from row to row; $2 the kept outliers, from place $3 on; $4 all of them; $5 first
-    place and $6 end; $7 the thread, $8 threads; $9 x of the first column of their panel; $10 how many are kept. $0 is $1."""
+    place and $6 end; $7 the thread, $8 threads; $9 x of the first column of their panel; $10 place behind the kept. $0 is $1."""
     kind = "bf16" if bfloat else "f16"
     lines = [
-        ".reg .pred p, q;", ".reg .b32 i, n, a, c, m, kept;", ".reg .b64 g;",
+        ".reg .pred p, q;", ".reg .b32 i, n, a, c, m;", ".reg .b64 g;",
         *(f".reg .b32 w{n}, a{n}; .reg .b16 l{n}, h{n}, x{n}; .reg .f32 v{n}, f{n}, s{n}; .reg .pred p{n};" for n in range(4)),
         # place of the thread's first four, as multiple of 4
-        "and.b32 i, $5, -4;", "mad.lo.s32 i, $7, 4, i;", "sub.s32 n, $6, $5;", "add.s32 kept, $3, $10;",
+        "and.b32 i, $5, -4;", "mad.lo.s32 i, $7, 4, i;", "sub.s32 n, $6, $5;",
         "MORE:", "setp.ge.s32 p, i, $6;", "@p bra DONE;",
         "sub.s32 m, i, $5;",
         *(line for n in range(4) for line in (f"add.s32 c, m, {n};", f"setp.lt.u32 p{n}, c, n;")),
-        "setp.ge.s32 q, i, kept;", "@q bra FAR;",
+        "setp.ge.s32 q, i, $10;", "@q bra FAR;",
         "sub.s32 a, i, $3;", "mad.lo.s32 a, a, 4, $2;", "ld.shared.v4.b32 {w0, w1, w2, w3}, [a];", "bra THERE;",
         "FAR:", "mad.wide.s32 g, i, 4, $4;",
         *(f"mov.b32 w{n}, 0;\n@p{n} ld.global.nc.b32 w{n}, [g+{4 * n}];" for n in range(4)),
@@ -241,22 +238,30 @@ def room_for_products(SHARED: gl.constexpr, thread, KEPT: gl.constexpr):
 
 
 @gluon.jit
+def _fours(outliers):
+    """Behind the last place that is copied: copies are of four outliers, and none reads behind the array."""
+    return outliers // 4 * 4
+
+
+@gluon.jit
 def ask(room, Outliers, begin, end, outliers, thread, KEPT: gl.constexpr):
     """Begins to copy the outliers begin .. end - 1 of a tile, KEPT at most, of `outliers` in all, with the group of copies that
     is committed next."""
     none = thread * 0
     return gl.inline_asm_elementwise(
-        _ASK, "=r,r,l,r,r,r,r,r,r",
-        [room, Outliers + none, none + begin // 4 * 4, none + end, thread, none + thread.shape[0], none + outliers,
-         none + KEPT],
+        _ASK, "=r,r,l,r,r,r,r,r",
+        [room, Outliers + none, none + begin // 4 * 4, none + gl.minimum(end, _fours(outliers)), thread,
+         none + thread.shape[0], none + KEPT],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
-def products(room, Pointers, Outliers, X, tile, cells, first, thread, KEPT: gl.constexpr, BF: gl.constexpr):
-    """Sums of the outliers of a tile, from place `first` on, times x [in]: a lane's share of those of rows gid and gid + 8,
-    to be added over the quad and the warps."""
+def products(
+    room, Pointers, Outliers, X, tile, cells, first, outliers, thread, KEPT: gl.constexpr, BF: gl.constexpr
+):  # fmt: skip
+    """Sums of the outliers of a tile, from place `first` on, of `outliers` in all, times x [in]: a lane's share of those of rows
+    gid and gid + 8, to be added over the quad and the warps."""
     none = thread * 0
     lane = thread % 32
     sums = room + (4 * KEPT + thread // 32 * 2048)
@@ -268,7 +273,7 @@ def products(room, Pointers, Outliers, X, tile, cells, first, thread, KEPT: gl.c
         own = gl.inline_asm_elementwise(
             _PRODUCTS[BF], "=r,r,r,r,l,r,r,r,r,l,r",
             [own, room, none + first // 4 * 4, Outliers + none, none + begin, none + end, thread, none + thread.shape[0],
-             X + (none + panel * 128), none + KEPT],
+             X + (none + panel * 128), none + gl.minimum(first // 4 * 4 + KEPT, _fours(outliers))],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
         begin = end

@@ -18,9 +18,9 @@ from spqr_kernels.ops import geometry
 from .linear import SpqrLinear
 from .names import FUSED
 
-# How many weights are multiplied, each pair of a row and an expert with its own, in the time that one expert alone takes on
-# the host of a GPU: what decides between one launch for all pairs and a loop over the experts. A guess from an H200.
-WEIGHTS_OF_A_TURN = 1.5e9
+# How many weights a launch for all pairs of a row and an expert multiplies in the time that a loop takes for one expert, which
+# is the host's: between what was measured on an H200 at 64 tokens of a Mixtral, where the launch is faster, and at 128.
+WEIGHTS_OF_A_TURN = 2.8e9
 
 
 class _Pool(NamedTuple):
