@@ -181,7 +181,8 @@ def _products(bfloat: bool) -> str:
     """PTX: a thread's outliers times x, added to its sum of their row. It has four in a row of every 4 * threads.
 
     Inputs: $1 the thread's sums, 128 bytes from row to row; $2 the kept outliers, from place $3 on; $4 all of them; $5 first
-    place and $6 end; $7 the thread, $8 threads; $9 x of the first column of their panel; $10 place behind the kept. $0 is $1."""
+    place and $6 end; $7 the thread, $8 threads; $9 x of the first column of their panel; $10 place behind
+    the kept. $0 is $1."""
     kind = "bf16" if bfloat else "f16"
     lines = [
         ".reg .pred p, q;", ".reg .b32 i, n, a, c, m;", ".reg .b64 g;",
@@ -260,8 +261,8 @@ def ask(room, Outliers, begin, end, outliers, thread, KEPT: gl.constexpr):
 def products(
     room, Pointers, Outliers, X, tile, cells, first, outliers, thread, KEPT: gl.constexpr, BF: gl.constexpr
 ):  # fmt: skip
-    """Sums of the outliers of a tile, from place `first` on, of `outliers` in all, times x [in]: a lane's share of those of rows
-    gid and gid + 8, to be added over the quad and the warps."""
+    """Sums of the outliers of a tile, from place `first` on, of `outliers` in all, times x [in]: a lane's share of those of
+    rows gid and gid + 8, to be added over the quad and the warps."""
     none = thread * 0
     lane = thread % 32
     sums = room + (4 * KEPT + thread // 32 * 2048)
