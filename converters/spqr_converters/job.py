@@ -344,7 +344,8 @@ class _Job:
     def _put(self, tensor: str, packed: Packed, row: ModuleReport) -> None:
         with self.ranks.together():
             self.writer.add(packed, asdict(row))
-        release()
+        if row.method != "lossless":  # whose arrays are of few sizes and fill the holes of those before
+            release()
         self._count(tensor)
 
     def _count(self, tensor: str) -> None:
