@@ -3,7 +3,10 @@
 Two files in the destination, which are no part of the format and are gone when the checkpoint is complete:
 
     journal.spqr-partial       one line of JSON for each thing that is done, in the order in which it was done
-    spool-00003.spqr-partial   the bytes of the tensors of the third shard, one after the other, as they came
+    spool-00003.spqr-partial   the bytes of the tensors of the third shard: where they will lie in it, as far as that is known
+                               beforehand, else one after the other as they came
+
+A spool whose tensors all lie where the shard has them becomes the shard, with its header in front; any other is copied.
 
 A line is written after the bytes that it speaks of, and holds their sha256. What a kill tore (half a line, bytes without a
 line) is cut off; what a power cut lost is found by the digests and cut off too. So neither file is synced for each tensor.
@@ -11,6 +14,7 @@ line) is cut off; what a power cut lost is found by the digests and cut off too.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -66,11 +70,12 @@ class Journal:
         self.folder = folder
         self.path = folder / JOURNAL
         self.records: list[dict[str, Any]] = []
-        self._shard, self._end = 1, 0
+        self._shard = 1  # the open one
+        self._end = 0  # of its spool
+        self._spool: int | None = None
         if self.path.exists():
             self._recall(json.loads(_line(identity)))
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._spool: int | None = None
         if not self.path.stat().st_size:
             self._append({"identity": identity})
 
@@ -90,24 +95,26 @@ class Journal:
                 self._accept(record)
             good.append(line)
         for number, record in enumerate(self.records):
+            if "shard" in record:
+                self._close_spool(record)  # killed after the line, before this was done
             # Of a finished shard the spool is gone; the shard itself was synced before its line was written.
-            if record.get("in_shard") == self._shard and not self._is_spooled(record):
-                del self.records[number:], good[number + 1 :]  # the first line is the identity
-                self._end = record["offset"]
-                break
+            elif record.get("in_shard") == self._shard:
+                if not self._is_spooled(record):
+                    del self.records[number:], good[number + 1 :]  # the first line is the identity
+                    break
+                self._end = max(self._end, _end(record))
         os.truncate(self.path, sum(map(len, good)))
-        for number in range(1, self._shard):
-            self._spool_path(number).unlink(missing_ok=True)  # killed after the line, before the spool was removed
         if self._spool_path(self._shard).exists():
             os.truncate(self._spool_path(self._shard), self._end)
 
     def _accept(self, record: dict[str, Any]) -> None:
         try:
             if "shard" in record:
-                self._shard, self._end = record["shard"] + 1, 0
+                self._shard = record["shard"] + 1
+                record["is_spool"] = bool(record["is_spool"])
             elif "tensors" in record:
-                record["offset"], record["in_shard"] = self._end, self._shard
-                self._end += sum(_nbytes(dtype, shape) for _, dtype, shape, _ in record["tensors"])
+                record["in_shard"] = self._shard
+                _end(record)
         except (KeyError, TypeError, ValueError):
             raise SpqrError("E511", str(self.path), f"not a journal line: {short(record)}; --restart begins anew") from None
         self.records.append(record)
@@ -117,38 +124,67 @@ class Journal:
 
     def spooled(self, record: Mapping[str, Any]) -> dict[str, Spooled]:
         """The tensors of a record of the open shard."""
-        position, found = record["offset"], {}
-        for name, dtype, shape, digest in record["tensors"]:
-            nbytes = _nbytes(dtype, shape)
-            found[name] = Spooled(self._spool_path(record["in_shard"]), position, tuple(shape), nbytes, digest)
-            position += nbytes
-        return found
+        path = self._spool_path(record["in_shard"])
+        return {
+            name: Spooled(path, offset, tuple(shape), _nbytes(dtype, shape), digest)
+            for name, dtype, shape, digest, offset in record["tensors"]
+        }
 
     # What is done now
 
     def add(
-        self, record: Mapping[str, Any], tensors: Mapping[str, tuple[str, Array]], digests: Mapping[str, str]
+        self,
+        record: Mapping[str, Any],
+        tensors: Mapping[str, tuple[str, Array]],
+        digests: Mapping[str, str],
+        places: Mapping[str, int] | None = None,
     ) -> dict[str, Spooled]:
-        """Spools tensors (name -> dtype, array) and writes their line; `record` may hold anything else that is JSON."""
-        if self._spool is None:
-            self._spool = os.open(self._spool_path(self._shard), os.O_WRONLY | os.O_CREAT, 0o666)
-        position, rows = self._end, []
+        """Spools tensors (name -> dtype, array) and writes their line; `record` may hold anything else that is JSON.
+
+        places: name -> offset in the spool, of all of them, where no other tensor lies; by default they are appended."""
+        spool, rows = self._open_spool(), []
         for name, (dtype, array) in tensors.items():
-            write_at(self._spool, array, position)
-            position += array.nbytes
-            rows.append([name, dtype, list(array.shape), digests[name]])
+            position = self._end if places is None else places[name]
+            write_at(spool, array, position)
+            if places is not None:
+                _begin_write_back(spool, position, array.nbytes)
+            self._end = max(self._end, position + array.nbytes)
+            rows.append([name, dtype, list(array.shape), digests[name], position])
         whole = {**record, "tensors": rows}
         self._append(whole)
-        spooled = self.spooled({**whole, "offset": self._end, "in_shard": self._shard})
-        self._end = position
-        return spooled
+        return self.spooled({**whole, "in_shard": self._shard})
 
     def shard_written(self, number: int, size: int) -> None:
         """Shard `number` of `size` bytes is synced under its temporary name: its spool is no longer needed."""
-        self._append({"shard": number, "bytes": size})
+        self._shard_done({"shard": number, "bytes": size, "is_spool": False})
+
+    def shard_spooled(self, number: int, head: bytes, size: int) -> bool:
+        """Makes the spool, which holds all of shard `number` but its head, that shard of `size` bytes. False, with nothing
+        done, where the spool has another size."""
+        spool = self._open_spool()
+        if os.fstat(spool).st_size != size:
+            return False
+        write_at(spool, np.frombuffer(head, np.uint8), 0)
+        os.fsync(spool)
+        self._shard_done({"shard": number, "bytes": size, "is_spool": True})
+        return True
+
+    def _shard_done(self, record: dict[str, Any]) -> None:
+        self._append(record)
         os.fsync(self._file)
-        self._drop_spool()
-        self._shard, self._end = number + 1, 0
+        self._close_spool(record)
+        self._shard, self._end = record["shard"] + 1, 0
+
+    def _close_spool(self, record: Mapping[str, Any]) -> None:
+        """What becomes of the spool of a shard that is done."""
+        if self._spool is not None:
+            os.close(self._spool)
+            self._spool = None
+        path = self._spool_path(record["shard"])
+        if not record["is_spool"]:
+            path.unlink(missing_ok=True)
+        elif path.exists():
+            os.rename(path, partial_shard(self.folder, record["shard"]))
 
     def finishing(self, names: Iterable[str]) -> None:
         """From here on files get these final names."""
@@ -169,11 +205,10 @@ class Journal:
     def _spool_path(self, shard: int) -> Path:
         return self.folder / f"spool-{shard:05d}{PARTIAL}"
 
-    def _drop_spool(self) -> None:
-        if self._spool is not None:
-            os.close(self._spool)
-            self._spool = None
-        self._spool_path(self._shard).unlink(missing_ok=True)
+    def _open_spool(self) -> int:
+        if self._spool is None:
+            self._spool = os.open(self._spool_path(self._shard), os.O_WRONLY | os.O_CREAT, 0o666)
+        return self._spool
 
     def close(self) -> None:
         """Leaves everything for the next run."""
@@ -184,9 +219,14 @@ class Journal:
 
     def remove(self) -> None:
         """The checkpoint is complete, or given up. The journal goes last: without it a spool is only a leftover."""
-        self._drop_spool()
         self.close()
+        self._spool_path(self._shard).unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
+
+
+def partial_shard(folder: Path, number: int) -> Path:
+    """A shard that is written and synced, under its temporary name."""
+    return folder / f"model-{number:05d}.safetensors{PARTIAL}"
 
 
 def write_at(descriptor: int, array: Array, position: int) -> None:
@@ -197,6 +237,14 @@ def write_at(descriptor: int, array: Array, position: int) -> None:
     while view.nbytes:
         count = os.pwrite(descriptor, view[: 2**26], position)
         view, position = view[count:], position + count
+
+
+def _begin_write_back(descriptor: int, position: int, nbytes: int) -> None:
+    """Linux begins to write these bytes to the disk and does not wait, so that the sync at the end finds little left. What goes
+    wrong there is told by the sync; elsewhere nothing happens."""
+    if hasattr(os, "posix_fadvise") and nbytes:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, position, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def final_names(path: Path) -> set[str]:
@@ -228,6 +276,11 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 def _nbytes(dtype: str, shape: Iterable[int]) -> int:
     return DTYPE_BYTES[dtype] * math.prod(shape)
+
+
+def _end(record: Mapping[str, Any]) -> int:
+    """Where the tensors of a record end in their spool."""
+    return max((offset + _nbytes(dtype, shape) for _, dtype, shape, _, offset in record["tensors"]), default=0)
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from .errors import SpqrError
+from .header import DTYPE_BYTES
 
 TILE = 16  # rows of a tile, and columns of a column block (spec 2.2)
 LANES = 8  # a lane holds rows l and l + 8 of a tile (spec 4.1)
@@ -27,7 +29,7 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """dtype (a safetensors name: I32, I16, U8) and shape of one stored tensor."""
+    """dtype (a safetensors name) and shape of one stored tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,13 +37,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Stored bytes."""
-        count = ITEM_BYTES[self.dtype]
-        for size in self.shape:
-            count *= size
-        return count
-
-
-ITEM_BYTES = {"I32": 4, "I16": 2, "U8": 1}
+        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
 
 
 @dataclass(frozen=True)

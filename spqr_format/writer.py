@@ -4,7 +4,8 @@ Shards are written under temporary names and synced. `finish` renames them, then
 and config.json with its quantization_config last of all: before that rename no reader accepts the folder.
 
 With an identity to resume by, tensors are spooled beside a journal (journal.py) as they come, so that memory holds one
-module, and a run that is killed at any moment is taken up by the next one with the same identity and the same calls.
+module, and a run that is killed at any moment is taken up by the next one with the same identity and the same calls. Where
+it is known what will come (`expect`), a spool is laid out as its shard, and becomes it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +27,8 @@ import numpy.typing as npt
 
 from .errors import SpqrError
 from .header import DTYPE_BYTES, MAX_HEADER_BYTES, MAX_NAME_BYTES, MAX_RANK, MAX_SHARDS, read_header, short
-from .journal import JOURNAL, PARTIAL, Journal, Spooled, final_names
-from .layout import Layout
+from .journal import JOURNAL, PARTIAL, Journal, Spooled, final_names, partial_shard
+from .layout import Layout, TensorSpec
 from .lock import FolderLock
 from .matrix import PackedMatrix, SpqrMatrix
 from .metadata import HEADER_HASH_KEY, NO_HASH, ShardMetadata, compact_json, header_hash, quantization_config
@@ -35,6 +36,7 @@ from .payload import InMemory, check_payload, not_finite_dense
 from .reader import BIAS_DTYPES, CONFIG, INDEX, NUMPY, OWN_LEAVES, SINGLE
 
 Array = npt.NDArray[np.generic]
+Stored = Array | Spooled | TensorSpec  # what has a shape and nbytes
 
 TORCH_DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
@@ -78,10 +80,8 @@ def _digests(tensors: Mapping[str, tuple[str, Array]]) -> dict[str, str]:
     return {name: hashlib.sha256(array.data).hexdigest() for name, (_, array) in tensors.items()}
 
 
-def serialize(
-    tensors: Mapping[str, tuple[str, Array | Spooled]], metadata: Mapping[str, str], *, hash_header: bool = True
-) -> bytes:
-    """The 8 + N header bytes of a safetensors file with these tensors (name -> dtype, array), in `file_order`."""
+def serialize(tensors: Mapping[str, tuple[str, Stored]], metadata: Mapping[str, str], *, hash_header: bool = True) -> bytes:
+    """The 8 + N header bytes of a safetensors file with these tensors (name -> dtype, array or the like), in `file_order`."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     if hash_header:
         entries["__metadata__"][HEADER_HASH_KEY] = NO_HASH
@@ -105,7 +105,7 @@ def serialize(
     return len(raw).to_bytes(8, "little") + raw
 
 
-def file_order(tensors: Mapping[str, tuple[str, Array | Spooled]]) -> list[str]:
+def file_order(tensors: Mapping[str, tuple[str, Stored]]) -> list[str]:
     """Wide dtypes first, then by name: every tensor starts at a multiple of its element's size."""
     return sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], name))
 
@@ -169,10 +169,9 @@ class CheckpointWriter:
         self._place: dict[str, int] = {}  # tensor -> number of its shard
         self._dense_parents: dict[str, str] = {}  # name without its leaf -> name, biases left out
         self.notes: dict[str, Any] = {}  # module or dense tensor that is written -> what the caller noted with it
-        self._open: dict[str, tuple[str, Array | Spooled]] = {}
-        self._open_digests: dict[str, str] = {}
-        self._open_modules: dict[str, Layout] = {}
-        self._open_bytes = self._total_bytes = self._shards = 0
+        self._expected: dict[str, tuple[int, int, int]] = {}  # tensor -> number of its shard, offset in it, bytes
+        self._total_bytes = self._shards = 0
+        self._begin_shard()
         self._written: list[Path] = []  # temporary and final names of this run, for abort
         self._done = False
         make_quantization_config((), self._section)  # fails now rather than after hours
@@ -205,11 +204,11 @@ class CheckpointWriter:
                     self._shards = int(record["shard"])
                     sizes[self._shards] = int(record["bytes"])
                     self._place |= dict.fromkeys(self._open, self._shards)
-                    self._open, self._open_modules, self._open_digests, self._open_bytes = {}, {}, {}, 0
+                    self._begin_shard()
                 elif "tensors" in record:
                     layout = None if record["layout"] is None else Layout(**record["layout"])
                     spooled = journal.spooled(record)
-                    dtypes = {name: dtype for name, dtype, _, _ in record["tensors"]}
+                    dtypes = {name: dtype for name, dtype, *_ in record["tensors"]}
                     held: dict[str, tuple[str, Array | Spooled]] = {
                         name: (dtypes[name], tensor) for name, tensor in spooled.items()
                     }
@@ -223,6 +222,42 @@ class CheckpointWriter:
                 raise SpqrError("E511", str(path), f"expected {size} bytes, as the journal says; --restart begins anew")
 
     # What goes in
+
+    def expect(self, coming: Iterable[tuple[str, Layout | TensorSpec]]) -> None:
+        """What will be added, from the first shard on and in this order, as far as it is known: modules with their layout (and
+        no bias), dense tensors with dtype and shape.
+
+        With a journal, bytes that come as expected are written once, to where they lie in their shard, and others twice. It
+        changes no byte of the checkpoint. E002 where a shard's header would be too large."""
+        for number, (tensors, modules) in enumerate(self._in_shards(coming), 1):
+            position = len(self._head(tensors, modules, dict.fromkeys(tensors, NO_HASH)))
+            for name in file_order(tensors):
+                self._expected[name] = number, position, tensors[name][1].nbytes
+                position += tensors[name][1].nbytes
+        self._laid_out = self._lie_as_expected(self._open)
+
+    def _in_shards(
+        self, coming: Iterable[tuple[str, Layout | TensorSpec]]
+    ) -> Iterator[tuple[dict[str, tuple[str, TensorSpec]], dict[str, Layout]]]:
+        """The tensors and modules of each shard, as `_add` would fill them."""
+        tensors: dict[str, tuple[str, TensorSpec]] = {}
+        modules: dict[str, Layout] = {}
+        size = 0
+        for key, what in coming:
+            if isinstance(what, Layout):
+                specs = {f"{key}.{leaf}": spec for leaf, spec in what.tensors().items()}
+            else:
+                specs = {key: what}
+            nbytes = sum(spec.nbytes for spec in specs.values())
+            if tensors and size + nbytes > self._max_shard_bytes:
+                yield tensors, modules
+                tensors, modules, size = {}, {}, 0
+            tensors |= {name: (spec.dtype, spec) for name, spec in specs.items()}
+            if isinstance(what, Layout):
+                modules[key] = what
+            size += nbytes
+        if tensors:
+            yield tensors, modules
 
     def pack(self, module: str, matrix: SpqrMatrix | PackedMatrix, bias: Any = None) -> Packed:
         """`pack` for this writer, with a bias (F16, BF16 or F32 [out])."""
@@ -289,7 +324,8 @@ class CheckpointWriter:
         held: dict[str, tuple[str, Array | Spooled]] = dict(tensors)
         if self._journal is not None:
             layout = None if packed.layout is None else packed.layout.as_dict()
-            spooled = self._journal.add({"key": packed.key, "layout": layout, "note": note}, tensors, packed.digests)
+            record = {"key": packed.key, "layout": layout, "note": note}
+            spooled = self._journal.add(record, tensors, packed.digests, self._places(tensors))
             held = {name: (tensors[name][0], tensor) for name, tensor in spooled.items()}
         self._hold(packed.key, packed.layout, held, packed.digests, note)
 
@@ -297,6 +333,7 @@ class CheckpointWriter:
         self, key: str, layout: Layout | None, held: dict[str, tuple[str, Array | Spooled]], digests: dict[str, str], note: Any
     ) -> None:
         self.notes[key] = note
+        self._laid_out = self._laid_out and self._lie_as_expected(held)
         self._open |= held
         self._open_digests |= digests
         if layout is not None:
@@ -335,23 +372,60 @@ class CheckpointWriter:
     # Shards
 
     def _partial(self, number: int) -> Path:
-        return self.folder / f"model-{number:05d}.safetensors{PARTIAL}"
+        return partial_shard(self.folder, number)
+
+    def _begin_shard(self) -> None:
+        self._open: dict[str, tuple[str, Array | Spooled]] = {}
+        self._open_digests: dict[str, str] = {}
+        self._open_modules: dict[str, Layout] = {}
+        self._open_bytes = 0
+        self._laid_out = True  # all tensors so far lie where they are expected
+
+    def _lie_as_expected(self, held: Mapping[str, tuple[str, Array | Spooled]]) -> bool:
+        return all(
+            isinstance(tensor, Spooled) and self._expected.get(name) == (self._shards + 1, tensor.offset, tensor.nbytes)
+            for name, (_, tensor) in held.items()
+        )
+
+    def _places(self, tensors: Mapping[str, tuple[str, Array]]) -> dict[str, int] | None:
+        """The offsets of tensors that are expected in the open shard. None where one is not, or where an earlier one of the
+        shard lies elsewhere, for places of both kinds could overlap."""
+        found = {name: self._expected.get(name, (0, 0, 0)) for name in tensors}
+        fit = all(found[name][::2] == (self._shards + 1, array.nbytes) for name, (_, array) in tensors.items())
+        return {name: offset for name, (_, offset, _) in found.items()} if fit and self._laid_out else None
+
+    def _head(
+        self, tensors: Mapping[str, tuple[str, Stored]], modules: Mapping[str, Layout], digests: Mapping[str, str]
+    ) -> bytes:
+        hashes = {name: digests[name] for name in file_order(tensors)} if self._hashes else {}
+        return serialize(tensors, ShardMetadata.of(modules, hashes).as_strings(), hash_header=self._hashes)
+
+    def _lie_behind(self, head: bytes, order: Iterable[str]) -> bool:
+        """True where the open tensors lie in their spool as they do in a shard with this head."""
+        position = len(head)
+        for name in order:
+            tensor = self._open[name][1]
+            if not isinstance(tensor, Spooled) or tensor.offset != position:
+                return False
+            position += tensor.nbytes
+        return True
 
     def _flush(self) -> None:
         """Writes and syncs the open shard under its temporary name."""
         if self._shards == MAX_SHARDS:
             raise SpqrError("E006", str(self.folder), f"more than {MAX_SHARDS} shards")
         order = file_order(self._open)
-        hashes = {name: self._open_digests[name] for name in order} if self._hashes else {}
-        metadata = ShardMetadata.of(self._open_modules, hashes).as_strings()
-        head = serialize(self._open, metadata, hash_header=self._hashes)
+        head = self._head(self._open, self._open_modules, self._open_digests)
+        size = len(head) + self._open_bytes
         self._shards += 1
-        path = self._partial(self._shards)
-        self._write(path, itertools.chain([head], *(_bytes_of(self._open[name][1]) for name in order)))
-        if self._journal is not None:
-            self._journal.shard_written(self._shards, len(head) + self._open_bytes)
+        journal = self._journal
+        if not (journal and self._lie_behind(head, order) and journal.shard_spooled(self._shards, head, size)):
+            parts = itertools.chain([head], *(_bytes_of(self._open[name][1]) for name in order))
+            self._write(self._partial(self._shards), parts)
+            if journal is not None:
+                journal.shard_written(self._shards, size)
         self._place |= dict.fromkeys(order, self._shards)
-        self._open, self._open_modules, self._open_digests, self._open_bytes = {}, {}, {}, 0
+        self._begin_shard()
 
     def _write(self, path: Path, parts: Iterable[bytes | memoryview]) -> None:
         """A new file with these bytes, on disk when this returns. Its mode is 0o666 & ~umask."""

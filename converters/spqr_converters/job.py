@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from spqr_format.errors import SpqrError
-from spqr_format.layout import Layout
+from spqr_format.layout import Layout, TensorSpec
 from spqr_format.matrix import PackedMatrix, SpqrMatrix
-from spqr_format.writer import CheckpointWriter, Packed, require_empty
+from spqr_format.writer import TORCH_DTYPES, CheckpointWriter, Packed, require_empty
 
 from . import calibrated, datafree
 from .activations import Room
@@ -188,6 +188,8 @@ def convert(
                 )  # fmt: skip
                 stack.enter_context(writer)
         notes = ranks.share(0, lambda: (writer.notes, {}))[0]
+        if lossless and writer is not None:
+            writer.expect(job.expected(layouts))
         job.writer = writer or Follower(notes)
         if lossless or windows is None:
             job.run_each(job.carry_over if lossless else job.solve_data_free, workers)
@@ -342,7 +344,8 @@ class _Job:
     def _put(self, tensor: str, packed: Packed, row: ModuleReport) -> None:
         with self.ranks.together():
             self.writer.add(packed, asdict(row))
-        release()
+        if row.method != "lossless":  # whose arrays are of few sizes and fill the holes of those before
+            release()
         self._count(tensor)
 
     def _count(self, tensor: str) -> None:
@@ -405,6 +408,16 @@ class _Job:
         self.report.provenance["notes"] = notes
 
     # Module by module
+
+    def expected(self, layouts: Mapping[str, Layout]) -> Iterator[tuple[str, Layout | TensorSpec]]:
+        """What `run_each` gives the writer where the layouts of all matrices are known, by tensor."""
+        for tensor, entry in self.source.entries.items():
+            if tensor in self.plan.matrices:
+                yield self.plan.matrices[tensor], layouts[tensor]
+            elif not self._has_no_place(tensor):
+                dtype = TORCH_DTYPES.get(str(entry.dtype).removeprefix("torch."))
+                if dtype is not None:  # else the writer will refuse it
+                    yield tensor, TensorSpec(dtype, entry.shape)
 
     def run_each(self, make: Make, workers: int) -> None:
         """Every tensor of the source in its order; `make` is called for the matrices, by several threads at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -118,35 +119,40 @@ def gptq_linear(name: str, rows: int, columns: int, bits: int, group: int, act: 
     }
 
 
-@pytest.fixture
-def gptq_llama(random_llama, tmp_path: Path) -> Callable[..., Path]:
-    """A Llama folder whose linear layers are GPTQ's. eight, dense: parts of names of 8-bit and dense ones."""
+def as_gptq(
+    folder: Path, bits: int = 4, group: int = 16, act: bool = False, lm_head: bool = False, bias: float | None = None,
+    eight: str | None = None, dense: str | None = None,
+) -> Path:  # fmt: skip
+    """Makes the linear layers of a Llama folder GPTQ's. eight, dense: parts of names of 8-bit and dense ones."""
+    tensors = load_file(folder / "model.safetensors")
+    dynamic: dict[str, Any] = {}
+    for seed, name in enumerate(sorted(tensors)):
+        module = name.removesuffix(".weight")
+        quantized = module.endswith("_proj") or (lm_head and module == "lm_head")
+        if not quantized or (dense and dense in module):
+            continue
+        rows, columns = tensors.pop(name).shape
+        width = 8 if eight and eight in module else bits
+        if width != bits:
+            dynamic[f"+:{module}"] = {"bits": width}
+        tensors |= gptq_linear(module, rows, columns, width, group, act, seed)
+        if bias is not None and module != "lm_head":
+            tensors[f"{module}.bias"] = torch.full((rows,), bias).half()
+    save_file(tensors, folder / "model.safetensors")
+    options = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act, "sym": False, "dynamic": dynamic}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": options}))
+    (folder / "quantize_config.json").write_text(json.dumps(options))
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
 
-    def make(
-        bits: int = 4, group: int = 16, act: bool = False, lm_head: bool = False, bias: float | None = None,
-        eight: str | None = None, dense: str | None = None, **model: Any,
-    ) -> Path:  # fmt: skip
-        folder = random_llama(**{"hidden": 48, "mlp": 96, "tied": False, **model})
-        tensors = load_file(folder / "model.safetensors")
-        dynamic: dict[str, Any] = {}
-        for seed, name in enumerate(sorted(tensors)):
-            module = name.removesuffix(".weight")
-            quantized = module.endswith("_proj") or (lm_head and module == "lm_head")
-            if not quantized or (dense and dense in module):
-                continue
-            rows, columns = tensors.pop(name).shape
-            width = 8 if eight and eight in module else bits
-            if width != bits:
-                dynamic[f"+:{module}"] = {"bits": width}
-            tensors |= gptq_linear(module, rows, columns, width, group, act, seed)
-            if bias is not None and module != "lm_head":
-                tensors[f"{module}.bias"] = torch.full((rows,), bias).half()
-        save_file(tensors, folder / "model.safetensors")
-        options = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act, "sym": False, "dynamic": dynamic}
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": options}))
-        (folder / "quantize_config.json").write_text(json.dumps(options))
-        (folder / "tokenizer_config.json").write_text("{}")
-        return folder
+
+@pytest.fixture
+def gptq_llama(random_llama) -> Callable[..., Path]:
+    """Make a Llama folder whose linear layers are GPTQ's: the arguments of `as_gptq`, others are of `random_llama`."""
+
+    def make(**options: Any) -> Path:
+        own = {key: options.pop(key) for key in inspect.signature(as_gptq).parameters if key in options}
+        return as_gptq(random_llama(**{"hidden": 48, "mlp": 96, "tied": False, **options}), **own)
 
     return make

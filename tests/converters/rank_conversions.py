@@ -1,7 +1,7 @@
 """Conversions by one process and by several ranks (Gloo), undisturbed, stopped, killed and taken up.
 
 Run by test_ranks.py as a process of its own, which imports torch once and forks for each rank:
-    python rank_conversions.py LLAMA MOE FOLDER CALIBRATION_TEXT
+    python rank_conversions.py LLAMA MOE GPTQ FOLDER CALIBRATION_TEXT
 Prints JSON: run -> for each rank what came of it: "done", the code of an SpqrError, or the kind of another error. What the runs
 wrote is in folders of their names.
 """
@@ -32,12 +32,13 @@ class Tokens:
         return {"input_ids": [ord(sign) % 300 for sign in text]}
 
 
-def main(llama: Path, moe: Path, folder: Path, text: Path) -> dict[str, list[str]]:
+def main(llama: Path, moe: Path, gptq: Path, folder: Path, text: Path) -> dict[str, list[str]]:
     job.load_tokenizer = lambda _: Tokens()
     # Ten windows in eight shards: two shards of two batches, six of one.
     data = Calibration(text, tokens=640, seqlen=64, batch=1)
     calibrated = {"calibration": data, "solver": SolverOptions(rounds=1, sweeps=0), "max_shard_bytes": 20_000}
     free = {"solver": SolverOptions(rounds=1, sweeps=0)}
+    lossless = {"lossless": True, "max_shard_bytes": 6_000}
     results: dict[str, list[str]] = {}
 
     def run(name: str, size: int, source: Path, *, into: str | None = None, disturb: Any = None, **options: Any) -> None:
@@ -75,6 +76,8 @@ def main(llama: Path, moe: Path, folder: Path, text: Path) -> dict[str, list[str
 
     for size in (1, 2, 3, 4):
         run(f"calibrated-{size}", size, llama, **calibrated)
+    for size in (1, 2, 3):
+        run(f"lossless-{size}", size, gptq, **lossless)
     for size in (1, 2):
         run(f"experts-{size}", size, moe, **calibrated)
         run(f"data-free-{size}", size, llama, **free)
@@ -122,6 +125,8 @@ def main(llama: Path, moe: Path, folder: Path, text: Path) -> dict[str, list[str
     run("other-seed", 2, llama, disturb=lambda rank: {"seed": rank}, **calibrated)
     run("full-disk", 2, llama, disturb=full_disk, **calibrated)
     run("full-disk-resumed", 3, llama, into="full-disk", **calibrated)
+    run("full-disk-lossless", 3, gptq, disturb=full_disk, **lossless)
+    run("full-disk-lossless-resumed", 2, gptq, into="full-disk-lossless", **lossless)
     run("killed", 2, llama, disturb=killed, **calibrated)
     run("killed-resumed", 1, llama, into="killed", **calibrated)
     return results
@@ -129,4 +134,4 @@ def main(llama: Path, moe: Path, folder: Path, text: Path) -> dict[str, list[str
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(main(*map(Path, sys.argv[1:5]))))
+    print(json.dumps(main(*map(Path, sys.argv[1:6]))))

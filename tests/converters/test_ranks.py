@@ -17,6 +17,8 @@ import torch
 from spqr_converters.hessian import Accumulator, tree_sum
 from spqr_converters.ranks import Ranks
 
+from .conftest import as_gptq
+
 ROOT = Path(__file__).parents[2]
 PATHS = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -115,11 +117,12 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
         head_dim=8, mlp_only_layers=[],
     )  # fmt: skip
     Qwen3MoeForCausalLM(moe).half().save_pretrained(folder / "moe")
+    as_gptq(shutil.copytree(folder / "llama", folder / "gptq"))
     (folder / "out").mkdir()
     script = Path(__file__).with_name("rank_conversions.py")
     text = ROOT / "tests" / "data" / "calibration.txt"
     done = subprocess.run(
-        [sys.executable, script, folder / "llama", folder / "moe", folder / "out", text],
+        [sys.executable, script, folder / "llama", folder / "moe", folder / "gptq", folder / "out", text],
         env=PATHS, stdout=subprocess.PIPE, check=True, timeout=900,
     )  # fmt: skip
     return folder / "out", json.loads(done.stdout.splitlines()[-1])
@@ -132,6 +135,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
         ("experts-1", ["experts-2"]),
         ("data-free-1", ["data-free-2"]),
         ("budget-1", ["budget-2"]),
+        ("lossless-1", ["lossless-2", "lossless-3"]),
     ],
 )
 def test_any_number_of_ranks_gives_the_bytes_of_one_process(runs, one: str, others: list[str]) -> None:
@@ -163,40 +167,40 @@ def test_ranks_that_were_told_different_things_are_refused(runs) -> None:
 
 
 def test_a_stopped_run_goes_on_with_another_number_of_ranks(runs) -> None:
-    """A full disk after ten of fourteen modules, taken up by three; a rank killed in the second block, taken up by one."""
+    """A full disk after ten of fourteen modules, taken up by three, or two; a rank killed in the second block, taken up by
+    one."""
     folder, results = runs
     assert results["full-disk-resumed"] == ["done"] * 3
     assert results["killed"][1] == "killed"
     assert results["killed"][0] != "done"
     assert results["killed-resumed"] == ["done"]
-    for name in ("full-disk", "killed"):
-        assert digests(folder / name) == digests(folder / "calibrated-1"), name
+    assert results["full-disk-lossless"] == ["OSError"] * 3
+    assert results["full-disk-lossless-resumed"] == ["done"] * 2
+    for name, whole in (("full-disk", "calibrated-1"), ("killed", "calibrated-1"), ("full-disk-lossless", "lossless-1")):
+        assert digests(folder / name) == digests(folder / whole), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_torchrun_and_the_command(tiny_llama: Path, tmp_path: Path, calibration_text: Path, device: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "method"),
+    [("cpu", "lossless"), ("cpu", "calibrated"), pytest.param("cuda", "calibrated", marks=pytest.mark.gpu)],
+)
+def test_torchrun_and_the_command(
+    tiny_llama: Path, gptq_llama, tmp_path: Path, calibration_text: Path, device: str, method: str
+) -> None:
     """`torchrun ... spqr convert` with two ranks, Gloo on a CPU and NCCL on two GPUs, against the command alone."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     spqr = [sys.executable, "-c", "from spqr_format.cli import main; main()"]
-    options = [
-        "--calibration",
-        calibration_text,
-        "--tokens",
-        "4096",
-        "--context",
-        "128",
-        "--device",
-        device,
-        "--weight-bits",
-        "3",
-    ]
+    source, options = tiny_llama, ["--calibration", calibration_text, "--tokens", "4096", "--context", "128"]
+    options += ["--weight-bits", "3"]
+    if method == "lossless":
+        source, options = gptq_llama(), ["--lossless"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     for name, command in (("one", spqr), ("two", [*torchrun, *spqr])):
-        arguments = [*command, "convert", tiny_llama, tmp_path / name, *options]
+        arguments = [*command, "convert", source, tmp_path / name, "--device", device, *options]
         done = subprocess.run(list(map(str, arguments)), env=PATHS, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("28 modules") == 1  # rank 0 alone speaks
+        assert done.stdout.count("\nwrote ") == 1  # rank 0 alone speaks
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     shutil.rmtree(tmp_path / "two")
