@@ -42,8 +42,7 @@ from .lanes import (
     warp_bases,
     words_of_chunk,
 )
-from .weight_at import statistics_codes
-from .wide_groups import full_sets_end, group_pairs
+from .wide_groups import codes_behind_sets, full_sets_end, group_pairs
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
 
@@ -266,15 +265,26 @@ def _set_of_codes(codes, lane, layout: gl.constexpr):
 
 
 @gluon.jit
-def _set_of_wide_codes(codes, chunk, tid, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr):
-    """The same where a set covers several chunks, of which this is number `chunk`."""
+def _wide_codes(
+    codes, StatCodes, tile, chunk, last, chunks, groups, gid, tid, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr
+):
+    """The same where a set covers several chunks, of which this is number `chunk` [32 * WARPS], and `last` the largest one."""
     pairs = group_pairs(codes, chunk, layout, CHUNKS_A_SET)
     if CHUNKS_A_SET == 2:
-        near = (gl.where(tid < 2, pairs[0], pairs[1]) >> tid % 2 * 12) << 11
-        far = (gl.where(tid < 2, pairs[2], pairs[3]) >> tid % 2 * 12) << 11
+        near = gl.where(tid < 2, pairs[0], pairs[1]) >> tid % 2 * 12
+        far = gl.where(tid < 2, pairs[2], pairs[3]) >> tid % 2 * 12
     else:
-        near = (pairs[0] >> tid // 2 * 12) << 11
-        far = (pairs[1] >> tid // 2 * 12) << 11
+        near = pairs[0] >> tid // 2 * 12
+        far = pairs[1] >> tid // 2 * 12
+    end = full_sets_end(groups, CHUNKS_A_SET)
+    if last >= end:  # once or twice a product; the copies have brought them to L2
+        there = (chunk >= end) & (chunk < chunks)
+        group = (chunk * 16 + 2 * tid) // CHUNKS_A_SET
+        tiles = tid * 0 + tile
+        near = gl.where(there, codes_behind_sets(StatCodes, tiles, gid, group, groups, there), near)
+        far = gl.where(there, codes_behind_sets(StatCodes, tiles, gid, group + 8 // CHUNKS_A_SET, groups, there), far)
+    near = near << 11
+    far = far << 11
     return near, near, far, far
 
 
@@ -405,15 +415,10 @@ def matvec_kernel(
                 if CHUNKS_A_SET == 1:
                     codes = _set_of_codes(now[BITS], lane, layout)
                 else:
-                    codes = _set_of_wide_codes(now[BITS], chunk, tid, layout, CHUNKS_A_SET)
-                    # once a product at most: the copy has brought them to L2
-                    if begin + WARPS * (j + 1) > full_sets_end(groups, CHUNKS_A_SET):
-                        near = (chunk * 16 + 2 * tid) // CHUNKS_A_SET
-                        code0 = statistics_codes(StatCodes, none + tile64, gid, near, groups, chunk < chunks) << 11
-                        code1 = statistics_codes(
-                            StatCodes, none + tile64, gid, near + 8 // CHUNKS_A_SET, groups, chunk < chunks
-                        ) << 11  # fmt: skip
-                        codes = (code0, code0, code1, code1)
+                    codes = _wide_codes(
+                        now[BITS], StatCodes, tile, chunk, begin + WARPS * (j + 1) - 1, chunks, groups, gid, tid, layout,
+                        CHUNKS_A_SET,
+                    )  # fmt: skip
                 tops = _four_groups(now[BITS + 1].load(tops_read), layout)
             for n in gl.static_range(4):
                 dot0 = dots[n // 2][n % 2]

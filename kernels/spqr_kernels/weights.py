@@ -10,8 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from . import ptx
 from .lanes import for_all_rows, for_lane_groups, funnel, warp_bases, words_of_chunk
-from .weight_at import statistics_codes
-from .wide_groups import full_sets_end, group_pairs
+from .wide_groups import codes_behind_sets, full_sets_end, group_pairs
 
 _LANE = gl.constexpr({bits: ptx.dequantize_lane(bits) for bits in (2, 3, 4)})
 _LANE_REGISTERS = gl.constexpr({bits: ptx.dequantize_lane_constraints(bits) for bits in (2, 3, 4)})
@@ -78,15 +77,31 @@ def set_of_codes(codes, tid, layout: gl.constexpr):
 
 
 @gluon.jit
-def set_of_wide_codes(codes, chunk, tid, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr):
-    """Words of spec 4.3 [WARPS, 64] to four [32 * WARPS] with the codes of the groups of blocks tid, 4 + tid, 8 + tid, 12 + tid
-    of the chunk at bit 0."""
+def wide_codes(
+    codes, StatCodes, tile, chunk, last, chunks, groups, gid, tid, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr
+):
+    """What `set_of_codes` has, where a set covers several chunks: the codes of the groups of blocks tid, 4 + tid, 8 + tid,
+    12 + tid. The arguments are those of `lane_of_chunk`."""
     pairs = group_pairs(codes, chunk, layout, CHUNKS_A_SET)
     if CHUNKS_A_SET == 2:
         shift = tid // 2 * 12
-        return pairs[0] >> shift, pairs[1] >> shift, pairs[2] >> shift, pairs[3] >> shift
+        found = (pairs[0] >> shift, pairs[1] >> shift, pairs[2] >> shift, pairs[3] >> shift)
     else:
-        return pairs[0], pairs[0] >> 12, pairs[1], pairs[1] >> 12
+        found = (pairs[0], pairs[0] >> 12, pairs[1], pairs[1] >> 12)
+    end = full_sets_end(groups, CHUNKS_A_SET)
+    if last >= end:  # in up to three chunks of a product; the copies have brought them to L2
+        tiles = tid * 0 + tile
+        own = tid * 0 + chunk
+        there = (own >= end) & (own < chunks)
+        group = (own * 16 + tid) // CHUNKS_A_SET
+        step: gl.constexpr = 4 // CHUNKS_A_SET
+        found = (
+            gl.where(there, codes_behind_sets(StatCodes, tiles, gid, group, groups, there), found[0]),
+            gl.where(there, codes_behind_sets(StatCodes, tiles, gid, group + step, groups, there), found[1]),
+            gl.where(there, codes_behind_sets(StatCodes, tiles, gid, group + 2 * step, groups, there), found[2]),
+            gl.where(there, codes_behind_sets(StatCodes, tiles, gid, group + 3 * step, groups, there), found[3]),
+        )
+    return found
 
 
 @gluon.jit
@@ -108,17 +123,7 @@ def lane_of_chunk(
         if CHUNKS_A_SET == 1:
             codes = set_of_codes(room[BITS], tid, layout)
         else:
-            codes = set_of_wide_codes(room[BITS], chunk, tid, layout, CHUNKS_A_SET)
-            if last >= full_sets_end(groups, CHUNKS_A_SET):  # once a product at most: the copy has brought them to L2
-                tile64 = (none + tile).to(gl.int64)
-                there = none + chunk < chunks
-                block = none + chunk * 16 + tid
-                codes = (
-                    statistics_codes(StatCodes, tile64, gid, block // CHUNKS_A_SET, groups, there),
-                    statistics_codes(StatCodes, tile64, gid, (block + 4) // CHUNKS_A_SET, groups, there),
-                    statistics_codes(StatCodes, tile64, gid, (block + 8) // CHUNKS_A_SET, groups, there),
-                    statistics_codes(StatCodes, tile64, gid, (block + 12) // CHUNKS_A_SET, groups, there),
-                )
+            codes = wide_codes(room[BITS], StatCodes, tile, chunk, last, chunks, groups, gid, tid, layout, CHUNKS_A_SET)
         tops = four_groups(room[BITS + 1].load(groups_read(WARPS, 16 // CHUNKS_A_SET)), layout)
     return slots, codes, tops
 

@@ -55,3 +55,15 @@ def group_pairs(codes, chunk, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr):
 def full_sets_end(groups, CHUNKS_A_SET: gl.constexpr):
     """The first chunk behind the last full set, whose codes lie in another order; where there is none, more than any."""
     return gl.where(groups % 16 > 0, groups // 16 * CHUNKS_A_SET, 1 << 30)
+
+
+@gluon.jit
+def codes_behind_sets(StatCodes, tile, gid, group, groups, there):
+    """A lane's codes of a group behind the last full set (spec 4.3), at bit 0 and others above them: three words a group, read
+    where `there`. All but StatCodes and groups are [32 * WARPS]."""
+    behind = groups % 16
+    at = tile.to(gl.int64) * (3 * groups) + (groups // 16 * 48 + group % 16)
+    word = gid * 12 // 32
+    low = gl.load(StatCodes + at + word * behind, mask=there, other=0)
+    high = gl.load(StatCodes + at + gl.minimum(word + 1, 2) * behind, mask=there, other=0)
+    return funnel(low, high, gid * 12 % 32)
