@@ -69,6 +69,8 @@ def variants() -> list[Variant]:
     kinds = {
         "3-bit bilevel": {"BITS": 3, "BILEVEL": True, "BLOCKS_A_GROUP": 1},
         "2-bit bilevel": {"BITS": 2, "BILEVEL": True, "BLOCKS_A_GROUP": 1},
+        "3-bit bilevel g32": {"BITS": 3, "BILEVEL": True, "BLOCKS_A_GROUP": 2},
+        "2-bit bilevel g64": {"BITS": 2, "BILEVEL": True, "BLOCKS_A_GROUP": 4},
         "4-bit direct g128": {"BITS": 4, "BILEVEL": False, "BLOCKS_A_GROUP": 8},
     }
     found = []

@@ -42,7 +42,7 @@ from .lanes import (
     warp_bases,
     words_of_chunk,
 )
-from .wide_groups import codes_behind_sets, full_sets_end, group_pairs
+from .wide_groups import group_pairs, with_last_groups
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
 
@@ -276,13 +276,9 @@ def _wide_codes(
     else:
         near = pairs[0] >> tid // 2 * 12
         far = pairs[1] >> tid // 2 * 12
-    end = full_sets_end(groups, CHUNKS_A_SET)
-    if last >= end:  # once or twice a product; the copies have brought them to L2
-        there = (chunk >= end) & (chunk < chunks)
-        group = (chunk * 16 + 2 * tid) // CHUNKS_A_SET
-        tiles = tid * 0 + tile
-        near = gl.where(there, codes_behind_sets(StatCodes, tiles, gid, group, groups, there), near)
-        far = gl.where(there, codes_behind_sets(StatCodes, tiles, gid, group + 8 // CHUNKS_A_SET, groups, there), far)
+    near, far = with_last_groups(
+        (near, far), StatCodes, tile, chunk, last, chunks, groups, gid, 2 * tid, 8 // CHUNKS_A_SET, CHUNKS_A_SET
+    )
     near = near << 11
     far = far << 11
     return near, near, far, far

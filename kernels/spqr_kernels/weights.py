@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from . import ptx
 from .lanes import for_all_rows, for_lane_groups, funnel, warp_bases, words_of_chunk
-from .wide_groups import codes_behind_sets, full_sets_end, group_pairs
+from .wide_groups import group_pairs, with_last_groups
 
 _LANE = gl.constexpr({bits: ptx.dequantize_lane(bits) for bits in (2, 3, 4)})
 _LANE_REGISTERS = gl.constexpr({bits: ptx.dequantize_lane_constraints(bits) for bits in (2, 3, 4)})
@@ -88,20 +88,9 @@ def wide_codes(
         found = (pairs[0] >> shift, pairs[1] >> shift, pairs[2] >> shift, pairs[3] >> shift)
     else:
         found = (pairs[0], pairs[0] >> 12, pairs[1], pairs[1] >> 12)
-    end = full_sets_end(groups, CHUNKS_A_SET)
-    if last >= end:  # in up to three chunks of a product; the copies have brought them to L2
-        tiles = tid * 0 + tile
-        own = tid * 0 + chunk
-        there = (own >= end) & (own < chunks)
-        group = (own * 16 + tid) // CHUNKS_A_SET
-        step: gl.constexpr = 4 // CHUNKS_A_SET
-        found = (
-            gl.where(there, codes_behind_sets(StatCodes, tiles, gid, group, groups, there), found[0]),
-            gl.where(there, codes_behind_sets(StatCodes, tiles, gid, group + step, groups, there), found[1]),
-            gl.where(there, codes_behind_sets(StatCodes, tiles, gid, group + 2 * step, groups, there), found[2]),
-            gl.where(there, codes_behind_sets(StatCodes, tiles, gid, group + 3 * step, groups, there), found[3]),
-        )
-    return found
+    return with_last_groups(
+        found, StatCodes, tile, chunk, last, chunks, groups, gid, tid, 4 // CHUNKS_A_SET, CHUNKS_A_SET
+    )
 
 
 @gluon.jit

@@ -37,9 +37,8 @@ def group_pairs(codes, chunk, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr):
     half0, half1 = gl.split(gl.reshape(codes.slice(32, 16, 1).load(halves), [WARPS, 8, 2]))
     half0 = for_lane_groups(half0, layout)
     half1 = for_lane_groups(half1, layout)
-    chunk = chunk + own0 * 0
     # Of the upper eight groups the high byte of a word goes on in a half word; of the lower eight all is in the word.
-    behind = chunk % CHUNKS_A_SET // (CHUNKS_A_SET // 2) * 24
+    behind = own0 * 0 + chunk % CHUNKS_A_SET // (CHUNKS_A_SET // 2) * 24
     if CHUNKS_A_SET == 2:
         return (
             funnel(own0, half0, behind), funnel(own1, half0 >> 16, behind),
@@ -52,18 +51,28 @@ def group_pairs(codes, chunk, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr):
 
 
 @gluon.jit
-def full_sets_end(groups, CHUNKS_A_SET: gl.constexpr):
-    """The first chunk behind the last full set, whose codes lie in another order; where there is none, more than any."""
-    return gl.where(groups % 16 > 0, groups // 16 * CHUNKS_A_SET, 1 << 30)
+def with_last_groups(
+    codes, StatCodes, tile, chunk, last, chunks, groups, gid, block, STEP: gl.constexpr, CHUNKS_A_SET: gl.constexpr
+):
+    """A lane's codes of groups first, first + STEP .. of its chunk, as they are in `codes` where the chunk lies in a full set;
+    those behind the last full set lie in another order, three words a group (spec 4.3), and are read where they are.
 
-
-@gluon.jit
-def codes_behind_sets(StatCodes, tile, gid, group, groups, there):
-    """A lane's codes of a group behind the last full set (spec 4.3), at bit 0 and others above them: three words a group, read
-    where `there`. All but StatCodes and groups are [32 * WARPS]."""
-    behind = groups % 16
-    at = tile.to(gl.int64) * (3 * groups) + (groups // 16 * 48 + group % 16)
-    word = gid * 12 // 32
-    low = gl.load(StatCodes + at + word * behind, mask=there, other=0)
-    high = gl.load(StatCodes + at + gl.minimum(word + 1, 2) * behind, mask=there, other=0)
-    return funnel(low, high, gid * 12 % 32)
+    tile and chunk: numbers, of each lane or of all; last: the largest chunk of all; block: the block of the chunk, of each lane,
+    that is in group `first`. The copies have brought these words to L2, and they are few: one chunk to three of a product.
+    """
+    full_end = gl.where(groups % 16 > 0, groups // 16 * CHUNKS_A_SET, 1 << 30)
+    if last >= full_end:
+        own = chunk + gid * 0
+        there = (own >= full_end) & (own < chunks)
+        apart = groups % 16
+        word = gid * 12 // 32
+        group = own % CHUNKS_A_SET * (16 // CHUNKS_A_SET) + block // CHUNKS_A_SET
+        low_at = StatCodes + (tile + gid * 0).to(gl.int64) * (3 * groups) + (groups // 16 * 48 + word * apart + group)
+        high_at = low_at + gl.where(word < 2, apart, 0)
+        found = ()
+        for j in gl.static_range(len(codes)):
+            low = gl.load(low_at + j * STEP, mask=there, other=0)
+            high = gl.load(high_at + j * STEP, mask=there, other=0)
+            found = found + (gl.where(there, funnel(low, high, gid * 12 % 32), codes[j]),)
+        codes = found
+    return codes
