@@ -121,6 +121,8 @@ def variants() -> list[Variant]:
         words, bits_at = field_constants(kind["BITS"])
         constants = kind | {"BF": 0, "OUTLIERS": True, "FIELD_WORDS": words, "FIELD_BITS": bits_at, "WARPS": 4}
         found.append(Variant(f"unpack {title}", unpack.unpack_kernel, operands, constants, 4))
+        if kind["BILEVEL"] and kind["BLOCKS_A_GROUP"] > 1:
+            continue  # the portable kernels know the group size as a divisor alone
         shape = {"out_features": "i32", "in_features": "i32", "blocks": "i32", "groups": "i32"}
         constants = {
             "WORDS": words, "BITS_AT": bits_at, "BITS": kind["BITS"], "SPREAD_BIT": SPREAD,

@@ -109,8 +109,8 @@ def decode_kernel(
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), n < batch <= BATCH, a multiple of 8.
 
     X fp16 [batch, chunks * 256], permuted where need be. Scale fp32 [batch] where SCALED. Y [batch, out], contiguous.
-    Statistics: bilevel with groups of 16, 32 or 64, or direct. WHOLE: chunks is a multiple of STAGES * WARPS / TILES. FULL: batch is
-    BATCH."""
+    Statistics: direct, or bilevel with groups of 16, 32 or 64. WHOLE: chunks is a multiple of STAGES * WARPS / TILES. FULL:
+    batch is BATCH."""
     SPLIT: gl.constexpr = WARPS // TILES
     CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
     NT: gl.constexpr = BATCH // 8
@@ -166,7 +166,9 @@ def decode_kernel(
         x_at += SPLIT * 128
 
     if OUTLIERS:
-        room = outliers.room_for_cells(STAGES * (WARPS * chunk_bytes(BITS, BILEVEL, CHUNKS_A_SET) + 512 * BATCH * SPLIT), warp, lane)
+        room = outliers.room_for_cells(
+            STAGES * (WARPS * chunk_bytes(BITS, BILEVEL, CHUNKS_A_SET) + 512 * BATCH * SPLIT), warp, lane
+        )
         cell = (tile * chunks + part) * 2  # the next one to be fetched
         last_cell = tile_rows * chunks * 2 - 2
         begin0 = gl.load(Pointers + gl.minimum(cell, last_cell))

@@ -301,8 +301,8 @@ def matvec_kernel(
     """Y[o] = sum_i W[o, i] X[i] (+ Bias[o]).
 
     X [in] is read by the outliers, XDense [chunks * 256], permuted where need be, by the codes; both fp16, or bf16 where BF is
-    8. Zeros: 512 bytes of 0. Y [out]. Statistics: bilevel with groups of 16, 32 or 64, or direct. WHOLE: chunks is a multiple of
-    WARPS * STAGES.
+    8. Zeros: 512 bytes of 0. Y [out]. Statistics: direct, or bilevel with groups of 16, 32 or 64. WHOLE: chunks is a multiple
+    of WARPS * STAGES.
     """
     FLAVOR: gl.constexpr = BITS + BF
     CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1

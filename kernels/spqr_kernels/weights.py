@@ -77,9 +77,7 @@ def set_of_codes(codes, tid, layout: gl.constexpr):
 
 
 @gluon.jit
-def wide_codes(
-    codes, StatCodes, tile, chunk, last, chunks, groups, gid, tid, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr
-):
+def wide_codes(codes, StatCodes, tile, chunk, last, chunks, groups, gid, tid, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr):
     """What `set_of_codes` has, where a set covers several chunks: the codes of the groups of blocks tid, 4 + tid, 8 + tid,
     12 + tid. The arguments are those of `lane_of_chunk`."""
     pairs = group_pairs(codes, chunk, layout, CHUNKS_A_SET)
@@ -88,9 +86,7 @@ def wide_codes(
         found = (pairs[0] >> shift, pairs[1] >> shift, pairs[2] >> shift, pairs[3] >> shift)
     else:
         found = (pairs[0], pairs[0] >> 12, pairs[1], pairs[1] >> 12)
-    return with_last_groups(
-        found, StatCodes, tile, chunk, last, chunks, groups, gid, tid, 4 // CHUNKS_A_SET, CHUNKS_A_SET
-    )
+    return with_last_groups(found, StatCodes, tile, chunk, last, chunks, groups, gid, tid, 4 // CHUNKS_A_SET, CHUNKS_A_SET)
 
 
 @gluon.jit

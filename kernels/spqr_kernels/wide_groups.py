@@ -54,11 +54,11 @@ def group_pairs(codes, chunk, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr):
 def with_last_groups(
     codes, StatCodes, tile, chunk, last, chunks, groups, gid, block, STEP: gl.constexpr, CHUNKS_A_SET: gl.constexpr
 ):
-    """A lane's codes of groups first, first + STEP .. of its chunk, as they are in `codes` where the chunk lies in a full set;
-    those behind the last full set lie in another order, three words a group (spec 4.3), and are read where they are.
+    """`codes` of a lane at bit 0, one word a group, with those read anew that lie behind the last full set, in another order
+    (spec 4.3). This happens in one to three chunks of a product, and the copies have brought the words to L2.
 
-    tile and chunk: numbers, of each lane or of all; last: the largest chunk of all; block: the block of the chunk, of each lane,
-    that is in group `first`. The copies have brought these words to L2, and they are few: one chunk to three of a product.
+    tile and chunk: numbers, of each lane or of all; last: the largest chunk of all. The groups are that of block `block`
+    [32 * WARPS] of the chunk and those STEP, 2 * STEP .. behind it.
     """
     full_end = gl.where(groups % 16 > 0, groups // 16 * CHUNKS_A_SET, 1 << 30)
     if last >= full_end:

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from spqr_kernels import lanes, matvec, weights
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gluon_on_torch import Pointer, plain  # noqa: E402  beside this file, not part of a package
+from gluon_on_torch import Pointer, plain  # beside this file, not part of a package
 
 BITS = 3
 LAST_LINE = 40  # rows: two whole tiles and half of one
