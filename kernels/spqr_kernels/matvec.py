@@ -398,6 +398,10 @@ def matvec_kernel(
             diagonal0 += step0
             diagonal1 += step1
             sums_at += 128 * WARPS
+            if CHUNKS_A_SET > 1:  # before the products, whose sums would be held over the condition
+                codes = _wide_codes(
+                    now[BITS], StatCodes, tile, chunk, begin + WARPS * (j + 1) - 1, chunks, groups, gid, tid, layout, CHUNKS_A_SET
+                )
             # B with x of block gid in column gid and A of ones: sum(x) of groups 2 tid and 2 tid + 1 in each row of D
             natural0 = load2(at2)
             natural1 = load2(at2 + 64)
@@ -410,11 +414,6 @@ def matvec_kernel(
             if BILEVEL:
                 if CHUNKS_A_SET == 1:
                     codes = _set_of_codes(now[BITS], lane, layout)
-                else:
-                    codes = _wide_codes(
-                        now[BITS], StatCodes, tile, chunk, begin + WARPS * (j + 1) - 1, chunks, groups, gid, tid, layout,
-                        CHUNKS_A_SET,
-                    )  # fmt: skip
                 tops = _four_groups(now[BITS + 1].load(tops_read), layout)
             for n in gl.static_range(4):
                 dot0 = dots[n // 2][n % 2]
