@@ -400,8 +400,9 @@ def matvec_kernel(
             sums_at += 128 * WARPS
             if CHUNKS_A_SET > 1:  # before the products, whose sums would be held over the condition
                 codes = _wide_codes(
-                    now[BITS], StatCodes, tile, chunk, begin + WARPS * (j + 1) - 1, chunks, groups, gid, tid, layout, CHUNKS_A_SET
-                )
+                    now[BITS], StatCodes, tile, chunk, begin + WARPS * (j + 1) - 1, chunks, groups, gid, tid, layout,
+                    CHUNKS_A_SET,
+                )  # fmt: skip
             # B with x of block gid in column gid and A of ones: sum(x) of groups 2 tid and 2 tid + 1 in each row of D
             natural0 = load2(at2)
             natural1 = load2(at2 + 64)
