@@ -1,7 +1,7 @@
 """Time of y = x W^T: ours beside its peers, in one process, L2 cold, CUDA graphs, median of many.
 
     PYTHONPATH=.:kernels python kernels/benchmarks/linear.py [--quick | --full] [--shapes 70b 4096x4096] [--batches 1 16]
-        [--shares 0 0.01] [--bits 3] [--statistics bilevel] [--peers ours fp16] [--minutes 4] [--out FOLDER]
+        [--shares 0 0.01] [--bits 3] [--statistics bilevel] [--groups 16 32] [--peers ours fp16] [--minutes 4] [--out FOLDER]
 
 Writes results.json, table.md and roofline.svg (`report.py` makes the last two, and needs no GPU) and prints the table.
 Weights are random and rotate over more than 600 MB, so that none is found in L2. Every result is compared with float64.
@@ -158,7 +158,8 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--shares", nargs="+", type=float, help="of outliers, 0.01 for 1 %%")
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4))
-    parser.add_argument("--statistics", nargs="+", choices=tuple(GROUPS), help="groups of 16 if bilevel, of 128 if direct")
+    parser.add_argument("--statistics", nargs="+", choices=tuple(GROUPS))
+    parser.add_argument("--groups", nargs="+", type=int, help="columns of a group; 16 if bilevel, 128 if direct")
     parser.add_argument("--peers", nargs="+", choices=tuple(PEERS))
     parser.add_argument("--minutes", type=float, default=4, help="rows that would start later are left out (%(default)g)")
     parser.add_argument("--commit", help="of this repository, where git cannot tell")
@@ -180,8 +181,9 @@ def main(words: list[str] | None = None, clock: Clock = microseconds, device: st
     folder = asked.out or Path(__file__).parent / "results" / f"{about['gpu'].lower().replace(' ', '-')}-{about['date']}"
     folder.mkdir(parents=True, exist_ok=True)
     cases = [
-        Case(shape, share, bits, statistics, GROUPS[statistics])
-        for shape in asked.shapes for bits in asked.bits for statistics in asked.statistics for share in asked.shares
+        Case(shape, share, bits, statistics, group)
+        for shape in asked.shapes for bits in asked.bits for statistics in asked.statistics
+        for group in asked.groups or [GROUPS[statistics]] for share in asked.shares
     ]  # fmt: skip
     there = [name for name in asked.peers if not about["peers"].get(name, "").startswith(("absent", "failed"))]
     if "gemlite" in there:

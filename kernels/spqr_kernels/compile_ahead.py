@@ -72,6 +72,8 @@ def variants() -> list[Variant]:
     kinds = {
         "3-bit bilevel": {"BITS": 3, "BILEVEL": True, "BLOCKS_A_GROUP": 1},
         "2-bit bilevel": {"BITS": 2, "BILEVEL": True, "BLOCKS_A_GROUP": 1},
+        "3-bit bilevel g32": {"BITS": 3, "BILEVEL": True, "BLOCKS_A_GROUP": 2},
+        "2-bit bilevel g64": {"BITS": 2, "BILEVEL": True, "BLOCKS_A_GROUP": 4},
         "4-bit direct g128": {"BITS": 4, "BILEVEL": False, "BLOCKS_A_GROUP": 8},
     }
     found = []
@@ -123,6 +125,8 @@ def variants() -> list[Variant]:
         words, bits_at = field_constants(kind["BITS"])
         constants = kind | {"BF": 0, "OUTLIERS": True, "FIELD_WORDS": words, "FIELD_BITS": bits_at, "WARPS": 4}
         found.append(Variant(f"unpack {title}", unpack.unpack_kernel, operands, constants, 4))
+        if kind["BILEVEL"] and kind["BLOCKS_A_GROUP"] > 1:
+            continue  # the portable kernels know the group size as a divisor alone
         shape = {"out_features": "i32", "in_features": "i32", "blocks": "i32", "groups": "i32"}
         constants = {
             "WORDS": words, "BITS_AT": bits_at, "BITS": kind["BITS"], "SPREAD_BIT": SPREAD,

@@ -23,6 +23,7 @@ from .checks import aligned
 from .lanes import (
     chunk_bytes,
     chunks_at,
+    codes_step,
     commit_copies,
     copy_async,
     copy_chunks,
@@ -110,9 +111,10 @@ def decode_kernel(
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), n < batch <= BATCH, a multiple of 8.
 
     X fp16 [batch, chunks * 256], permuted where need be. Scale fp32 [batch] where SCALED. Y [batch, out], contiguous.
-    Statistics: bilevel with groups of 16, or direct. WHOLE: chunks is a multiple of STAGES * WARPS / TILES. FULL: batch is
-    BATCH."""
+    Statistics: direct, or bilevel with groups of 16, 32 or 64. WHOLE: chunks is a multiple of STAGES * WARPS / TILES. FULL:
+    batch is BATCH."""
     SPLIT: gl.constexpr = WARPS // TILES
+    CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
     NT: gl.constexpr = BATCH // 8
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     x_copy: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
@@ -136,7 +138,7 @@ def decode_kernel(
     zero = gl.zeros([32 * WARPS], gl.float32, layout)
 
     words_at, codes_at, tops_at, words_chunk, codes_chunk, tops_chunk, codes_lane = chunks_at(
-        Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, 0, BITS, WARPS, TILES
+        Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, 0, BITS, CHUNKS_A_SET, WARPS, TILES
     )
     x_row = gl.arange(0, BATCH, layout=gl.SliceLayout(1, x_copy))[:, None]
     x_word = gl.arange(0, 32 * SPLIT, layout=gl.SliceLayout(0, x_copy))[None, :]
@@ -146,7 +148,7 @@ def decode_kernel(
     ring = ()
     x_ring = ()
     for _ in gl.static_range(STAGES):
-        ring = ring + (room_for_chunks(BITS, BILEVEL, WARPS),)
+        ring = ring + (room_for_chunks(BITS, BILEVEL, CHUNKS_A_SET, WARPS),)
         blocks = ()
         for _j in gl.static_range(4):
             blocks = blocks + (gl.allocate_shared_memory(gl.int32, [BATCH, 32 * SPLIT], x_shared),)
@@ -154,18 +156,21 @@ def decode_kernel(
     for j in gl.static_range(STAGES - 1):
         copy_chunks(
             ring[j], words_at, codes_at, tops_at, codes_lane, SPLIT * j + words_chunk < chunks,
-            SPLIT * j + codes_chunk < chunks, SPLIT * j + tops_chunk < chunks, BITS, BILEVEL,
+            SPLIT * j + codes_chunk < chunks, SPLIT * j + tops_chunk < chunks, SPLIT * j + codes_chunk, chunks, BITS, BILEVEL,
+            CHUNKS_A_SET,
         )  # fmt: skip
         for k in gl.static_range(4):
             copy_async(x_ring[j][k], x_at + 32 * k, mask=(SPLIT * j + x_part < chunks) & (x_row < batch))
         commit_copies()
         words_at += SPLIT * 128 * BITS
-        codes_at += SPLIT * 48
-        tops_at += SPLIT * 16
+        codes_at += codes_step(SPLIT, CHUNKS_A_SET)
+        tops_at += SPLIT * (16 // CHUNKS_A_SET)
         x_at += SPLIT * 128
 
     if OUTLIERS:
-        room = outliers.room_for_cells(STAGES * (WARPS * chunk_bytes(BITS, BILEVEL) + 512 * BATCH * SPLIT), warp, lane)
+        room = outliers.room_for_cells(
+            STAGES * (WARPS * chunk_bytes(BITS, BILEVEL, CHUNKS_A_SET) + 512 * BATCH * SPLIT), warp, lane
+        )
         cell = (tile * chunks + part) * 2  # the next one to be fetched
         last_cell = tile_rows * chunks * 2 - 2
         begin0 = gl.load(Pointers + gl.minimum(cell, last_cell))
@@ -188,7 +193,10 @@ def decode_kernel(
             ahead = begin + SPLIT * (j + STAGES - 1)
             if WHOLE:
                 more = ahead < chunks
-                copy_chunks(then, words_at, codes_at, tops_at, codes_lane, more, more, more, BITS, BILEVEL)
+                copy_chunks(
+                    then, words_at, codes_at, tops_at, codes_lane, more, more, more, ahead + codes_chunk, chunks, BITS, BILEVEL,
+                    CHUNKS_A_SET,
+                )  # fmt: skip
                 for k in gl.static_range(4):
                     if FULL:
                         copy_async(x_then[k], x_at + 32 * k, mask=more)
@@ -197,16 +205,20 @@ def decode_kernel(
             else:
                 copy_chunks(
                     then, words_at, codes_at, tops_at, codes_lane, ahead + words_chunk < chunks,
-                    ahead + codes_chunk < chunks, ahead + tops_chunk < chunks, BITS, BILEVEL,
+                    ahead + codes_chunk < chunks, ahead + tops_chunk < chunks, ahead + codes_chunk, chunks, BITS, BILEVEL,
+                    CHUNKS_A_SET,
                 )  # fmt: skip
                 for k in gl.static_range(4):
                     copy_async(x_then[k], x_at + 32 * k, mask=(ahead + x_part < chunks) & (x_row < batch))
             commit_copies()
             words_at += SPLIT * 128 * BITS
-            codes_at += SPLIT * 48
-            tops_at += SPLIT * 16
+            codes_at += codes_step(SPLIT, CHUNKS_A_SET)
+            tops_at += SPLIT * (16 // CHUNKS_A_SET)
             x_at += SPLIT * 128
-            slots, codes, tops = lane_of_chunk(now, tid, layout, BITS, BILEVEL)
+            slots, codes, tops = lane_of_chunk(
+                now, StatCodes, tile, chunk, begin + SPLIT * (j + 1) - 1, chunks, groups, gid, tid, layout, BITS, BILEVEL,
+                CHUNKS_A_SET,
+            )  # fmt: skip
             for k in gl.static_range(4):
                 if OUTLIERS and k % 2 == 0:
                     room, places = outliers.put(room, words, ENTRIES)

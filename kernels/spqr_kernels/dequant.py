@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spqr_format.layout import TILE, Layout, ceil_div
+from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 from spqr_format.packing import SPREAD
 
 from .weight_at import EXACT, field_constants, weight_at
@@ -80,9 +80,9 @@ def dequantize(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype
     """W of the given dtype [out, in] on the tensors' device, which Triton must drive. Operands must have been checked."""
     device = tensors["weight"].device
     weight = torch.empty(layout.out_features, layout.in_features, dtype=dtype, device=device)
-    from .dispatch import has_tensor_cores, whole_chunks  # here, because that module imports this one
+    from .dispatch import has_tensor_cores  # here, because that module imports this one
 
-    fast = whole_chunks(layout) and layout.in_features % TILE == 0 and not layout.permuted and dtype.itemsize == 2
+    fast = layout.in_features % (TILE * CHUNK) == 0 and not layout.permuted and dtype.itemsize == 2
     if fast and has_tensor_cores(device):
         from . import unpack
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812, its name everywhere
 from torch import Tensor
 
-from spqr_format.layout import CHUNK, TILE, Layout
+from spqr_format.layout import CHUNK, Layout
 
 from . import cpu, reference
 from .checks import aligned
@@ -26,6 +26,9 @@ DECODE_BATCH = {False: 64, True: 32}
 _SPLIT_BATCH = 256  # up to which cuBLAS may split columns: what was seen to lose exactness had 33 rows
 TOGETHER = 3  # matrices of one x that a launch takes at most
 MOST_PAIRS = 65535  # of rows and experts in a launch: the second dimension of a grid
+# Bilevel groups of the tensor-core kernels. A lane's four blocks lie in two to four groups of these; wider ones, which hardly
+# save bits, and those that cross a chunk would need other lane maps.
+FAST_GROUPS = (16, 32, 64)
 FIT_COLUMNS = 16  # the widest group that a thread of fit.py holds in its registers
 
 Tensors = Mapping[str, Tensor]
@@ -57,8 +60,8 @@ def has_wgmma(device: torch.device) -> bool:
 
 
 def whole_chunks(layout: Layout) -> bool:
-    """True for matrices that the tensor-core kernels take: whole chunks, statistics direct or bilevel in groups of 16."""
-    return layout.blocks % CHUNK == 0 and (layout.statistics == "direct" or layout.group_size == TILE)
+    """True for matrices that the tensor-core kernels take: whole chunks, statistics direct or bilevel in FAST_GROUPS."""
+    return layout.blocks % CHUNK == 0 and (layout.statistics == "direct" or layout.group_size in FAST_GROUPS)
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from .lanes import (
     barrier,
     chunk_bytes,
     chunks_at,
+    codes_step,
     commit_copies,
     copy_async,
     copy_box,
@@ -145,6 +146,7 @@ def gemm_kernel(
     # when the next turn begins, where a turn is one slot.
     RING: gl.constexpr = 8 if TURN == 4 else 4
     AHEAD: gl.constexpr = 2 if TURN == 1 else 1
+    CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
     thread = gl.arange(0, 32 * WARPS, layout=layout)
     lane = thread % 32
     warp = thread // 32
@@ -166,16 +168,18 @@ def gemm_kernel(
     row1 = row0 + 8
 
     words_at, codes_at, tops_at, _, _, _, codes_lane = chunks_at(
-        Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, begin, BITS, WARPS, WARPS
+        Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, begin, BITS, CHUNKS_A_SET, WARPS, WARPS
     )
-    ring = (room_for_chunks(BITS, BILEVEL, WARPS), room_for_chunks(BITS, BILEVEL, WARPS))
+    ring = (room_for_chunks(BITS, BILEVEL, CHUNKS_A_SET, WARPS), room_for_chunks(BITS, BILEVEL, CHUNKS_A_SET, WARPS))
     # Memory of its own for all that is copied at once: the compiler puts a barrier between two copies to one.
     SLOTS: gl.constexpr = TURN if ORDERED else 1
     x_ring = ()
     for _ in gl.static_range(RING // SLOTS):
         x_ring = x_ring + (gl.allocate_shared_memory(gl.float16, [SLOTS * BATCH, 64], x_halves),)
     there = begin < end
-    copy_chunks(ring[0], words_at, codes_at, tops_at, codes_lane, there, there, there, BITS, BILEVEL)
+    copy_chunks(
+        ring[0], words_at, codes_at, tops_at, codes_lane, there, there, there, begin, chunks, BITS, BILEVEL, CHUNKS_A_SET
+    )
     if ORDERED:
         commit_copies()
         # Each in memory of its own: the compiler puts fewer barriers between what is done to them then.
@@ -203,7 +207,7 @@ def gemm_kernel(
             commit_copies()
 
     if OUTLIERS:
-        room = outliers.room_for_cells(2 * WARPS * chunk_bytes(BITS, BILEVEL) + RING * 128 * BATCH, warp, lane)
+        room = outliers.room_for_cells(2 * WARPS * chunk_bytes(BITS, BILEVEL, CHUNKS_A_SET) + RING * 128 * BATCH, warp, lane)
         cell = (tile * chunks + begin) * 2
         most = outliers.most_in_a_cell(Pointers, cell, (end - begin) * 2, lane)
         rest = gl.max(most, axis=0) > 32 * ENTRIES
@@ -242,11 +246,11 @@ def gemm_kernel(
                         weights_wanted = wanted
                     if s == 0 if ORDERED else (s + TURN * AHEAD) % 4 == 0:
                         words_at += 128 * BITS
-                        codes_at += 48
-                        tops_at += 16
+                        codes_at += codes_step(1, CHUNKS_A_SET)
+                        tops_at += 16 // CHUNKS_A_SET
                         copy_chunks(
                             ring[(j + 1) % 2], words_at, codes_at, tops_at, codes_lane, weights_wanted, weights_wanted,
-                            weights_wanted, BITS, BILEVEL,
+                            weights_wanted, chunk + j + 1, chunks, BITS, BILEVEL, CHUNKS_A_SET,
                         )  # fmt: skip
                     if not ORDERED:
                         for k in gl.static_range(TURN):
@@ -256,7 +260,10 @@ def gemm_kernel(
                     if s == 0 or not ORDERED:
                         commit_copies()
                 if s == 0:
-                    slots, codes, tops = lane_of_chunk(ring[j], tid, layout, BITS, BILEVEL)
+                    slots, codes, tops = lane_of_chunk(
+                        ring[j], StatCodes, tile, chunk + j, chunk + j, chunks, groups, gid, tid, layout, BITS, BILEVEL,
+                        CHUNKS_A_SET,
+                    )  # fmt: skip
                 if OUTLIERS and ORDERED and s % 2 == 0:  # those of the next half of a chunk
                     later = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
                     bound1 = bound2

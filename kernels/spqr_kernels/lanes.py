@@ -40,16 +40,22 @@ def codes_copy(warps):
 
 
 @gluon.constexpr_function
-def tops_copy(warps):
-    """Layout of the copy of a chunk's tile statistics, [warps, 16] groups of eight bytes."""
-    lanes = [[0, 2], [0, 4], [0, 8], [0, 0], [0, 0]]
-    return gl.DistributedLinearLayout([[0, 1]], lanes, warp_bases(warps), [], [warps, 16])
+def tops_copy(warps, groups):
+    """Layout of the copy of a chunk's tile statistics, [warps, groups] of eight bytes."""
+    lanes = [[0, step if step < groups else 0] for step in (2, 4, 8, 16, 16)]
+    return gl.DistributedLinearLayout([[0, 1]], lanes, warp_bases(warps), [], [warps, groups])
 
 
 @gluon.constexpr_function
-def chunk_bytes(bits, bilevel):
+def chunk_bytes(bits, bilevel, chunks_a_set):
     """Bytes of `room_for_chunks`, for a warp."""
-    return 512 * bits + 384 * int(bilevel)
+    return 512 * bits + (256 + 128 // chunks_a_set) * int(bilevel)
+
+
+@gluon.constexpr_function
+def codes_step(chunks, chunks_a_set):
+    """By how many words `codes_at` of `copy_chunks` rises over so many chunks."""
+    return 48 * chunks if chunks_a_set == 1 else 0
 
 
 _STREAM4 = gl.constexpr(ptx.load(4, ".L1::no_allocate"))  # weights are read once
@@ -111,16 +117,32 @@ def four_words(tile, layout: gl.constexpr):
 
 @gluon.jit
 def for_all_rows(value, layout: gl.constexpr):
-    """[WARPS, 4 tid], equal in all lane groups, to [32 * WARPS]."""
+    """[WARPS, N], where N is 4 (tid), 2 (tid // 2) or 1, equal in all lane groups, to [32 * WARPS]."""
+    WARPS: gl.constexpr = value.shape[0]
+    N: gl.constexpr = value.shape[1]
+    if N == 4:
+        cube: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
+        value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(1, cube), assert_trivial=True), 1)
+        value = value + gl.zeros([WARPS, 8, 4], value.dtype, cube)
+    else:
+        hyper: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1], [1, 8, N, 4 // N], [WARPS, 1, 1, 1], [3, 2, 1, 0])
+        value = gl.convert_layout(value, gl.SliceLayout(1, gl.SliceLayout(3, hyper)), assert_trivial=True)
+        value = gl.expand_dims(gl.expand_dims(value, 1), 3) + gl.zeros([WARPS, 8, N, 4 // N], value.dtype, hyper)
+    return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def for_lane_groups(value, layout: gl.constexpr):
+    """[WARPS, 8 gid] to [32 * WARPS]."""
     WARPS: gl.constexpr = value.shape[0]
     cube: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
-    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(1, cube), assert_trivial=True), 1)
+    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(2, cube), assert_trivial=True), 2)
     value = value + gl.zeros([WARPS, 8, 4], value.dtype, cube)
     return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
 
 
 @gluon.jit
-def room_for_chunks(BITS: gl.constexpr, BILEVEL: gl.constexpr, WARPS: gl.constexpr):
+def room_for_chunks(BITS: gl.constexpr, BILEVEL: gl.constexpr, CHUNKS_A_SET: gl.constexpr, WARPS: gl.constexpr):
     """Shared memory for one chunk a warp: words [WARPS, 128] each of BITS, then statistics codes and tile statistics."""
     shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     room = ()
@@ -128,7 +150,7 @@ def room_for_chunks(BITS: gl.constexpr, BILEVEL: gl.constexpr, WARPS: gl.constex
         room = room + (gl.allocate_shared_memory(gl.int32, [WARPS, 128], shared),)
     if BILEVEL:
         room = room + (gl.allocate_shared_memory(gl.int32, [WARPS, 64], shared),)
-        room = room + (gl.allocate_shared_memory(gl.int64, [WARPS, 16], shared),)
+        room = room + (gl.allocate_shared_memory(gl.int64, [WARPS, 16 // CHUNKS_A_SET], shared),)
     return room
 
 
@@ -144,14 +166,16 @@ def words_of_chunk(room, layout: gl.constexpr, BITS: gl.constexpr, WARPS: gl.con
 
 @gluon.jit
 def chunks_at(
-    Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, first_chunk, BITS: gl.constexpr, WARPS: gl.constexpr,
-    TILES: gl.constexpr,
+    Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, first_chunk, BITS: gl.constexpr, CHUNKS_A_SET: gl.constexpr,
+    WARPS: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """Where the chunk lies that each warp copies first: first_chunk + warp // TILES of tile first_tile + warp % TILES.
 
     Returns pointers to its words, statistics codes and tile statistics as `copy_chunks` takes them, the number of the chunk in
-    the shape of each, and the codes' lane.
+    the shape of each, and the codes' lane. CHUNKS_A_SET: blocks of a group with bilevel statistics, because 16 groups are a set
+    (spec 4.3) and 16 blocks a chunk.
     """
+    GROUPS: gl.constexpr = 16 // CHUNKS_A_SET
     words_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, quads(WARPS)))[:, None]
     words_lane = gl.arange(0, 128, layout=gl.SliceLayout(0, quads(WARPS)))[None, :]
     words_tile = gl.minimum(first_tile + words_warp % TILES, tile_rows - 1).to(gl.int64)
@@ -161,23 +185,32 @@ def chunks_at(
     codes_lane = gl.arange(0, 64, layout=gl.SliceLayout(0, codes_copy(WARPS)))[None, :]
     codes_tile = gl.minimum(first_tile + codes_warp % TILES, tile_rows - 1).to(gl.int64)
     codes_chunk = first_chunk + codes_warp // TILES
-    codes_at = StatCodes + codes_tile * (chunks * 48) + (codes_chunk * 48 + codes_lane)
-    tops_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, tops_copy(WARPS)))[:, None]
-    tops_lane = gl.arange(0, 16, layout=gl.SliceLayout(0, tops_copy(WARPS)))[None, :]
+    codes_at = StatCodes + codes_tile * (chunks * (3 * GROUPS))
+    if CHUNKS_A_SET == 1:
+        codes_at += codes_chunk * 48 + codes_lane
+    tops_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, tops_copy(WARPS, GROUPS)))[:, None]
+    tops_lane = gl.arange(0, GROUPS, layout=gl.SliceLayout(0, tops_copy(WARPS, GROUPS)))[None, :]
     tops_tile = gl.minimum(first_tile + tops_warp % TILES, tile_rows - 1).to(gl.int64)
     tops_chunk = first_chunk + tops_warp // TILES
-    tops_at = TileStats.to(gl.pointer_type(gl.int64)) + tops_tile * (chunks * 16) + (tops_chunk * 16 + tops_lane)
+    tops_at = TileStats.to(gl.pointer_type(gl.int64)) + tops_tile * (chunks * GROUPS) + (tops_chunk * GROUPS + tops_lane)
     return words_at, codes_at, tops_at, words_chunk, codes_chunk, tops_chunk, codes_lane
 
 
 @gluon.jit
 def copy_chunks(
-    room, words_at, codes_at, tops_at, codes_lane, words_there, codes_there, tops_there,
-    BITS: gl.constexpr, BILEVEL: gl.constexpr,
+    room, words_at, codes_at, tops_at, codes_lane, words_there, codes_there, tops_there, codes_chunk, chunks,
+    BITS: gl.constexpr, BILEVEL: gl.constexpr, CHUNKS_A_SET: gl.constexpr,
 ):  # fmt: skip
-    """Begins the copies into `room_for_chunks`; what is not there becomes zeros. Of 64 words of codes 48 are a set."""
+    """Begins the copies into `room_for_chunks`; what is not there becomes zeros. Of 64 words of codes 48 are a set.
+
+    Where a set covers several chunks, codes_at is that of the tile, codes_chunk says which chunk, and the whole set is copied:
+    the lanes choose in `wide_groups.group_pairs`."""
     for k in gl.static_range(BITS):
         copy_async(room[k], words_at + 128 * k, mask=words_there)
     if BILEVEL:
-        copy_async(room[BITS], codes_at, mask=codes_there & (codes_lane < 48))
+        if CHUNKS_A_SET == 1:
+            copy_async(room[BITS], codes_at, mask=codes_there & (codes_lane < 48))
+        else:
+            place = codes_chunk // CHUNKS_A_SET * 48 + codes_lane
+            copy_async(room[BITS], codes_at + place, mask=(place < chunks * (48 // CHUNKS_A_SET)) & (codes_lane < 48))
         copy_async(room[BITS + 1], tops_at, mask=tops_there)

@@ -31,6 +31,7 @@ from .checks import aligned
 from .lanes import (
     chunk_bytes,
     chunks_at,
+    codes_step,
     commit_copies,
     copy_chunks,
     for_all_rows,
@@ -42,6 +43,7 @@ from .lanes import (
     words_of_chunk,
 )
 from .launch import LEAVES, Launch, addresses
+from .wide_groups import group_pairs, with_last_groups
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
 
@@ -222,13 +224,29 @@ def _two_products(slots, at0, at1, zero, undo, BITS: gl.constexpr, BF: gl.conste
     return _couple_of_both(slots, later, first, second, undo, _ORDER[F][3], 3, BITS, BF)
 
 
+@gluon.constexpr_function
+def _groups_read(warps, groups):
+    """Layout in which `_four_groups` takes [warps, groups]."""
+    if groups == 16:
+        registers, lanes = [[0, 1], [0, 8]], [[0, 2], [0, 4]]
+    else:
+        registers, lanes = [[0, groups // 2]], [[0, step * groups // 8] for step in (1, 2)]
+    return gl.DistributedLinearLayout(registers, [*lanes, [0, 0], [0, 0], [0, 0]], warp_bases(warps), [], [warps, groups])
+
+
 @gluon.jit
 def _four_groups(tile, layout: gl.constexpr):
-    """[WARPS, 16 groups] to four [32 * WARPS]: groups 2 tid, 2 tid + 1, 8 + 2 tid, 9 + 2 tid."""
-    even, odd = gl.split(gl.permute(gl.reshape(tile, [tile.shape[0], 2, 4, 2]), [0, 2, 1, 3]))
-    w0, w2 = gl.split(even)
-    w1, w3 = gl.split(odd)
-    return for_all_rows(w0, layout), for_all_rows(w1, layout), for_all_rows(w2, layout), for_all_rows(w3, layout)
+    """[WARPS, groups of a chunk] to four [32 * WARPS]: those of blocks 2 tid, 2 tid + 1, 8 + 2 tid, 9 + 2 tid."""
+    if tile.shape[1] == 16:
+        even, odd = gl.split(gl.permute(gl.reshape(tile, [tile.shape[0], 2, 4, 2]), [0, 2, 1, 3]))
+        w0, w2 = gl.split(even)
+        w1, w3 = gl.split(odd)
+        return for_all_rows(w0, layout), for_all_rows(w1, layout), for_all_rows(w2, layout), for_all_rows(w3, layout)
+    else:
+        near, far = gl.split(gl.permute(gl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), [0, 2, 1]))
+        near = for_all_rows(near, layout)
+        far = for_all_rows(far, layout)
+        return near, near, far, far
 
 
 @gluon.jit
@@ -245,6 +263,26 @@ def _set_of_codes(codes, lane, layout: gl.constexpr):
     half = gl.convert_layout(half, twice, assert_trivial=True) + gl.zeros([WARPS, 16, 2], gl.int32, twice)
     half = gl.convert_layout(gl.reshape(half, [32 * WARPS]), layout, assert_trivial=True) >> (lane % 2 * 16)
     return own << 11, own >> 1, (half << 19) + ((own >> 13) & 0x7FFFF), half << 7
+
+
+@gluon.jit
+def _wide_codes(
+    codes, StatCodes, tile, chunk, last, chunks, groups, gid, tid, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr
+):
+    """The same where a set covers several chunks, of which this is number `chunk` [32 * WARPS], and `last` the largest one."""
+    pairs = group_pairs(codes, chunk, layout, CHUNKS_A_SET)
+    if CHUNKS_A_SET == 2:
+        near = gl.where(tid < 2, pairs[0], pairs[1]) >> tid % 2 * 12
+        far = gl.where(tid < 2, pairs[2], pairs[3]) >> tid % 2 * 12
+    else:
+        near = pairs[0] >> tid // 2 * 12
+        far = pairs[1] >> tid // 2 * 12
+    near, far = with_last_groups(
+        (near, far), StatCodes, tile, chunk, last, chunks, groups, gid, 2 * tid, 8 // CHUNKS_A_SET, CHUNKS_A_SET
+    )
+    near = near << 11
+    far = far << 11
+    return near, near, far, far
 
 
 @gluon.jit
@@ -265,15 +303,13 @@ def product_of_tile(
     """Y[o] = sum_i W[o, i] X[i] (+ Bias[o]) for the 16 rows o of a tile.
 
     X [in] is read by the outliers, XDense [chunks * 256], permuted where need be, by the codes; both fp16, or bf16 where BF is
-    8. Zeros: 512 bytes of 0. Y [out]. Statistics: bilevel with groups of 16, or direct. SOME: the matrix has no outliers, and
-    no pointers to them, where all_outliers is 0. WHOLE: chunks is a multiple of WARPS * STAGES.
+    8. Zeros: 512 bytes of 0. Y [out]. Statistics: direct, or bilevel with groups of 16, 32 or 64. SOME: the matrix has no
+    outliers, and no pointers to them, where all_outliers is 0. WHOLE: chunks is a multiple of WARPS * STAGES.
     """
     FLAVOR: gl.constexpr = BITS + BF
+    CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    bases: gl.constexpr = warp_bases(WARPS)
-    tops_read: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 8]], [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]], bases, [], [WARPS, 16]
-    )
+    tops_read: gl.constexpr = _groups_read(WARPS, 16 // CHUNKS_A_SET)
     spread: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])  # warp, lane, row half
     inner: gl.constexpr = gl.SliceLayout(0, spread)
     thread = gl.arange(0, 32 * WARPS, layout=layout)
@@ -300,24 +336,25 @@ def product_of_tile(
             last_outlier = gl.load(Pointers + (tile64 + 1) * cells)
 
     words_at, codes_at, tops_at, words_chunk, codes_chunk, tops_chunk, codes_lane = chunks_at(
-        Weight, StatCodes, TileStats, tile, tile + 1, chunks, 0, BITS, WARPS, 1
+        Weight, StatCodes, TileStats, tile, tile + 1, chunks, 0, BITS, CHUNKS_A_SET, WARPS, 1
     )
 
     ring = ()
     for _ in gl.static_range(STAGES):
-        ring = ring + (room_for_chunks(BITS, BILEVEL, WARPS),)
+        ring = ring + (room_for_chunks(BITS, BILEVEL, CHUNKS_A_SET, WARPS),)
     for j in gl.static_range(STAGES - 1):
         copy_chunks(
             ring[j], words_at, codes_at, tops_at, codes_lane, WARPS * j + words_chunk < chunks,
-            WARPS * j + codes_chunk < chunks, WARPS * j + tops_chunk < chunks, BITS, BILEVEL,
+            WARPS * j + codes_chunk < chunks, WARPS * j + tops_chunk < chunks, WARPS * j + codes_chunk, chunks, BITS, BILEVEL,
+            CHUNKS_A_SET,
         )  # fmt: skip
         commit_copies()
         words_at += WARPS * 128 * BITS
-        codes_at += WARPS * 48
-        tops_at += WARPS * 16
+        codes_at += codes_step(WARPS, CHUNKS_A_SET)
+        tops_at += WARPS * (16 // CHUNKS_A_SET)
 
     if OUTLIERS:
-        room = outliers.room_for_products(STAGES * WARPS * chunk_bytes(BITS, BILEVEL), thread, KEPT)
+        room = outliers.room_for_products(STAGES * WARPS * chunk_bytes(BITS, BILEVEL, CHUNKS_A_SET), thread, KEPT)
         room = outliers.ask(room, Outliers, first_outlier, last_outlier, all_outliers, thread, KEPT)
 
     # Lane gid = tid (for the second four blocks of a half chunk, gid = tid + 4) brings x of block gid, the others zeros.
@@ -344,16 +381,19 @@ def product_of_tile(
             ahead = begin + WARPS * (j + STAGES - 1)
             if WHOLE:
                 more = ahead < chunks
-                copy_chunks(then, words_at, codes_at, tops_at, codes_lane, more, more, more, BITS, BILEVEL)
+                copy_chunks(
+                    then, words_at, codes_at, tops_at, codes_lane, more, more, more, ahead + codes_chunk, chunks, BITS, BILEVEL,
+                    CHUNKS_A_SET,
+                )  # fmt: skip
             else:
                 copy_chunks(
                     then, words_at, codes_at, tops_at, codes_lane, ahead + words_chunk < chunks, ahead + codes_chunk < chunks,
-                    ahead + tops_chunk < chunks, BITS, BILEVEL,
+                    ahead + tops_chunk < chunks, ahead + codes_chunk, chunks, BITS, BILEVEL, CHUNKS_A_SET,
                 )  # fmt: skip
             commit_copies()
             words_at += WARPS * 128 * BITS
-            codes_at += WARPS * 48
-            tops_at += WARPS * 16
+            codes_at += codes_step(WARPS, CHUNKS_A_SET)
+            tops_at += WARPS * (16 // CHUNKS_A_SET)
             if WHOLE:
                 at0 = diagonal0
                 at1 = diagonal1
@@ -365,6 +405,11 @@ def product_of_tile(
             diagonal0 += step0
             diagonal1 += step1
             sums_at += 128 * WARPS
+            if CHUNKS_A_SET > 1:  # before the products, whose sums would be held over the condition
+                codes = _wide_codes(
+                    now[BITS], StatCodes, tile, chunk, begin + WARPS * (j + 1) - 1, chunks, groups, gid, tid, layout,
+                    CHUNKS_A_SET,
+                )  # fmt: skip
             # B with x of block gid in column gid and A of ones: sum(x) of groups 2 tid and 2 tid + 1 in each row of D
             natural0 = load2(at2)
             natural1 = load2(at2 + 64)
@@ -375,7 +420,8 @@ def product_of_tile(
             sums1 = _mma(ones, ones, ones, ones, natural1[0], natural1[1], blank, BF)
             sums = (sums0[0], sums0[1], sums1[0], sums1[1])
             if BILEVEL:
-                codes = _set_of_codes(now[BITS], lane, layout)
+                if CHUNKS_A_SET == 1:
+                    codes = _set_of_codes(now[BITS], lane, layout)
                 tops = _four_groups(now[BITS + 1].load(tops_read), layout)
             for n in gl.static_range(4):
                 dot0 = dots[n // 2][n % 2]

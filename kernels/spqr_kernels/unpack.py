@@ -19,7 +19,7 @@ from spqr_format.packing import SPREAD
 
 from . import ptx
 from .lanes import barrier, funnel, load1, load2, stream4
-from .weight_at import EXACT, field_constants, weight_at
+from .weight_at import EXACT, field_constants, statistics_codes, weight_at
 
 BF16 = 8  # flavor: weight_bits for fp16, weight_bits + 8 for bf16
 WARPS = 4
@@ -97,7 +97,7 @@ def unpack_kernel(
         words = words + (stream4(weights + 128 * k),)
     none = gid * 0
     codes = (none, none, none, none)
-    if BILEVEL:
+    if BILEVEL and BLOCKS_A_GROUP == 1:
         # the set of spec 4.3 that goes with the chunk: groups tid, 4 + tid, 8 + tid, 12 + tid
         stat_codes = StatCodes + tile64 * (chunks * 48) + chunk * 48
         own0 = load1(stat_codes + gid * 4 + tid // 2)
@@ -128,9 +128,13 @@ def unpack_kernel(
         block = chunk * 16 + 4 * j + tid
         group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
         if BILEVEL:
+            if BLOCKS_A_GROUP == 1:
+                code = codes[j]
+            else:
+                code = statistics_codes(StatCodes, tile64, gid, group, groups, none == 0)
             second0, second1 = load2(tile_stats + 2 * group)
             scale0, zero0, scale1, zero1 = gl.inline_asm_elementwise(
-                _STATISTICS, _STATISTICS_REGISTERS, [codes[j], codes[j], none, second0, second1],
+                _STATISTICS, _STATISTICS_REGISTERS, [code, code, none, second0, second1],
                 dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
             )  # fmt: skip
         else:
@@ -177,8 +181,7 @@ def unpack_kernel(
 
 
 def dequantize(weight: Tensor, tensors: Mapping[str, Tensor], layout: Layout) -> None:
-    """Write W into weight fp16 or bf16 [out, in], contiguous; in_features a multiple of 256, groups of 16 if bilevel, no
-    permutation."""
+    """Write W into weight fp16 or bf16 [out, in], contiguous; in_features a multiple of 256, no permutation."""
     unused = tensors["weight"]
     field_words, field_bits = field_constants(layout.weight_bits)
     unpack_kernel[(layout.tile_rows, ceil_div(layout.blocks, CHUNK * WARPS))](

@@ -43,7 +43,7 @@ def _first_word(tile, lane, block, blocks, BITS: tl.constexpr):
 
 
 @triton.jit
-def _statistics_codes(StatCodes, tile, lane, group, groups, inside):
+def statistics_codes(StatCodes, tile, lane, group, groups, inside):
     """The 12 bits of a lane and group (spec 4.3), int32 with others above them."""
     sets = groups // 16
     n = groups % 16
@@ -95,7 +95,7 @@ def weight_at(
     # statistics
     group = c // GROUP
     if BILEVEL:
-        codes = _statistics_codes(StatCodes, tile, lane, group, groups, inside) >> (6 * (r // 8))
+        codes = statistics_codes(StatCodes, tile, lane, group, groups, inside) >> (6 * (r // 8))
         stats = TileStats + (tile * groups + group) * 4
         scale = _half(stats, inside) * ((codes & 7).to(tl.float32) - _half(stats + 1, inside))
         zero = _half(stats + 2, inside) * (((codes >> 3) & 7).to(tl.float32) - _half(stats + 3, inside))

@@ -9,7 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from . import ptx
-from .lanes import for_all_rows, funnel, warp_bases, words_of_chunk
+from .lanes import for_all_rows, for_lane_groups, funnel, warp_bases, words_of_chunk
+from .wide_groups import group_pairs, with_last_groups
 
 _LANE = gl.constexpr({bits: ptx.dequantize_lane(bits) for bits in (2, 3, 4)})
 _LANE_REGISTERS = gl.constexpr({bits: ptx.dequantize_lane_constraints(bits) for bits in (2, 3, 4)})
@@ -23,10 +24,19 @@ _DIRECT = gl.constexpr(
 )
 
 
+@gluon.constexpr_function
+def groups_read(warps, groups):
+    """Layout in which `four_groups` takes [warps, groups]."""
+    a_block = groups // 4  # groups of blocks 4 j .. 4 j + 3
+    lanes = [[0, step * a_block // 4] for step in (1, 2)] + [[0, 0]] * 3
+    return gl.DistributedLinearLayout([[0, a_block], [0, 2 * a_block]], lanes, warp_bases(warps), [], [warps, groups])
+
+
 @gluon.jit
 def four_groups(tile, layout: gl.constexpr):
-    """[WARPS, 16 groups] to four [32 * WARPS]: groups tid, 4 + tid, 8 + tid, 12 + tid."""
-    even, odd = gl.split(gl.permute(gl.reshape(tile, [tile.shape[0], 2, 2, 4]), [0, 3, 1, 2]))
+    """[WARPS, groups of a chunk] to four [32 * WARPS]: those of blocks tid, 4 + tid, 8 + tid, 12 + tid."""
+    N: gl.constexpr = tile.shape[1] // 4
+    even, odd = gl.split(gl.permute(gl.reshape(tile, [tile.shape[0], 2, 2, N]), [0, 3, 1, 2]))
     w0, w2 = gl.split(even)
     w1, w3 = gl.split(odd)
     return for_all_rows(w0, layout), for_all_rows(w1, layout), for_all_rows(w2, layout), for_all_rows(w3, layout)
@@ -39,16 +49,6 @@ def _spread_pairs(value, layout: gl.constexpr):
     twice: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1], [1, 8, 2, 2], [WARPS, 1, 1, 1], [3, 2, 1, 0])
     value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(3, twice), assert_trivial=True), 3)
     value = value + gl.zeros([WARPS, 8, 2, 2], value.dtype, twice)
-    return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
-
-
-@gluon.jit
-def _spread_rows(value, layout: gl.constexpr):
-    """[WARPS, 8 gid] to [32 * WARPS]."""
-    WARPS: gl.constexpr = value.shape[0]
-    cube: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
-    value = gl.expand_dims(gl.convert_layout(value, gl.SliceLayout(2, cube), assert_trivial=True), 2)
-    value = value + gl.zeros([WARPS, 8, 4], value.dtype, cube)
     return gl.convert_layout(gl.reshape(value, [32 * WARPS]), layout, assert_trivial=True)
 
 
@@ -69,28 +69,47 @@ def set_of_codes(codes, tid, layout: gl.constexpr):
     own1 = _spread_pairs(own1, layout)
     half0, half1 = gl.split(gl.reshape(codes.slice(32, 16, 1).load(halves), [WARPS, 8, 2]))
     side = tid // 2 * 16
-    half0 = _spread_rows(half0, layout) >> side
-    half1 = _spread_rows(half1, layout) >> side
+    half0 = for_lane_groups(half0, layout) >> side
+    half1 = for_lane_groups(half1, layout) >> side
     shift = tid % 2 * 12
     behind = tid * 0 + 24  # the high byte of a lane's word goes on in its half word
     return own0 >> shift, own1 >> shift, funnel(own0, half0, behind) >> shift, funnel(own1, half1, behind) >> shift
 
 
 @gluon.jit
-def lane_of_chunk(room, tid, layout: gl.constexpr, BITS: gl.constexpr, BILEVEL: gl.constexpr):
+def wide_codes(codes, StatCodes, tile, chunk, last, chunks, groups, gid, tid, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr):
+    """What `set_of_codes` has, where a set covers several chunks: the codes of the groups of blocks tid, 4 + tid, 8 + tid,
+    12 + tid. The arguments are those of `lane_of_chunk`."""
+    pairs = group_pairs(codes, chunk, layout, CHUNKS_A_SET)
+    if CHUNKS_A_SET == 2:
+        shift = tid // 2 * 12
+        found = (pairs[0] >> shift, pairs[1] >> shift, pairs[2] >> shift, pairs[3] >> shift)
+    else:
+        found = (pairs[0], pairs[0] >> 12, pairs[1], pairs[1] >> 12)
+    return with_last_groups(found, StatCodes, tile, chunk, last, chunks, groups, gid, tid, 4 // CHUNKS_A_SET, CHUNKS_A_SET)
+
+
+@gluon.jit
+def lane_of_chunk(
+    room, StatCodes, tile, chunk, last, chunks, groups, gid, tid, layout: gl.constexpr, BITS: gl.constexpr,
+    BILEVEL: gl.constexpr, CHUNKS_A_SET: gl.constexpr,
+):  # fmt: skip
     """What a lane holds of the chunk in `room_for_chunks`: four slots of BITS words, and where BILEVEL the four words of
-    `set_of_codes` and statistics of `four_groups` (else zeros)."""
+    `set_of_codes` and statistics of `four_groups` (else zeros).
+
+    tile and chunk: its tile and number, of each lane or of all; last: the largest number of the program's lanes.
+    """
     WARPS: gl.constexpr = tid.shape[0] // 32
-    tops_read: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 4], [0, 8]], [[0, 1], [0, 2], [0, 0], [0, 0], [0, 0]], warp_bases(WARPS), [], [WARPS, 16]
-    )
     slots = words_of_chunk(room, layout, BITS, WARPS)
     none = tid * 0
     codes = (none, none, none, none)
     tops = (none, none, none, none)
     if BILEVEL:
-        codes = set_of_codes(room[BITS], tid, layout)
-        tops = four_groups(room[BITS + 1].load(tops_read), layout)
+        if CHUNKS_A_SET == 1:
+            codes = set_of_codes(room[BITS], tid, layout)
+        else:
+            codes = wide_codes(room[BITS], StatCodes, tile, chunk, last, chunks, groups, gid, tid, layout, CHUNKS_A_SET)
+        tops = four_groups(room[BITS + 1].load(groups_read(WARPS, 16 // CHUNKS_A_SET)), layout)
     return slots, codes, tops
 
 

@@ -217,6 +217,11 @@ def test_options_and_jobs(benchmark):
 def test_run_and_report(benchmark, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "machine", lambda peers, commit: {**ABOUT, "commit": commit})
     wanted = ["--shapes", "64x128", "128x128", "--batches", "1", "32", "--out", str(tmp_path / "run"), "--commit", "abc"]
+    wide = ["--groups", "32", "64", "--peers", "ours", "--shares", "0", "--batches", "1", "--out", str(tmp_path / "wide")]
+    benchmark.main([*wanted[:3], *wide], clock, "cpu")
+    groups = [row["group_size"] for row in json.loads((tmp_path / "wide" / "results.json").read_text())["results"]]
+    assert groups == [32, 64, 32, 64]
+    capsys.readouterr()
     benchmark.main(wanted, clock, "cpu")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["left_out"] == 0

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from spqr_format import SpqrError, SpqrMatrix
-from spqr_kernels import dequantize, joined, linear, ops, reference
+from spqr_format import Layout, SpqrError, SpqrMatrix
+from spqr_kernels import dequantize, dispatch, joined, linear, ops, reference
 from spqr_kernels.checks import aligned
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -35,6 +35,7 @@ KINDS = [
     {"weight_bits": 4, "statistics": "bilevel"},
     {"weight_bits": 4, "statistics": "direct", "group_size": 128},
     {"weight_bits": 3, "statistics": "direct", "group_size": 64, "permuted": True},
+    {"weight_bits": 3, "statistics": "bilevel", "group_size": 64},
 ]
 # Relative norm against float64 of the stored weights. fp16: the bound of the project. bf16 outputs alone round by 1.7e-3.
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float32: 1e-5}
@@ -100,7 +101,9 @@ def test_dequantize_matches_numpy(random_matrix, device, kind):
         np.testing.assert_allclose(half.astype(np.float32), expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[3], KINDS[6]], ids=lambda k: "-".join(map(str, k.values())))
+@pytest.mark.parametrize(
+    "kind", [KINDS[0], KINDS[1], KINDS[3], KINDS[6], KINDS[8]], ids=lambda k: "-".join(map(str, k.values()))
+)
 @pytest.mark.gpu
 def test_every_batch_on_cuda(random_matrix, kind):
     """Each width of the batched kernel, with one and with several of it beside each other, and what comes after the last."""
@@ -130,6 +133,44 @@ def test_the_kernel_for_gpus_without_wgmma_on_cuda(random_matrix, kind):
         y = decode.linear(x.cuda(), tensors, matrix.layout, None)
         assert relative_error(y, x.double() @ exact.T) < BOUND[dtype], (dtype, batch)
         assert torch.equal(y, decode.linear(x.cuda(), tensors, matrix.layout, None))
+
+
+WIDE = [
+    {"weight_bits": 3, "group_size": 32},
+    {"weight_bits": 2, "group_size": 64},
+    {"weight_bits": 4, "group_size": 64, "outliers": 0.0},
+]
+
+
+@pytest.mark.parametrize("kind", WIDE, ids=lambda k: "-".join(map(str, k.values())))
+@pytest.mark.parametrize("kernel", ["one-row", "gemm", "decode", "unpack"])
+@pytest.mark.gpu
+def test_groups_of_several_blocks_on_cuda(random_matrix, kernel, kind):
+    """Sets of statistics codes that cover several chunks: full ones alone, with one behind them that is not, or only that."""
+    from spqr_kernels import decode
+
+    for chunks in (1, 2, 3, 4, 5, 7, 8, 9, 11, 16, 43):
+        columns = 256 * chunks
+        matrix = random_matrix(200, columns, **kind)
+        tensors = stored(matrix, "cuda")
+        exact = torch.from_numpy(matrix.dequantize())
+        if kernel == "unpack":
+            assert torch.equal(dequantize(tensors, matrix.layout, torch.float16).cpu(), exact.half()), chunks
+        for batch in {"one-row": (1,), "gemm": (3, 16, 40, 300), "decode": (2, 33), "unpack": ()}[kernel]:
+            x = torch.randn(batch, columns).half()
+            product = decode.linear if kernel == "decode" else linear  # on Hopper nothing dispatches to it
+            y = product(x.cuda(), tensors, matrix.layout, None)
+            assert relative_error(y, x.double() @ exact.double().T) < 1e-3, (chunks, batch)
+
+
+def test_which_matrices_the_tensor_core_kernels_take():
+    def taken(columns, group_size, statistics="bilevel"):
+        return dispatch.whole_chunks(Layout(64, columns, 3, group_size, statistics))
+
+    assert all(taken(columns, group) for columns in (250, 256, 2816) for group in (16, 32, 64))
+    assert not any(taken(2816, group) for group in (48, 128, 256))
+    assert taken(2816, 48, "direct")
+    assert not any(taken(240, group, kind) for group in (16, 32) for kind in ("bilevel", "direct"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
