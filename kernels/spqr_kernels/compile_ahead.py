@@ -59,10 +59,13 @@ class Variant:
 
     def compile(self, target: GPUTarget) -> Any:
         """The compiled kernel; its `.asm` holds every stage."""
-        signature = self.arguments | dict.fromkeys(self.constants, "constexpr")
+        constants = self.constants
+        if "DEPENDENT" in self.kernel.arg_names:
+            constants = constants | {"DEPENDENT": target.backend == "cuda" and target.arch >= 90}
+        signature = self.arguments | dict.fromkeys(constants, "constexpr")
         aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
                    if kind != "constexpr" and name not in _UNALIGNED}  # fmt: skip
-        source = (ASTSource if self.portable else GluonASTSource)(self.kernel, signature, self.constants, aligned)
+        source = (ASTSource if self.portable else GluonASTSource)(self.kernel, signature, constants, aligned)
         options = {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
         return triton.compile(source, target=target, options=options)
 

@@ -23,7 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 
-from . import outliers
+from . import outliers, overlap
 from .checks import aligned
 from .gemm_plan import CHOICES, Plan, plan_for
 from .lanes import (
@@ -40,6 +40,7 @@ from .lanes import (
     wait_copies,
 )
 from .launch import LEAVES, Launch, addresses
+from .overlap import await_previous, let_next_begin
 from .weights import dequantize_lane, half_statistics, lane_of_chunk
 
 
@@ -125,8 +126,7 @@ def gemm_kernel(
     batch, out_features, tile_rows, chunks, groups, parts, whole, splits, a_split,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, SPLIT: gl.constexpr, ORDERED: gl.constexpr,
-    BATCH: gl.constexpr, WARPS: gl.constexpr, TURN: gl.constexpr,
-    ENTRIES: gl.constexpr,
+    BATCH: gl.constexpr, WARPS: gl.constexpr, TURN: gl.constexpr, ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out].
 
@@ -180,32 +180,6 @@ def gemm_kernel(
     copy_chunks(
         ring[0], words_at, codes_at, tops_at, codes_lane, there, there, there, begin, chunks, BITS, BILEVEL, CHUNKS_A_SET
     )
-    if ORDERED:
-        commit_copies()
-        # Each in memory of its own: the compiler puts fewer barriers between what is done to them then.
-        arrived = ()
-        for turn in gl.static_range(RING // TURN):
-            arrived = arrived + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
-            mbarrier.init(arrived[turn], count=1)
-        barrier()
-        for turn in gl.static_range(AHEAD):
-            _expect(arrived, turn * TURN, begin, begin, end, TURN, RING, BATCH)
-        barrier()
-        for turn in gl.static_range(AHEAD):
-            _ask(Map, arrived, x_ring, turn * TURN, begin, first_row, begin, end, TURN, RING, BATCH)
-    else:  # word 8 c + 4 h + tid of a slot is word 8 tid + 2 c + h of x
-        x_row = first_row + gl.arange(0, BATCH, layout=gl.SliceLayout(1, x_copy))[:, None]
-        x_word = gl.arange(0, 32, layout=gl.SliceLayout(0, x_copy))[None, :]
-        x_word = x_word % 4 * 8 + x_word // 8 * 2 + x_word // 4 % 2
-        x_there = x_row < batch
-        x_at = X.to(gl.pointer_type(gl.int32)) + gl.minimum(x_row, batch - 1).to(gl.int64) * (chunks * 128)
-        x_at += begin * 128 + x_word
-        for turn in gl.static_range(AHEAD):
-            for k in gl.static_range(TURN):
-                copy_async(reinterpret(x_ring[turn * TURN + k], gl.int32, [BATCH, 32], x_words), x_at, mask=x_there & there)
-                x_at += 32
-            commit_copies()
-
     if OUTLIERS:
         room = outliers.room_for_cells(2 * WARPS * chunk_bytes(BITS, BILEVEL, CHUNKS_A_SET) + RING * 128 * BATCH, warp, lane)
         cell = (tile * chunks + begin) * 2
@@ -224,6 +198,36 @@ def gemm_kernel(
             bound0 = bound2
             bound1 = gl.load(Pointers + gl.minimum(cell + 1, last_cell))
             bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
+
+    if ORDERED:
+        commit_copies()
+        # Each in memory of its own: the compiler puts fewer barriers between what is done to them then.
+        arrived = ()
+        for turn in gl.static_range(RING // TURN):
+            arrived = arrived + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
+            mbarrier.init(arrived[turn], count=1)
+        barrier()
+        for turn in gl.static_range(AHEAD):
+            _expect(arrived, turn * TURN, begin, begin, end, TURN, RING, BATCH)
+        barrier()
+        if DEPENDENT:  # x, unlike the matrix, comes from the kernel before
+            await_previous(X + thread)
+        for turn in gl.static_range(AHEAD):
+            _ask(Map, arrived, x_ring, turn * TURN, begin, first_row, begin, end, TURN, RING, BATCH)
+    else:  # word 8 c + 4 h + tid of a slot is word 8 tid + 2 c + h of x
+        x_row = first_row + gl.arange(0, BATCH, layout=gl.SliceLayout(1, x_copy))[:, None]
+        x_word = gl.arange(0, 32, layout=gl.SliceLayout(0, x_copy))[None, :]
+        x_word = x_word % 4 * 8 + x_word // 8 * 2 + x_word // 4 % 2
+        x_there = x_row < batch
+        x_at = X.to(gl.pointer_type(gl.int32)) + gl.minimum(x_row, batch - 1).to(gl.int64) * (chunks * 128)
+        x_at += begin * 128 + x_word
+        if DEPENDENT:
+            x_at = await_previous(x_at)
+        for turn in gl.static_range(AHEAD):
+            for k in gl.static_range(TURN):
+                copy_async(reinterpret(x_ring[turn * TURN + k], gl.int32, [BATCH, 32], x_words), x_at, mask=x_there & there)
+                x_at += 32
+            commit_copies()
 
     acc = gl.zeros([16 * WARPS, BATCH], gl.float32, mma)
     for chunk in range(begin, end, 2):
@@ -306,6 +310,8 @@ def gemm_kernel(
                 else:
                     acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
     wait_copies(0)
+    if DEPENDENT:
+        let_next_begin(thread)
     total = hopper.warpgroup_mma_wait(0, deps=(acc,))
 
     near_row = gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(1, mma))[:, None]
@@ -344,6 +350,7 @@ def gemm_kernel(
 def finish_kernel(
     Partial, Scale, Bias, Y, batch, out_features, parts, whole, splits,
     SCALED: gl.constexpr, HAS_BIAS: gl.constexpr, BATCH: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """The pieces of Y that several programs of `gemm_kernel` shared: Scale * (sum of Partial) + Bias. ROWS is 16 * WARPS."""
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
@@ -356,6 +363,9 @@ def finish_kernel(
     inside = (row < out_features) & (n < batch)
     total = gl.zeros([BLOCK], gl.float32, layout)
     source = Partial + shared * splits * (ROWS * BATCH) + near
+    if DEPENDENT:
+        let_next_begin(near)
+        source = await_previous(source)
     for _ in range(splits):
         total += gl.load(source, mask=inside, other=0)
         source += ROWS * BATCH
@@ -369,7 +379,7 @@ def finish_kernel(
 @gluon.jit
 def prepare_kernel(
     X, Out, Scale, in_features, columns,
-    SCALED: gl.constexpr, ORDERED: gl.constexpr, BLOCK: gl.constexpr,
+    SCALED: gl.constexpr, ORDERED: gl.constexpr, BLOCK: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """A row of X [batch, in_features] in fp16, Out [batch, columns], zeros behind in_features.
 
@@ -381,6 +391,9 @@ def prepare_kernel(
     begin = gl.program_id(1) * BLOCK
     end = begin + BLOCK
     near = gl.arange(0, BLOCK, layout=layout)
+    if DEPENDENT:  # the next kernel begins with the matrix, and waits for this one to end before it reads x
+        let_next_begin(near)
+        await_previous(X + near)
     factor = 1.0
     if SCALED:
         end = columns
@@ -430,10 +443,10 @@ def _launches(layout: Layout, batch: int, dtype: torch.dtype, bias: torch.dtype 
     prepare = finish = None
     if scaled or ordered or columns != layout.in_features:
         grid = (batch, 1 if scaled else ceil_div(columns, 2048))
-        constants = {"SCALED": scaled, "ORDERED": ordered, "BLOCK": 2048, "num_warps": 4}
+        constants = {"SCALED": scaled, "ORDERED": ordered, "BLOCK": 2048, "num_warps": 4} | overlap.options(device)
         dtypes = (dtype, torch.float16, torch.float32)
         prepare = Launch(prepare_kernel, grid, device, dtypes, (layout.in_features, columns), constants)
-    common = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": plan.width}
+    common = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": plan.width} | overlap.options(device)
     if plan.splits > 1:
         rows = 16 * choice.warps
         grid = (ceil_div((plan.pieces - plan.whole) * plan.width * rows, 512), 1)

@@ -17,13 +17,14 @@ from triton.experimental.gluon import language as gl
 
 from spqr_format.layout import CHUNK, TILE, Layout
 
-from . import outliers
+from . import outliers, overlap
 from .checks import aligned
 from .dispatch import TOGETHER
 from .experts import Table
 from .joined import places
 from .launch import Launch
 from .matvec import BF16, product_of_tile, warps_for, zeros
+from .overlap import await_previous
 
 
 @gluon.jit
@@ -31,6 +32,7 @@ def _product_in(
     Joined, tile, X, Zeros, Bias, Y, at_scales, at_zeros, at_pointers, at_outliers, out_features, chunks, groups, all_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """`product_of_tile` of the matrix that lies in `Joined`, its statistics and outliers at these words of it."""
     scales = Joined + at_scales
@@ -39,7 +41,7 @@ def _product_in(
         tile, X, X, Zeros, Joined, scales, zero_points.to(gl.pointer_type(gl.int16)), scales.to(gl.pointer_type(gl.int16)),
         zero_points.to(gl.pointer_type(gl.uint8)), Joined + at_pointers, Joined + at_outliers, Bias, Y,
         out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, True, HAS_BIAS, WHOLE, WARPS,
-        STAGES, KEPT,
+        STAGES, KEPT, DEPENDENT,
     )  # fmt: skip
 
 
@@ -52,6 +54,7 @@ def siblings_kernel(
     at_scales2, at_zeros2, at_pointers2, at_outliers2, out_features2, outliers2,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y0, Y1 and Y2 from one X [chunks * 256]; programs from first1 and from first2 on are those of the second and the third
     matrix. Where there are but two, first2 is the number of programs."""
@@ -70,7 +73,7 @@ def siblings_kernel(
     all_outliers = gl.where(third, outliers2, gl.where(second, outliers1, outliers0))
     _product_in(
         joined, tile, X, Zeros, bias, y, at_scales, at_zeros, at_pointers, at_outliers, out_features, chunks, groups,
-        all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, HAS_BIAS, WHOLE, WARPS, STAGES, KEPT,
+        all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, HAS_BIAS, WHOLE, WARPS, STAGES, KEPT, DEPENDENT,
     )  # fmt: skip
 
 
@@ -97,7 +100,7 @@ def _siblings(layouts: tuple[Layout, ...], dtype: torch.dtype, bias: torch.dtype
         "BITS": first.weight_bits, "BF": BF16 if dtype == torch.bfloat16 else 0, "BILEVEL": first.statistics == "bilevel",
         "BLOCKS_A_GROUP": first.group_size // TILE, "OUTLIERS": any(layout.outliers for layout in layouts),
         "HAS_BIAS": bias is not None, "WHOLE": chunks % (warps * stages) == 0, "WARPS": warps, "STAGES": stages,
-        "KEPT": max(outliers.outliers_kept(layout) for layout in layouts), "num_warps": warps,
+        "KEPT": max(outliers.outliers_kept(layout) for layout in layouts), "num_warps": warps, **overlap.options(device),
     }  # fmt: skip
     return Launch(siblings_kernel, (sum(tiles), 1), device, dtypes, integers, constants)
 
@@ -128,6 +131,7 @@ def experts_kernel(
     chunks, groups, tiles, out_features, experts, parts, pairs_a_row, at_scales, at_zeros, at_pointers, at_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y[pair, part, o] = sum_i W[Ids[pair], part][o, i] X[pair // pairs_a_row, i] where Table has that matrix.
 
@@ -135,7 +139,10 @@ def experts_kernel(
     pair = gl.program_id(1)
     part = gl.program_id(0) // tiles
     tile = gl.program_id(0) % tiles
-    expert = gl.minimum(gl.maximum(gl.load(Ids + pair), 0), experts - 1)
+    ids_at = Ids + pair
+    if DEPENDENT:  # the router's choice comes from a kernel before
+        ids_at = await_previous(ids_at)
+    expert = gl.minimum(gl.maximum(gl.load(ids_at), 0), experts - 1)
     entry = Table + (expert * parts + part) * 2
     begin = gl.load(entry)
     if begin >= 0:
@@ -145,7 +152,7 @@ def experts_kernel(
         _product_in(
             Stored + gl.multiple_of(begin, 32), tile, X + row * (chunks * 256), Zeros, y, y, at_scales, at_zeros, at_pointers,
             at_outliers, out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, False, WHOLE,
-            WARPS, STAGES, KEPT,
+            WARPS, STAGES, KEPT, DEPENDENT,
         )  # fmt: skip
 
 
@@ -163,7 +170,7 @@ def _experts(
     constants = {
         "BITS": layout.weight_bits, "BF": BF16 if dtype == torch.bfloat16 else 0, "BILEVEL": layout.statistics == "bilevel",
         "BLOCKS_A_GROUP": layout.group_size // TILE, "OUTLIERS": layout.outliers > 0, "WHOLE": chunks % (warps * stages) == 0,
-        "WARPS": warps, "STAGES": stages, "KEPT": outliers.outliers_kept(layout), "num_warps": warps,
+        "WARPS": warps, "STAGES": stages, "KEPT": outliers.outliers_kept(layout), "num_warps": warps, **overlap.options(device),
     }  # fmt: skip
     return Launch(experts_kernel, (tiles * parts, pairs), device, dtypes, integers, constants)
 

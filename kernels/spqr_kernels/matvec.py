@@ -26,7 +26,7 @@ from spqr_format.errors import SpqrError
 from spqr_format.layout import CHUNK, TILE, Layout
 from spqr_format.packing import FIELDS, is_spread
 
-from . import outliers, ptx
+from . import outliers, overlap, ptx
 from .checks import aligned
 from .lanes import (
     chunk_bytes,
@@ -43,6 +43,7 @@ from .lanes import (
     words_of_chunk,
 )
 from .launch import LEAVES, Launch, addresses
+from .overlap import await_previous, let_next_begin
 from .wide_groups import group_pairs, with_last_groups
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
@@ -298,7 +299,7 @@ def product_of_tile(
     out_features, chunks, groups, all_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     SOME: gl.constexpr, HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
-    KEPT: gl.constexpr,
+    KEPT: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y[o] = sum_i W[o, i] X[i] (+ Bias[o]) for the 16 rows o of a tile.
 
@@ -360,6 +361,8 @@ def product_of_tile(
     # Lane gid = tid (for the second four blocks of a half chunk, gid = tid + 4) brings x of block gid, the others zeros.
     zeros_at = Zeros.to(gl.pointer_type(gl.int32)) + none
     x_at = XDense.to(gl.pointer_type(gl.int32)) + (warp * 128 + gid * 8)
+    if DEPENDENT:  # x, unlike the matrix, comes from the kernel before
+        x_at = await_previous(x_at)
     diagonal0 = gl.where(gid == tid, x_at, zeros_at)
     diagonal1 = gl.where(gid == tid + 4, x_at, zeros_at)
     step0 = gl.where(gid == tid, 128 * WARPS, 0)
@@ -453,6 +456,8 @@ def product_of_tile(
         sum0, sum1 = outliers.products(room, Pointers, Outliers, X, tile, cells, first_outlier, all_outliers, thread, KEPT, BF)
         y0 += sum0 * (1.0 / _UNIT[FLAVOR])
         y1 += sum1 * (1.0 / _UNIT[FLAVOR])
+    if DEPENDENT:
+        let_next_begin(none)
     y0 = gl.inline_asm_elementwise(_QUAD_SUM, "=f,f", [y0], dtype=gl.float32, is_pure=True, pack=1)
     y1 = gl.inline_asm_elementwise(_QUAD_SUM, "=f,f", [y1], dtype=gl.float32, is_pure=True, pack=1)
     by_warp = gl.convert_layout(gl.reshape(gl.join(y0, y1), [WARPS, 32, 2]), spread)
@@ -471,12 +476,13 @@ def matvec_kernel(
     out_features, chunks, groups, all_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """`product_of_tile` for every tile of a matrix, a program each."""
     product_of_tile(
         gl.program_id(0), X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
         out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, False, HAS_BIAS, WHOLE, WARPS,
-        STAGES, KEPT,
+        STAGES, KEPT, DEPENDENT,
     )  # fmt: skip
 
 
@@ -512,7 +518,7 @@ def _launch(layout: Layout, dtype: torch.dtype, bias: torch.dtype | None, device
         "BITS": layout.weight_bits, "BF": BF16 if dtype == torch.bfloat16 else 0, "BILEVEL": layout.statistics == "bilevel",
         "BLOCKS_A_GROUP": layout.group_size // TILE, "OUTLIERS": layout.outliers > 0, "HAS_BIAS": bias is not None,
         "WHOLE": chunks % (warps * stages) == 0, "WARPS": warps, "STAGES": stages, "KEPT": outliers.outliers_kept(layout),
-        "num_warps": warps,
+        "num_warps": warps, **overlap.options(device),
     }  # fmt: skip
     return Launch(matvec_kernel, (layout.tile_rows, 1), device, dtypes, integers, constants)
 
