@@ -391,8 +391,7 @@ def prepare_kernel(
     begin = gl.program_id(1) * BLOCK
     end = begin + BLOCK
     near = gl.arange(0, BLOCK, layout=layout)
-    if DEPENDENT:  # the next kernel begins with the matrix, and waits for this one to end before it reads x
-        let_next_begin(near)
+    if DEPENDENT:
         await_previous(X + near)
     factor = 1.0
     if SCALED:
