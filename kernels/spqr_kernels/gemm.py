@@ -414,6 +414,7 @@ def prepare_kernel(
 
 
 X_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)  # of slots of x in shared memory
+WIDEST_OVERLAP = 64
 IN_ORDER = 32  # from this width on, a reordered x copied by a tensor map is faster than copies of 4 bytes
 
 
@@ -439,13 +440,15 @@ def _launches(layout: Layout, batch: int, dtype: torch.dtype, bias: torch.dtype 
     choice = CHOICES[plan.width]
     ordered = plan.width >= IN_ORDER
     scaled = dtype == torch.bfloat16  # weights are exact enough in fp16 but not in bf16
+    # Beside programs of wide pieces, one a multiprocessor, those of the next product only take places unevenly.
+    overlaps = overlap.options(device) if plan.width <= WIDEST_OVERLAP else overlap.NONE
     prepare = finish = None
     if scaled or ordered or columns != layout.in_features:
         grid = (batch, 1 if scaled else ceil_div(columns, 2048))
-        constants = {"SCALED": scaled, "ORDERED": ordered, "BLOCK": 2048, "num_warps": 4} | overlap.options(device)
+        constants = {"SCALED": scaled, "ORDERED": ordered, "BLOCK": 2048, "num_warps": 4} | overlaps
         dtypes = (dtype, torch.float16, torch.float32)
         prepare = Launch(prepare_kernel, grid, device, dtypes, (layout.in_features, columns), constants)
-    common = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": plan.width} | overlap.options(device)
+    common = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": plan.width} | overlaps
     if plan.splits > 1:
         rows = 16 * choice.warps
         grid = (ceil_div((plan.pieces - plan.whole) * plan.width * rows, 512), 1)

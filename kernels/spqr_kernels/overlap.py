@@ -30,8 +30,11 @@ def let_next_begin(thread):
     )
 
 
+NONE = {"DEPENDENT": False, "launch_pdl": False}
+
+
 @cache
 def options(device: torch.device) -> dict[str, bool]:
     """The constant DEPENDENT, whether a kernel overlaps with others, and Triton's option for its launch."""
     overlaps = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"DEPENDENT": overlaps, "launch_pdl": overlaps}
+    return {"DEPENDENT": True, "launch_pdl": True} if overlaps else NONE

@@ -70,6 +70,7 @@ def test_quantized_while_loading_on_the_gpu(tiny_llama):
     assert model(IDS.cuda()).logits.isfinite().all()
 
 
+@torch.no_grad()  # what a gradient would need stays alive
 def test_moving_a_model_frees_what_it_leaves_and_holds_nothing_twice(tiny):
     square = torch.ones(64, 64, dtype=torch.float16, device="cuda")
     square @ square  # cuBLAS takes memory with its first product, and keeps it
