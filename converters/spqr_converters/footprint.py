@@ -134,8 +134,10 @@ class Footprint:
         self.vocabulary = getattr(config, "vocab_size", 0)
         inside = {id(p) for p in todo.blocks.parameters()}
         self.outside = sum(p.numel() for p in model.parameters() if id(p) not in inside)
-        self.eager = getattr(config, "_attn_implementation", None) == "eager"
         self.heads = getattr(config, "num_attention_heads", 1)
+        # Whether attention holds its scores: torch has no fused kernel for float32 on a GPU where heads share keys.
+        shared_keys = getattr(config, "num_key_value_heads", self.heads) != self.heads
+        self.scores = getattr(config, "_attn_implementation", None) == "eager" or (self.on_gpu and shared_keys)
         self.count, self.matrices = len(todo.blocks), len(todo.matrices)
 
     def needs(self) -> dict[str, Need]:
@@ -173,7 +175,7 @@ class Footprint:
 
     def _forward(self, tokens: int, length: int) -> int:
         """One batch on its way through a block."""
-        scores = 3 * 4 * tokens * length * self.heads if self.eager else tokens * length
+        scores = 3 * 4 * tokens * length * self.heads if self.scores else tokens * length
         return 4 * tokens * (4 * self.hidden + 3 * self.widest) + scores
 
     def _blocks(self, text: Text) -> Need:
