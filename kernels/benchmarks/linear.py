@@ -128,7 +128,7 @@ def machine(peers: list[str], commit: str | None) -> dict[str, Any]:
 
     return {
         "gpu": torch.cuda.get_device_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "cuda": torch.version.cuda, "torch": torch.__version__, "triton": triton.__version__,
         "python": platform.python_version(), "date": datetime.date.today().isoformat(),
         "commit": commit or _output("git", "describe", "--always", "--dirty"),
