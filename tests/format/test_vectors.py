@@ -16,6 +16,7 @@ from spqr_format.reader import Checkpoint, find_shards
 from spqr_format.validate import validate
 
 VECTORS = Path(make_vectors.VECTORS)
+FROZEN = ""  # of format 1.0, since 2026-11-22
 RECORDS = sorted(VECTORS.glob("*/*.json"))
 
 
@@ -30,6 +31,13 @@ def ids(record: Path) -> str:
 
 BAD = [record for record in RECORDS if record.parent.name != "ok"]
 GOOD = [record for record in RECORDS if record.parent.name == "ok"]
+
+
+def test_the_vectors_of_a_frozen_version_do_not_change():
+    digest = hashlib.sha256()
+    for path in sorted(path for path in VECTORS.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(VECTORS).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    assert digest.hexdigest() == FROZEN, "a change of 1.0: what is new needs a version, and vectors, of its own"
 
 
 def test_vectors_are_what_the_script_makes():
