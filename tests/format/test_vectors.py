@@ -16,7 +16,7 @@ from spqr_format.reader import Checkpoint, find_shards
 from spqr_format.validate import validate
 
 VECTORS = Path(make_vectors.VECTORS)
-FROZEN = ""  # of format 1.0, since 2026-11-22
+FROZEN = "9d1408ea46eecff2084acf2e3283b713923458e1f0bd68997a5852bfc0b97f76"  # of format 1.0, since 2026-11-22
 RECORDS = sorted(VECTORS.glob("*/*.json"))
 
 
