@@ -70,14 +70,18 @@ class Siblings:
 
 
 def share(model: nn.Module) -> None:
-    """Makes siblings of the packed layers of `model` that FAMILIES names."""
+    """Makes siblings of the packed layers of `model` that FAMILIES names, of those of a family that one launch can take."""
     from .linear import SpqrLinear
 
     for parent in model.modules():
         for names in FAMILIES:
-            found = [getattr(parent, name, None) for name in names]
-            layers = [layer for layer in found if isinstance(layer, SpqrLinear) and layer.layout is not None]
-            if len(layers) == len(names):
-                together = Siblings(layers)
+            kinds: dict[object, list[SpqrLinear]] = {}
+            for layer in (getattr(parent, name, None) for name in names):
+                if isinstance(layer, SpqrLinear) and layer.layout is not None and not layer.layout.permuted:
+                    it = layer.layout
+                    kind = (it.in_features, it.weight_bits, it.group_size, it.statistics, layer.bias is None)
+                    kinds.setdefault(kind, []).append(layer)
+            for layers in kinds.values():
+                together = Siblings(layers) if len(layers) > 1 else None
                 for layer in layers:
                     layer.siblings = together

@@ -51,6 +51,21 @@ def test_one_call_computes_all(model):
     assert model.q_proj.siblings.results is None, "nothing stays alive behind the last one"
 
 
+def test_layers_of_another_kind_are_not_among_them(model, random_matrix):
+    model.q_proj = SpqrLinear.from_matrix(random_matrix(48, 256, weight_bits=4), model.q_proj.bias)
+    model.q_proj.join()
+    share(model)
+    assert model.q_proj.siblings is None
+    assert model.k_proj.siblings.layers == (model.k_proj, model.v_proj)
+    x = torch.randn(1, 256)
+    together, results = count(lambda: model(x, x))
+    assert together == {"linears": 1, "linear_forward": 1}
+    with torch.no_grad():
+        expected = [layer.dequantize()(x) for layer in model.children()]
+    for y, target in zip(results, expected, strict=True):
+        torch.testing.assert_close(y, target, rtol=1e-4, atol=1e-4)
+
+
 def test_rows_and_gradients_are_left_alone(model):
     share(model)
     rows = torch.randn(2, 256)
