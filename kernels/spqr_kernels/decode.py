@@ -9,7 +9,7 @@ shared memory is B of two products. Every sum has one fixed order, so results re
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from .lanes import (
     room_for_chunks,
     wait_copies,
 )
-from .launch import LEAVES, Launch, addresses
+from .launch import LAUNCHES, LEAVES, Launch, addresses
 from .weights import dequantize_lane, half_statistics, lane_of_chunk
 
 REGISTERS = {64: 255}  # limit for a thread by padded batch, where the compiler's own choice spills
@@ -309,8 +309,11 @@ def tiles_and_warps(layout: Layout, batch: int) -> tuple[int, int]:
     return tiles, warps
 
 
-@cache
-def _launch(layout: Layout, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device) -> Launch:
+@lru_cache(LAUNCHES)
+def _launch(
+    layout: Layout, entries: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device
+) -> Launch:
+    """layout and entries: as `outliers.without_outliers` has them."""
     padded = max(8, 1 << (batch - 1).bit_length())
     (tiles, warps), stages = tiles_and_warps(layout, batch), 2
     chunks = layout.blocks // CHUNK
@@ -318,9 +321,9 @@ def _launch(layout: Layout, batch: int, dtype: torch.dtype, bias: torch.dtype | 
     integers = (batch, layout.out_features, layout.tile_rows, chunks, layout.groups)
     constants = {
         "BITS": layout.weight_bits, "BILEVEL": layout.statistics == "bilevel", "BLOCKS_A_GROUP": layout.group_size // TILE,
-        "OUTLIERS": layout.outliers > 0, "HAS_BIAS": bias is not None, "SCALED": dtype == torch.bfloat16,
+        "OUTLIERS": entries > 0, "HAS_BIAS": bias is not None, "SCALED": dtype == torch.bfloat16,
         "WHOLE": chunks % (warps // tiles * stages) == 0, "FULL": padded == batch, "BATCH": padded, "WARPS": warps,
-        "TILES": tiles, "STAGES": stages, "ENTRIES": outliers.outliers_a_lane(layout), "num_warps": warps,
+        "TILES": tiles, "STAGES": stages, "ENTRIES": max(entries, 1), "num_warps": warps,
     } | ({"maxnreg": REGISTERS[padded]} if padded in REGISTERS else {})  # fmt: skip
     return Launch(decode_kernel, (ceil_div(layout.tile_rows, tiles), 1), device, dtypes, integers, constants)
 
@@ -342,7 +345,8 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
         dense = torch.nn.functional.pad(dense, (0, layout.blocks * TILE - layout.in_features))
     y = torch.empty(batch, layout.out_features, dtype=out_dtype, device=x.device)
     added = None if bias is None else aligned(bias)
-    launch = _launch(layout, batch, out_dtype, None if bias is None else bias.dtype, x.device)
+    shape, entries, _ = outliers.without_outliers(layout)
+    launch = _launch(shape, entries, batch, out_dtype, None if bias is None else bias.dtype, x.device)
     launch(
         dense.data_ptr(), (y if scale is None else scale).data_ptr(), *addresses(tensors, layout),
         (y if added is None else added).data_ptr(), y.data_ptr(),

@@ -10,7 +10,7 @@ Every sum has one fixed order, so results repeat bit for bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ from .lanes import (
     room_for_chunks,
     wait_copies,
 )
-from .launch import LEAVES, Launch, addresses
+from .launch import LAUNCHES, LEAVES, Launch, addresses
 from .overlap import await_previous, let_next_begin
 from .weights import dequantize_lane, half_statistics, lane_of_chunk
 
@@ -418,7 +418,7 @@ WIDEST_OVERLAP = 64
 IN_ORDER = 32  # from this width on, a reordered x copied by a tensor map is faster than copies of 4 bytes
 
 
-@cache
+@lru_cache(LAUNCHES)
 def _plan(batch: int, tile_rows: int, chunks: int, device: torch.device) -> Plan:
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return plan_for(batch, tile_rows, chunks, multiprocessors)
@@ -433,8 +433,11 @@ class _Launches(NamedTuple):
     finish: Launch | None
 
 
-@cache
-def _launches(layout: Layout, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device) -> _Launches:
+@lru_cache(LAUNCHES)
+def _launches(
+    layout: Layout, entries: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device
+) -> _Launches:
+    """layout and entries: as `outliers.without_outliers` has them."""
     chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
     plan = _plan(batch, layout.tile_rows, chunks, device)
     choice = CHOICES[plan.width]
@@ -462,8 +465,8 @@ def _launches(layout: Layout, batch: int, dtype: torch.dtype, bias: torch.dtype 
     )  # fmt: skip
     constants = common | {
         "BITS": layout.weight_bits, "BILEVEL": layout.statistics == "bilevel", "BLOCKS_A_GROUP": layout.group_size // TILE,
-        "OUTLIERS": layout.outliers > 0, "SPLIT": plan.splits > 1, "ORDERED": ordered, "WARPS": choice.warps,
-        "TURN": choice.turn, "ENTRIES": outliers.outliers_a_lane(layout), "num_warps": choice.warps,
+        "OUTLIERS": entries > 0, "SPLIT": plan.splits > 1, "ORDERED": ordered, "WARPS": choice.warps,
+        "TURN": choice.turn, "ENTRIES": max(entries, 1), "num_warps": choice.warps,
     } | ({"maxnreg": choice.registers} if choice.registers else {})  # fmt: skip
     product = Launch(gemm_kernel, (plan.programs, 1), device, dtypes, integers, constants)
     return _Launches(plan, prepare, product, finish)
@@ -473,7 +476,8 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, and checked operands of a layout of whole chunks, not
     permuted where it has outliers. Returns [batch, out] in x's dtype."""
     batch, dtype = x.shape[0], x.dtype
-    plan, prepare, product, finish = _launches(layout, batch, dtype, None if bias is None else bias.dtype, x.device)
+    shape, entries, _ = outliers.without_outliers(layout)
+    plan, prepare, product, finish = _launches(shape, entries, batch, dtype, None if bias is None else bias.dtype, x.device)
     y = torch.empty(batch, layout.out_features, dtype=dtype, device=x.device)
     added = y if bias is None else aligned(bias)
     scale = partial = y  # where the kernels are told not to look

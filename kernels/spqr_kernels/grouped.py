@@ -8,7 +8,7 @@ than in a launch of one matrix.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .checks import aligned
 from .dispatch import TOGETHER
 from .experts import Table
 from .joined import places
-from .launch import Launch
+from .launch import LAUNCHES, Launch
 from .matvec import BF16, product_of_tile, warps_for, zeros
 from .overlap import await_previous
 
@@ -156,21 +156,21 @@ def experts_kernel(
         )  # fmt: skip
 
 
-@cache
+@lru_cache(LAUNCHES)
 def _experts(
-    layout: Layout, number: int, parts: int, pairs: int, rows: int, dtype: torch.dtype, device: torch.device
+    layout: Layout, kept: int, number: int, parts: int, pairs: int, rows: int, dtype: torch.dtype, device: torch.device
 ) -> Launch:
+    """layout and kept: as `outliers.without_outliers` has them."""
     tiles = layout.tile_rows
     warps, stages = warps_for(tiles * parts * pairs, layout.blocks), 2
     chunks = layout.blocks // CHUNK
     dtypes = (dtype, torch.int64, torch.int64, torch.uint8, torch.int32, dtype)
-    integers = (
-        chunks, layout.groups, tiles, layout.out_features, number, parts, pairs // rows, *_words(layout),
-    )  # fmt: skip
+    words = _words(layout.with_outliers(int(kept > 0)))
+    integers = (chunks, layout.groups, tiles, layout.out_features, number, parts, pairs // rows, *words)
     constants = {
         "BITS": layout.weight_bits, "BF": BF16 if dtype == torch.bfloat16 else 0, "BILEVEL": layout.statistics == "bilevel",
-        "BLOCKS_A_GROUP": layout.group_size // TILE, "OUTLIERS": layout.outliers > 0, "WHOLE": chunks % (warps * stages) == 0,
-        "WARPS": warps, "STAGES": stages, "KEPT": outliers.outliers_kept(layout), "num_warps": warps, **overlap.options(device),
+        "BLOCKS_A_GROUP": layout.group_size // TILE, "OUTLIERS": kept > 0, "WHOLE": chunks % (warps * stages) == 0,
+        "WARPS": warps, "STAGES": stages, "KEPT": kept or outliers.KEPT[0], "num_warps": warps, **overlap.options(device),
     }  # fmt: skip
     return Launch(experts_kernel, (tiles * parts, pairs), device, dtypes, integers, constants)
 
@@ -189,7 +189,8 @@ def experts(x: Tensor, ids: Tensor, stored: Tensor, tables: Sequence[Table]) -> 
     pairs = ids.numel()
     y = torch.empty(pairs, parts * layout.out_features, dtype=x.dtype, device=x.device)
     for table in tables:
-        launch = _experts(table.layout, len(table.begins), parts, pairs, x.shape[0], x.dtype, x.device)
+        shape, _, kept = outliers.without_outliers(table.layout)
+        launch = _experts(shape, kept, len(table.begins), parts, pairs, x.shape[0], x.dtype, x.device)
         launch(
             x.data_ptr(), ids.data_ptr(), table.begins.data_ptr(), zeros(x.device).data_ptr(), stored.data_ptr(), y.data_ptr()
         )

@@ -26,6 +26,10 @@ LEAVES = {
 }  # fmt: skip
 
 
+# How many are kept of a kernel that has one for every number of rows: prompts differ in length.
+LAUNCHES = 4096
+
+
 @dataclass(frozen=True)
 class _Pointer:
     """What Triton asks of a tensor."""

@@ -12,6 +12,8 @@ own lanes only."""
 
 from __future__ import annotations
 
+from functools import cache
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -152,6 +154,15 @@ def outliers_a_lane(layout: Layout) -> int:
     anywhere. What does not fit is added by a slow way."""
     mean = TILE * CELL_COLUMNS * layout.outliers / (layout.out_features * layout.in_features)
     return next((n for n in (1, 2) if mean + 5 * mean**0.5 <= 32 * n), 4)
+
+
+@cache
+def without_outliers(layout: Layout) -> tuple[Layout, int, int]:
+    """What the kernels of batches and of experts know of a layout: its geometry without outliers, how many of a cell a lane
+    fetches, and how many of a tile are kept; 0 and 0 where there are none. The same for all layers of a shape, which is what
+    compiled launches are looked up by."""
+    some = layout.outliers > 0
+    return layout.with_outliers(0), some * outliers_a_lane(layout), some * outliers_kept(layout)
 
 
 # Copies the outliers $2 from place $3 on and below $4, $7 at most, to the room $1 with the group of copies that is committed

@@ -1,0 +1,128 @@
+"""What a kernel is launched with, looked at without a GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from spqr_format import Layout
+from spqr_kernels import joined
+from spqr_kernels.launch import LEAVES, Launch, addresses
+
+GPU = torch.device("cuda:0")
+OPTIONS = {"num_warps", "maxnreg", "launch_pdl"}
+LAYOUTS = [
+    Layout(4096, 4096, outliers=80_000),
+    Layout(688, 512),
+    Layout(11008, 4096, weight_bits=4, statistics="direct", group_size=128, outliers=5),
+    Layout(4096, 11008, group_size=32, outliers=400_000),
+]
+
+
+class Recorder:
+    """A kernel that notes how it is called, and what it compiles to."""
+
+    arg_names = ("X", "Y", "rows", "columns", "BITS", "WARPS")
+
+    def __init__(self) -> None:
+        self.first: list = []
+        self.later: list = []
+
+    def __getitem__(self, grid):
+        def run(*args, **kwargs):
+            self.first.append((grid, args, kwargs))
+            return SimpleCompiled(self.later)
+
+        return run
+
+
+class SimpleCompiled:
+    def __init__(self, calls: list) -> None:
+        self.calls = calls
+
+    def __getitem__(self, grid):
+        return lambda *args: self.calls.append((grid, args))
+
+
+def test_the_first_call_compiles_and_later_ones_give_the_same_in_the_order_of_the_signature():
+    kernel = Recorder()
+    constants = {"WARPS": 4, "BITS": 3, "num_warps": 4}
+    launch = Launch(kernel, (7, 2), torch.device("cpu"), (torch.float16, torch.int32), (5, 6), constants)
+    launch(32, 64)
+    launch(96, 128)
+    grid, (x, y, *integers), given = kernel.first[0]
+    assert (grid, integers, given) == ((7, 2, 1), [5, 6], constants)
+    assert [(p.data_ptr(), p.dtype) for p in (x, y)] == [(32, torch.float16), (64, torch.int32)]
+    assert kernel.later == [((7, 2, 1), (96, 128, 5, 6, 3, 4))]
+    assert len(kernel.first) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_addresses_are_those_of_the_stored_tensors(layout):
+    whole = torch.zeros(joined.length(layout), dtype=torch.int32)
+    views = joined.split(whole, layout)
+    found = addresses(joined.Joined(whole, layout), layout)
+    assert found == [views[leaf].data_ptr() if leaf in views else whole.data_ptr() for leaf in LEAVES]
+    assert found == addresses(views, layout)
+    assert all(address % 16 == whole.data_ptr() % 16 for address in found)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    pytest.importorskip("triton", reason="no Triton")
+    from spqr_kernels import overlap
+
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    overlap.options.cache_clear()
+    yield
+    overlap.options.cache_clear()
+
+
+def complete(launch: Launch) -> None:
+    """A value for every argument, in the signature's order, and nothing that is neither an argument nor an option."""
+    names = launch.kernel.arg_names
+    places = len(launch.dtypes) + len(launch.integers)
+    assert set(names[places:]) == launch.constants.keys() - OPTIONS
+    assert not set(names[:places]) & launch.constants.keys()
+    assert all(isinstance(number, int) and not isinstance(number, bool) for number in launch.integers)
+    annotated = [p.name for p in launch.kernel.params if p.is_constexpr]
+    assert names[places:] == annotated
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
+    from spqr_kernels import decode, gemm, grouped, matvec, outliers
+
+    shape, entries, kept = outliers.without_outliers(layout)
+    for bias in (None, torch.float32):
+        complete(matvec._launch.__wrapped__(layout, dtype, bias, GPU))
+        for batch in (1, 8, 33, 64):
+            complete(decode._launch.__wrapped__(shape, entries, batch, dtype, bias, GPU))
+        for batch in (2, 16, 17, 64, 65, 300, 1024):
+            launches = gemm._launches.__wrapped__(shape, entries, batch, dtype, bias, GPU)
+            for launch in (launches.prepare, launches.product, launches.finish):
+                if launch is not None:
+                    complete(launch)
+        other = Layout(**{**layout.as_dict(), "out_features": 17, "outliers": 0})
+        for layouts in ((layout, other), (other, layout, layout)):
+            complete(grouped._siblings.__wrapped__(layouts, dtype, bias, GPU))
+    complete(grouped._experts.__wrapped__(shape, kept, 8, 2, 6, 3, dtype, GPU))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layers_that_differ_in_the_number_of_outliers_share_launches(layout):
+    pytest.importorskip("triton", reason="no Triton")
+    from spqr_kernels.outliers import outliers_a_lane, outliers_kept, without_outliers
+
+    shape, entries, kept = without_outliers(layout)
+    assert shape == layout.with_outliers(0)
+    if not layout.outliers:
+        assert (entries, kept) == (0, 0)
+        return
+    assert (entries, kept) == (outliers_a_lane(layout), outliers_kept(layout))
+    assert without_outliers(layout.with_outliers(layout.outliers - 1)) == (shape, entries, kept)
