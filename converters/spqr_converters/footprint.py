@@ -25,7 +25,7 @@ from .parallel import beside_gpu
 from .sources import Source
 
 _LIBRARIES = 450 << 20  # Python, torch and transformers with a model on the meta device, as seen
-_SPARE = 96 << 20  # what the C heap and torch's allocators hold beyond what is asked of them: up to 84 MB were seen
+_SPARE = 128 << 20  # what the C heap and torch's allocators hold beyond what is asked of them: up to 100 MB were seen
 _SEARCHED = 1 << 25  # floats that one search of statistics holds at most (statistics.py)
 _STACKED_ROWS = 1 << 16  # of groups without feedback (datafree.py)
 _WIDEST_GROUP = 64  # that a budget chooses (presets.py)
