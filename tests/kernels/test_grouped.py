@@ -193,6 +193,10 @@ def test_no_rows_and_operands_that_do_not_fit(random_matrix):
     assert torch.ops.spqr.experts(x[:0], ids[:0], stored, tables, numbers).shape == (0, 96)
     for wrong in (
         (x, ids[:3], stored, tables, numbers),
+        (x[:0], ids, stored, tables, numbers),
+        (x, ids - 1, stored, tables, numbers),
+        (x, ids + 1, stored, tables, numbers),
+        (x, ids, stored, [table.transpose(0, 1).contiguous().transpose(0, 1) for table in tables], numbers),
         (x, ids.int(), stored, tables, numbers),
         (x[:, :-1], ids, stored, tables, numbers),
         (x, ids, stored.long(), tables, numbers),
