@@ -9,7 +9,7 @@ shared memory is B of two products. Every sum has one fixed order, so results re
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from .lanes import (
     room_for_chunks,
     wait_copies,
 )
-from .launch import LEAVES, Launch, addresses
+from .launch import LEAVES, REMEMBERED, Launch, addresses
 from .weights import dequantize_lane, half_statistics, lane_of_chunk
 
 REGISTERS = {64: 255}  # limit for a thread by padded batch, where the compiler's own choice spills
@@ -309,7 +309,7 @@ def tiles_and_warps(layout: Layout, batch: int) -> tuple[int, int]:
     return tiles, warps
 
 
-@cache
+@lru_cache(REMEMBERED)
 def _launch(layout: Layout, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device) -> Launch:
     padded = max(8, 1 << (batch - 1).bit_length())
     (tiles, warps), stages = tiles_and_warps(layout, batch), 2

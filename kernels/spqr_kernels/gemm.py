@@ -10,7 +10,7 @@ Every sum has one fixed order, so results repeat bit for bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ from .lanes import (
     room_for_chunks,
     wait_copies,
 )
-from .launch import LEAVES, Launch, addresses
+from .launch import LEAVES, REMEMBERED, Launch, addresses
 from .overlap import await_previous, let_next_begin
 from .weights import dequantize_lane, half_statistics, lane_of_chunk
 
@@ -433,7 +433,7 @@ class _Launches(NamedTuple):
     finish: Launch | None
 
 
-@cache
+@lru_cache(REMEMBERED)
 def _launches(layout: Layout, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device) -> _Launches:
     chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
     plan = _plan(batch, layout.tile_rows, chunks, device)

@@ -8,7 +8,7 @@ than in a launch of one matrix.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .checks import aligned
 from .dispatch import TOGETHER
 from .experts import Table
 from .joined import places
-from .launch import Launch
+from .launch import REMEMBERED, Launch
 from .matvec import BF16, product_of_tile, warps_for, zeros
 from .overlap import await_previous
 
@@ -156,7 +156,7 @@ def experts_kernel(
         )  # fmt: skip
 
 
-@cache
+@lru_cache(REMEMBERED)
 def _experts(
     layout: Layout, number: int, parts: int, pairs: int, rows: int, dtype: torch.dtype, device: torch.device
 ) -> Launch:
