@@ -81,8 +81,10 @@ def check_operand(x: Tensor, bias: Tensor | None, layout: Layout, device: torch.
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it where it is a view with gaps, or one that does not begin at 16 bytes, which vector loads need:
-    a kernel is given the address alone."""
+    """The tensor, or a copy of it where it is a view with gaps, or does not begin at 16 bytes, which vector loads need.
+
+    A kernel is given the address alone.
+    """
     if tensor.data_ptr() % 16 == 0 and tensor.is_contiguous():
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
