@@ -58,9 +58,9 @@ class Siblings:
             return None
         self.in_vain = held is not None
         self.results = None
-        if self.in_vain or not all(other.is_joined() for other in self.layers):
+        joined = [other.joined for other in self.layers if other.is_joined() and other.joined is not None]
+        if self.in_vain or len(joined) < len(self.layers):
             return None
-        joined = [other.joined for other in self.layers]
         each = [other.bias for other in self.layers]
         biases = [bias for bias in each if bias is not None]
         if len(biases) not in (0, len(joined)) or any(asks_for_gradient(x, bias) for bias in each):
