@@ -49,6 +49,20 @@ def test_no_sum_is_read_before_its_product_is_done(name):
     assert wait < leap
 
 
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if "DEPENDENT" in variant.kernel.arg_names])
+def test_x_is_not_read_before_the_kernel_that_makes_it_has_ended(name):
+    """x is read by `ld.global.nc`, copies of 4 bytes or a tensor map, the matrix by none of these: the first is what the
+    assembler may take for memory that does not change, and so move above the wait."""
+    code = machine_code(VARIANTS[name].compile(GPUTarget("cuda", 90, 32)))
+    wait = next(i for i, line in enumerate(code) if "ACQBULK" in line)
+
+    def reads_x(line):
+        return ".CONSTANT" in line or "UTMALDG" in line or ("LDGSTS" in line and "BYPASS" not in line)
+
+    assert not any(reads_x(line) or "STG" in line for line in code[:wait])
+    assert any(reads_x(line) for line in code[wait:])
+
+
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.portable])
 @pytest.mark.parametrize("arch", AMD)
 def test_portable_kernels_compile_for_amd(name, arch):
