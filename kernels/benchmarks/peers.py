@@ -15,7 +15,9 @@ from random_weights import random_tensors
 from torch import Tensor
 
 from spqr_format.layout import Layout, Statistics
-from spqr_kernels import linear, reference
+from spqr_kernels import reference
+from spqr_kernels.joined import join
+from spqr_kernels.ops import geometry
 
 TILE = 16
 GEMLITE_GROUP = 128
@@ -83,13 +85,14 @@ def state(peer: Peer) -> str:
 
 
 def _ours(case: Case, device: str) -> Matrix:
+    """As a layer calls it: the stored tensors in one."""
     tensors, layout = random_tensors(case.layout, case.share, 0, device)
-    names = list(tensors)
+    numbers = geometry(layout)
 
     def bind(copies: list[Tensor]) -> Product:
-        return partial(linear, tensors=dict(zip(names, copies, strict=True)), layout=layout)
+        return lambda x: torch.ops.spqr.linear_forward(x, None, copies, *numbers)
 
-    return Matrix(list(tensors.values()), bind, lambda: reference.dequantize(tensors, layout).double())
+    return Matrix([join(tensors, layout)], bind, lambda: reference.dequantize(tensors, layout).double())
 
 
 def _dense(case: Case, device: str, dtype: torch.dtype) -> Matrix:

@@ -58,9 +58,12 @@ def check_experts(
     for table, layout in zip(tables, layouts, strict=True):
         if table.dtype != torch.int64 or table.shape != (*tables[0].shape[:2], 2) or table.device != stored.device:
             raise SpqrError("E509", f"{where}.tables", f"{table.dtype} {tuple(table.shape)} on {table.device}")
+        if not table.is_contiguous() or table.data_ptr() % 16:
+            raise SpqrError("E509", f"{where}.tables", "not contiguous, or not aligned to 16 bytes")
         if (layout.out_features, layout.in_features) != (layouts[0].out_features, layouts[0].in_features):
             raise SpqrError("E509", f"{where}.geometry", "matrices of more than one shape")
-    if x.ndim != 2 or ids.dtype != torch.int64 or ids.ndim != 1 or ids.device != x.device or (len(x) and len(ids) % len(x)):
+    fits = x.ndim == 2 and ids.ndim == 1 and (len(ids) % len(x) == 0 if len(x) else len(ids) == 0)
+    if not fits or ids.dtype != torch.int64 or ids.device != x.device:
         found = f"{ids.dtype} {tuple(ids.shape)} on {ids.device} for x {tuple(x.shape)}"
         raise SpqrError("E509", f"{where}.ids", f"{found}, expected int64 [a multiple of the rows]")
 
@@ -78,5 +81,10 @@ def check_operand(x: Tensor, bias: Tensor | None, layout: Layout, device: torch.
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it where it is a view that does not begin at 16 bytes, which vector loads need."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    """The tensor, or a copy of it where it is a view with gaps, or does not begin at 16 bytes, which vector loads need.
+
+    A kernel is given the address alone.
+    """
+    if tensor.data_ptr() % 16 == 0 and tensor.is_contiguous():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -30,7 +30,7 @@ from .lanes import (
     room_for_chunks,
     wait_copies,
 )
-from .launch import LAUNCHES, LEAVES, Launch, addresses
+from .launch import LEAVES, REMEMBERED, Launch, addresses
 from .weights import dequantize_lane, half_statistics, lane_of_chunk
 
 REGISTERS = {64: 255}  # limit for a thread by padded batch, where the compiler's own choice spills
@@ -309,7 +309,7 @@ def tiles_and_warps(layout: Layout, batch: int) -> tuple[int, int]:
     return tiles, warps
 
 
-@lru_cache(LAUNCHES)
+@lru_cache(REMEMBERED)
 def _launch(
     layout: Layout, entries: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device
 ) -> Launch:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spqr_format.errors import SpqrError
 from spqr_format.layout import Layout
 
 from .joined import Joined, length
@@ -56,7 +57,8 @@ def tables(layouts: Sequence[Sequence[Layout]], begins: Sequence[Sequence[int]])
 
 
 def one_by_one(x: Tensor, ids: Tensor, stored: Tensor, found: Sequence[Table]) -> Tensor:
-    """As `grouped.experts`, expert by expert, on any device: waits for the device to know them."""
+    """As `grouped.experts`, expert by expert, on any device: waits for the device to know them. Raises SpqrError E509 for one
+    that is not there."""
     from .dispatch import linear  # here, because that module imports this one
 
     parts, out_features = found[0].begins.shape[1], found[0].layout.out_features
@@ -64,6 +66,8 @@ def one_by_one(x: Tensor, ids: Tensor, stored: Tensor, found: Sequence[Table]) -
     row = torch.arange(ids.numel(), device=x.device) // (ids.numel() // x.shape[0])
     known = [(table.layout, table.begins.tolist()) for table in found]
     for expert in ids.unique().tolist():
+        if not 0 <= expert < len(found[0].begins):
+            raise SpqrError("E509", "spqr::experts.ids", f"expert {expert} of {len(found[0].begins)}")
         pairs = torch.where(ids == expert)[0]
         for part in range(parts):
             layout, begin, outliers = next((kind, *its[expert][part]) for kind, its in known if its[expert][part][0] >= 0)

@@ -26,6 +26,7 @@ from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 from . import outliers, overlap
 from .checks import aligned
 from .gemm_plan import CHOICES, Plan, plan_for
+from .joined import Joined
 from .lanes import (
     barrier,
     chunk_bytes,
@@ -39,7 +40,7 @@ from .lanes import (
     room_for_chunks,
     wait_copies,
 )
-from .launch import LAUNCHES, LEAVES, Launch, addresses
+from .launch import LEAVES, REMEMBERED, Launch, addresses
 from .overlap import await_previous, let_next_begin
 from .weights import dequantize_lane, half_statistics, lane_of_chunk
 
@@ -418,7 +419,7 @@ WIDEST_OVERLAP = 64
 IN_ORDER = 32  # from this width on, a reordered x copied by a tensor map is faster than copies of 4 bytes
 
 
-@lru_cache(LAUNCHES)
+@lru_cache(REMEMBERED)
 def _plan(batch: int, tile_rows: int, chunks: int, device: torch.device) -> Plan:
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return plan_for(batch, tile_rows, chunks, multiprocessors)
@@ -433,18 +434,18 @@ class _Launches(NamedTuple):
     finish: Launch | None
 
 
-@lru_cache(LAUNCHES)
+@lru_cache(REMEMBERED)
 def _launches(
-    layout: Layout, entries: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device
+    layout: Layout, entries: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool
 ) -> _Launches:
-    """layout and entries: as `outliers.without_outliers` has them."""
+    """layout and entries: as `outliers.without_outliers` has them. joined: whether the stored matrix is one tensor."""
     chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
     plan = _plan(batch, layout.tile_rows, chunks, device)
     choice = CHOICES[plan.width]
     ordered = plan.width >= IN_ORDER
     scaled = dtype == torch.bfloat16  # weights are exact enough in fp16 but not in bf16
     # Beside programs of wide pieces, one a multiprocessor, those of the next product only take places unevenly.
-    overlaps = overlap.options(device) if plan.width <= WIDEST_OVERLAP else overlap.NONE
+    overlaps = overlap.options(device, joined and plan.width <= WIDEST_OVERLAP)
     prepare = finish = None
     if scaled or ordered or columns != layout.in_features:
         grid = (batch, 1 if scaled else ceil_div(columns, 2048))
@@ -477,7 +478,9 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     permuted where it has outliers. Returns [batch, out] in x's dtype."""
     batch, dtype = x.shape[0], x.dtype
     shape, entries, _ = outliers.without_outliers(layout)
-    plan, prepare, product, finish = _launches(shape, entries, batch, dtype, None if bias is None else bias.dtype, x.device)
+    given = None if bias is None else bias.dtype
+    launches = _launches(shape, entries, batch, dtype, given, x.device, isinstance(tensors, Joined))
+    plan, prepare, product, finish = launches
     y = torch.empty(batch, layout.out_features, dtype=dtype, device=x.device)
     added = y if bias is None else aligned(bias)
     scale = partial = y  # where the kernels are told not to look
@@ -485,8 +488,8 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     if prepare is not None:
         if dtype == torch.bfloat16:
             scale = torch.empty(batch, dtype=torch.float32, device=x.device)
-        given, x = x, torch.empty(batch, layout.blocks * TILE, dtype=torch.float16, device=x.device)
-        prepare(given.data_ptr(), x.data_ptr(), scale.data_ptr())
+        before, x = x, torch.empty(batch, layout.blocks * TILE, dtype=torch.float16, device=x.device)
+        prepare(before.data_ptr(), x.data_ptr(), scale.data_ptr())
     x_map: Any = x.data_ptr()
     choice = CHOICES[plan.width]
     if plan.width >= IN_ORDER:  # slots of 64 columns, one behind the other

@@ -22,7 +22,7 @@ from .checks import aligned
 from .dispatch import TOGETHER
 from .experts import Table
 from .joined import places
-from .launch import LAUNCHES, Launch
+from .launch import REMEMBERED, Launch
 from .matvec import BF16, product_of_tile, warps_for, zeros
 from .overlap import await_previous
 
@@ -156,7 +156,7 @@ def experts_kernel(
         )  # fmt: skip
 
 
-@lru_cache(LAUNCHES)
+@lru_cache(REMEMBERED)
 def _experts(
     layout: Layout, kept: int, number: int, parts: int, pairs: int, rows: int, dtype: torch.dtype, device: torch.device
 ) -> Launch:

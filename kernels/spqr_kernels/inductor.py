@@ -12,6 +12,7 @@ import torch
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import ops  # noqa: F401, for its operators
 from .dispatch import TOGETHER
@@ -53,7 +54,8 @@ def _of_one_x(graph: Graph) -> list[list[Node]]:
     for node in graph.find_nodes(op="call_function", target=torch.ops.spqr.linear_forward.default):
         arguments: tuple[Any, ...] = node.args
         x, bias, stored, _, in_features, *kind = arguments
-        one_row = all(size == 1 for size in x.meta["val"].shape[:-1])
+        # How many rows there are may not be known, as where a mask chose them: asking that size would stop the compiler.
+        one_row = all(statically_known_true(size == 1) for size in x.meta["val"].shape[:-1])
         given = [tensor for tensor in (bias, *stored) if tensor is not None]
         if one_row and len(stored) == 1 and all(tensor.op in ("placeholder", "get_attr") for tensor in given):
             weight_bits, group_size, bilevel, _, permuted = kind
@@ -69,6 +71,9 @@ def _merge(graph: Graph, nodes: list[Node]) -> None:
     biases = [] if bias is None else [its[1] for its in arguments]
     stored = [its[2][0] for its in arguments]
     geometry = [int(number) for its in arguments for number in its[3:]]
+    for tensor in (*stored, *biases):
+        if tensor.op == "get_attr":  # of no input, so that it may stand anywhere
+            nodes[0].prepend(tensor)
     with graph.inserting_before(nodes[0]):
         whole = graph.call_function(torch.ops.spqr.linears.default, (x, biases, stored, geometry))
         whole.meta["val"] = [node.meta["val"] for node in nodes]

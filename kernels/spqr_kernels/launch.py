@@ -25,9 +25,9 @@ LEAVES = {
     "group_zp": torch.uint8, "outlier_ptr": torch.int32, "outliers": torch.int32,
 }  # fmt: skip
 
-
-# How many are kept of a kernel that has one for every number of rows: prompts differ in length.
-LAUNCHES = 4096
+# Launches that are remembered of each kernel whose launch depends on the number of rows. There is one for every shape and
+# number, a few KB each: prompts come in all lengths, and each expert of many has its own number of tokens in every one.
+REMEMBERED = 8192
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from spqr_format.packing import FIELDS, is_spread
 
 from . import outliers, overlap, ptx
 from .checks import aligned
+from .joined import Joined
 from .lanes import (
     chunk_bytes,
     chunks_at,
@@ -509,7 +510,7 @@ def zeros(device: torch.device) -> Tensor:
 
 
 @cache
-def _launch(layout: Layout, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device) -> Launch:
+def _launch(layout: Layout, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool) -> Launch:
     warps, stages = warps_for(layout.tile_rows, layout.blocks), 2
     chunks = layout.blocks // CHUNK
     dtypes = (dtype, dtype, torch.uint8, *LEAVES.values(), bias or dtype, dtype)
@@ -518,7 +519,7 @@ def _launch(layout: Layout, dtype: torch.dtype, bias: torch.dtype | None, device
         "BITS": layout.weight_bits, "BF": BF16 if dtype == torch.bfloat16 else 0, "BILEVEL": layout.statistics == "bilevel",
         "BLOCKS_A_GROUP": layout.group_size // TILE, "OUTLIERS": layout.outliers > 0, "HAS_BIAS": bias is not None,
         "WHOLE": chunks % (warps * stages) == 0, "WARPS": warps, "STAGES": stages, "KEPT": outliers.outliers_kept(layout),
-        "num_warps": warps, **overlap.options(device),
+        "num_warps": warps, **overlap.options(device, joined),
     }  # fmt: skip
     return Launch(matvec_kernel, (layout.tile_rows, 1), device, dtypes, integers, constants)
 
@@ -534,7 +535,7 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
         dense = torch.nn.functional.pad(dense, (0, layout.blocks * TILE - layout.in_features))
     y = torch.empty(1, layout.out_features, dtype=x.dtype, device=x.device)
     added = None if bias is None else aligned(bias)
-    launch = _launch(layout, x.dtype, None if bias is None else bias.dtype, x.device)
+    launch = _launch(layout, x.dtype, None if bias is None else bias.dtype, x.device, isinstance(tensors, Joined))
     launch(
         x.data_ptr(), dense.data_ptr(), zeros(x.device).data_ptr(), *addresses(tensors, layout),
         (y if added is None else added).data_ptr(), y.data_ptr(),

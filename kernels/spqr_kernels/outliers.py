@@ -214,7 +214,7 @@ def _products(bfloat: bool) -> str:
             f"and.b32 c, w{n}, 0xFFF;",
             "mad.wide.u32 g, c, 2, $9;",
             f"mov.b16 x{n}, 0;",
-            f"@p{n} ld.global.nc.b16 x{n}, [g];",
+            f"@p{n} ld.global.b16 x{n}, [g];",
         ]
     for n in range(4):
         lines += [

@@ -1,7 +1,8 @@
 """Kernels that begin while the one before ends ("programmatic dependent launch"; NVIDIA, sm_90 on).
 
-A kernel that is launched so may read what nobody writes, the stored matrix, at once. It waits before it reads what a kernel
-before it may have written, and before it writes anything: memory may be that of a tensor that is still read.
+A kernel that is launched so may read what nobody writes, the stored matrix, at once: where that lies in one tensor, which only
+copies by the driver make (`joined.py`). Single tensors may have been made by the kernel before. It waits before it reads what a
+kernel before it may have written, and before it writes anything: memory may be that of a tensor that is still read.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ NONE = {"DEPENDENT": False, "launch_pdl": False}
 
 
 @cache
-def options(device: torch.device) -> dict[str, bool]:
-    """The constant DEPENDENT, whether a kernel overlaps with others, and Triton's option for its launch."""
+def options(device: torch.device, joined: bool = True) -> dict[str, bool]:
+    """The constant DEPENDENT, whether a kernel overlaps with others, and Triton's option for its launch. joined: whether the
+    stored matrix is one tensor."""
+    if not joined:
+        return NONE
     overlaps = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"DEPENDENT": True, "launch_pdl": True} if overlaps else NONE

@@ -78,12 +78,13 @@ MMA_BF16 = MMA.replace(".f16.f16", ".bf16.bf16")
 MMA_CONSTRAINTS = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
 
 
-def load(words: int, cache: str = "") -> str:
-    """PTX: `words` (1, 2 or 4) 32-bit words at an aligned address. Input: the pointer."""
+def load(words: int, how: str = "") -> str:
+    """PTX: `words` (1, 2 or 4) 32-bit words at an aligned address. Input: the pointer. how: ".nc" for memory that nobody writes
+    while the kernel runs, and where to keep it."""
     if words == 1:
-        return f"ld.global.nc{cache}.b32 $0, [$1];"
+        return f"ld.global{how}.b32 $0, [$1];"
     outputs = ",".join(f"${k}" for k in range(words))
-    return f"ld.global.nc{cache}.v{words}.b32 {{{outputs}}}, [${words}];"
+    return f"ld.global{how}.v{words}.b32 {{{outputs}}}, [${words}];"
 
 
 def load_constraints(words: int) -> str:

@@ -48,7 +48,8 @@ class SplitExperts(nn.Module):
 
     pool: _Pool | None = None
     pooled = False  # whether there should be a pool
-    _parts: tuple[tuple[SpqrLinear, Tensor], ...] = ()  # each layer and its joined tensor, a piece of the pool
+    # The modules of each expert, by name; of these a name, its layer, and the layer's joined tensor, a piece of the pool.
+    _parts: tuple[tuple[dict[str, nn.Module | None], str, SpqrLinear, Tensor], ...] = ()
 
     def __init__(self, fused: Any, projections: tuple[str, str, str]) -> None:
         """Dense placeholders on `meta` for the experts of `fused`. projections: their names for gate, up and down."""
@@ -88,16 +89,23 @@ class SplitExperts(nn.Module):
         pairs, experts = index.numel(), min(index.numel(), self.num_experts)
         if pairs * 3 * self.hidden * self.intermediate > experts * WEIGHTS_OF_A_TURN:
             return False
-        if torch.compiler.is_dynamo_compiling():  # as in SpqrLinear
-            return self.pool is not None
-        if self.pool is None or not all(layer.joined is part for layer, part in self._parts):
+        if torch.compiler.is_dynamo_compiling():
+            return self._is_whole()
+        if not self._is_whole():
             self.join()
-        return self.pool is not None
+        return self.pooled
+
+    @torch.compiler.assume_constant_result
+    def _is_whole(self) -> bool:
+        """Whether there is a pool, and each layer in its place and in the pool: an adapter may have taken a layer's place.
+        A compiled graph asks while it is made, and not again: guards on every expert would take longer than a step."""
+        whole = all(its.get(name) is layer and layer.joined is part for its, name, layer, part in self._parts)
+        return self.pool is not None and whole
 
     def _all_pairs(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         assert self.pool is not None
         fused, stored = self._fused[0], self.pool.stored
-        empty = index >= self.num_experts  # slots that the router left empty
+        empty = (index < 0) | (index >= self.num_experts)  # slots that the router left empty
         ids = index.masked_fill(empty, 0).reshape(-1).to(torch.int64)
         both = torch.ops.spqr.experts(x, ids, stored, self.pool.tables[0], self.pool.geometries[0])
         inner = type(fused)._apply_gate(fused, both)
@@ -124,12 +132,10 @@ class SplitExperts(nn.Module):
         begins, end = arrange(layouts)
         # Past nn.Module, and parameters nevertheless: see SpqrLinear.
         stored = nn.Parameter(torch.empty(end, dtype=torch.int32, device=device), requires_grad=False)
-        parts = []
         for three, places in zip(layers, begins, strict=True):
             for layer, begin in zip(three, places, strict=True):
                 piece = stored.data[begin : begin + length(layer.layout)]
                 layer.lie_in(piece.copy_(layer.joined))
-                parts.append((layer, layer.joined))
         kinds: list[list[Tensor]] = []
         geometries: list[list[int]] = []
         for which in (slice(0, 2), slice(2, 3)):
@@ -137,7 +143,9 @@ class SplitExperts(nn.Module):
             kinds.append([nn.Parameter(kind.begins.to(device), requires_grad=False) for kind in found])
             geometries.append([int(number) for kind in found for number in geometry(kind.layout)])
         self.pool = _Pool(stored, (kinds[0], kinds[1]), (geometries[0], geometries[1]))
-        self.pooled, self._parts = True, tuple(parts)
+        modules = [(expert._modules, name) for expert in experts for name in self.projections]
+        self._parts = tuple((its, name, layer, layer.joined) for (its, name), layer in zip(modules, single, strict=True))
+        self.pooled = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> SplitExperts:
         pooled = self.pooled

@@ -162,17 +162,25 @@ class SpqrLinear(nn.Linear):
         # A tensor, or the hook of accelerate, which has replaced tensors past this method by now.
         if name not in ("joined", "_places"):
             self.is_joined()
+            self._forget()
+
+    def _forget(self) -> None:
+        """What siblings have computed for this layer, before it changed."""
+        if self.siblings is not None:
+            self.siblings.forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SpqrLinear:
         joined = self.joined is not None
         super()._apply(fn, recurse)
         self.join(on_cpu=joined)
+        self._forget()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         joined = self.joined is not None
         super()._load_from_state_dict(*args, **kwargs)
         self.join(on_cpu=joined)
+        self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """Of joined tensors the one that holds them: a copy of each would bring all of it along."""

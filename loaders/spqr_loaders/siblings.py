@@ -22,18 +22,19 @@ FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3
 
 
 class _Results(NamedTuple):
-    """Of the layers that have not asked yet, for one input in the state that it had."""
+    """Of the layers that have not asked yet, for one input in the state that it had, as queued on one stream."""
 
     x: Tensor
     version: int
+    stream: int
     of_layers: dict[SpqrLinear, Tensor]
 
 
 class Siblings:
     """Two or three layers of one module in the order in which they are called.
 
-    The results of the others are kept until they ask with the same tensor, unchanged since. Where they do not, as with the k
-    and v of cross-attention, that was in vain once, and from then on each computes for itself.
+    The results of the others are kept until they ask with the same tensor, unchanged since, on the same stream. Where they do
+    not, as with the k and v of cross-attention, that was in vain once, and from then on each computes for itself.
     """
 
     def __init__(self, layers: Sequence[SpqrLinear]) -> None:
@@ -44,29 +45,44 @@ class Siblings:
     def product(self, layer: SpqrLinear, x: Tensor) -> Tensor | None:
         """The layer's output for x, or None where it has to compute that itself. x: one row."""
         held = self.results
-        if held is not None and held.x is x and held.version == x._version and layer in held.of_layers:
-            result = held.of_layers.pop(layer)  # given out once: who has it may change it
+        if (
+            held is not None and held.x is x and held.version == x._version and held.stream == _stream(x)
+            and not asks_for_gradient(x, layer.bias)
+        ):  # fmt: skip
+            result = held.of_layers.pop(layer, None)  # given out once: who has it may change it
             if not held.of_layers:
                 self.results = None
-            return result
+            if result is not None:
+                return result
         if layer is not self.layers[0] or self.in_vain:
             return None
         self.in_vain = held is not None
         self.results = None
-        if self.in_vain or not all(other.is_joined() for other in self.layers):
+        joined = [other.joined for other in self.layers if other.is_joined() and other.joined is not None]
+        if self.in_vain or len(joined) < len(self.layers):
             return None
-        joined = [other.joined for other in self.layers]
         each = [other.bias for other in self.layers]
         biases = [bias for bias in each if bias is not None]
         if len(biases) not in (0, len(joined)) or any(asks_for_gradient(x, bias) for bias in each):
             return None
+        if any(tensor.device != x.device for tensor in (*joined, *biases)):  # hooks may move x for each layer
+            return None
         geometry = [number for other in self.layers for number in other.geometry]
         first, *others = torch.ops.spqr.linears(x, biases, joined, geometry)
-        self.results = _Results(x, x._version, dict(zip(self.layers[1:], others, strict=True)))
+        self.results = _Results(x, x._version, _stream(x), dict(zip(self.layers[1:], others, strict=True)))
         return first
+
+    def forget(self) -> None:
+        """Lets go of the results, because a layer has changed."""
+        self.results = None
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"results": None}
+
+
+def _stream(x: Tensor) -> int:
+    """The current one: on another a result may not be there yet, nor be part of the CUDA graph that is captured there."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
 def share(model: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 pytest.importorskip("triton")
@@ -47,6 +49,21 @@ def test_no_sum_is_read_before_its_product_is_done(name):
     leap = next(i for i, line in enumerate(behind) if "BRA" in line)
     assert behind[wait].split()[-1] == "0x0"
     assert wait < leap
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if "DEPENDENT" in variant.kernel.arg_names])
+def test_x_is_not_read_before_the_kernel_that_makes_it_has_ended(name):
+    """x is read by loads of 2, 8 or 16 bytes, copies of 4 bytes or a tensor map; before the wait the matrix is by none of
+    these, and read-only loads would be for what cannot change."""
+    code = machine_code(VARIANTS[name].compile(GPUTarget("cuda", 90, 32)))
+    wait = next(i for i, line in enumerate(code) if "ACQBULK" in line)
+
+    def reads_x(line):
+        load = re.search(r"LDG\.E\.(128|64|U16)", line)
+        return load or "UTMALDG" in line or ("LDGSTS" in line and "BYPASS" not in line)
+
+    assert not any(reads_x(line) or "STG" in line for line in code[:wait])
+    assert any(reads_x(line) for line in code[wait:])
 
 
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.portable])

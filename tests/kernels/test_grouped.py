@@ -127,6 +127,17 @@ def test_torch_compile_merges_the_products_of_one_row(random_matrix, device, row
     assert calls == merged
 
 
+def test_rows_that_a_mask_chose_compile(random_matrix):
+    found = matrices(random_matrix, (256, 48, 17, 64), 256, KINDS[0], "cpu")
+    model = Family(found, "cpu")
+    x, mask = torch.randn(3, 256).half(), torch.tensor([False, True, False])
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(lambda x, mask: model(x[mask], 2.0), fullgraph=True)
+        results = compiled(x, mask)
+        for y, target in zip(results, model(x[mask], 2.0), strict=True):
+            torch.testing.assert_close(y, target, rtol=2e-3, atol=2e-3)
+
+
 def test_opcheck(random_matrix):
     found = matrices(random_matrix, (48, 40), 256, KINDS[0], "cpu")
     stored = [whole for _, whole, _ in found]
@@ -193,6 +204,10 @@ def test_no_rows_and_operands_that_do_not_fit(random_matrix):
     assert torch.ops.spqr.experts(x[:0], ids[:0], stored, tables, numbers).shape == (0, 96)
     for wrong in (
         (x, ids[:3], stored, tables, numbers),
+        (x[:0], ids, stored, tables, numbers),
+        (x, ids - 1, stored, tables, numbers),
+        (x, ids + 1, stored, tables, numbers),
+        (x, ids, stored, [table.transpose(0, 1).contiguous().transpose(0, 1) for table in tables], numbers),
         (x, ids.int(), stored, tables, numbers),
         (x[:, :-1], ids, stored, tables, numbers),
         (x, ids, stored.long(), tables, numbers),

@@ -100,11 +100,11 @@ def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
 
     shape, entries, kept = outliers.without_outliers(layout)
     for bias in (None, torch.float32):
-        complete(matvec._launch.__wrapped__(layout, dtype, bias, GPU))
+        complete(matvec._launch.__wrapped__(layout, dtype, bias, GPU, True))
         for batch in (1, 8, 33, 64):
             complete(decode._launch.__wrapped__(shape, entries, batch, dtype, bias, GPU))
         for batch in (2, 16, 17, 64, 65, 300, 1024):
-            launches = gemm._launches.__wrapped__(shape, entries, batch, dtype, bias, GPU)
+            launches = gemm._launches.__wrapped__(shape, entries, batch, dtype, bias, GPU, batch != 16)
             for launch in (launches.prepare, launches.product, launches.finish):
                 if launch is not None:
                     complete(launch)
@@ -112,6 +112,18 @@ def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
         for layouts in ((layout, other), (other, layout, layout)):
             complete(grouped._siblings.__wrapped__(layouts, dtype, bias, GPU))
     complete(grouped._experts.__wrapped__(shape, kept, 8, 2, 6, 3, dtype, GPU))
+
+
+def test_what_was_not_joined_does_not_overlap(hopper):
+    """A kernel that has just made one of the tensors need not have ended."""
+    from spqr_kernels import gemm, matvec
+
+    for joined_, overlaps in ((True, True), (False, False)):
+        launch = matvec._launch.__wrapped__(LAYOUTS[0], torch.float16, None, GPU, joined_)
+        product = gemm._launches.__wrapped__(LAYOUTS[0], 1, 8, torch.float16, None, GPU, joined_).product
+        wide = gemm._launches.__wrapped__(LAYOUTS[0], 1, 512, torch.float16, None, GPU, joined_).product
+        found = [(it.constants["DEPENDENT"], it.constants["launch_pdl"]) for it in (launch, product, wide)]
+        assert found == [(overlaps, overlaps), (overlaps, overlaps), (False, False)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

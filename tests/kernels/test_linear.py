@@ -342,13 +342,16 @@ def test_an_operand_that_does_not_fit_is_refused_before_launch(random_matrix):
         linear(torch.randn(1, 64), tensors, matrix.layout, bias=torch.randn(39))
 
 
-def test_a_view_that_is_not_aligned_is_copied():
+def test_a_view_that_kernels_cannot_read_is_copied():
     whole = torch.arange(64, dtype=torch.int16)
     assert aligned(whole) is whole
     view = whole[1:]
     copy = aligned(view)
     assert copy.data_ptr() % 16 == 0
     assert torch.equal(copy, view)
+    for gaps in (whole[::2], whole[:1].expand(64)):
+        assert aligned(gaps).is_contiguous()
+        assert torch.equal(aligned(gaps), gaps)
 
 
 @pytest.mark.gpu

@@ -198,6 +198,36 @@ def test_a_layer_that_left_the_pool_is_seen(pooled: Any) -> None:
         torch.testing.assert_close(new, pooled(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
+class Adapter(torch.nn.Module):
+    """As PEFT has it: in the place of a layer, which it calls."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.base_layer = layer
+
+    def forward(self, x: Any) -> Any:
+        return self.base_layer(x) + 100 * x.sum(-1, keepdim=True)
+
+
+def test_a_layer_with_an_adapter_is_not_passed_over(pooled: Any) -> None:
+    split = next(module for module in pooled.modules() if isinstance(module, SplitExperts))
+    x, index, weights = torch.randn(2, 32), torch.tensor([[0, 1], [2, 3]]), torch.full((2, 2), 0.5)
+    with torch.no_grad():
+        without = split(x, index, weights)
+        expert, name = getattr(split, "1"), split.projections[2]
+        layer = getattr(expert, name)
+        setattr(expert, name, Adapter(layer))
+        compiled = torch.compile(split)(x, index, weights)  # first of all: nothing has looked yet
+        adapted = split(x, index, weights)
+        assert not torch.allclose(adapted[0], without[0])
+        torch.testing.assert_close(adapted[1], without[1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(compiled, adapted, rtol=1e-5, atol=1e-5)
+        setattr(expert, name, layer)
+        torch.testing.assert_close(split(x, index, weights), without, rtol=1e-5, atol=1e-6)
+        split.join()
+        assert split.pooled
+
+
 def test_slots_that_the_router_left_empty(pooled: Any) -> None:
     split = next(module for module in pooled.modules() if isinstance(module, SplitExperts))
     x, index = torch.randn(3, 32), torch.tensor([[0, 4], [4, 4], [2, 1]])

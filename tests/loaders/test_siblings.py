@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from spqr_kernels.joined import length
+from spqr_loaders import siblings
 from spqr_loaders.linear import SpqrLinear
 from spqr_loaders.siblings import share
 
@@ -116,6 +118,56 @@ def test_a_layer_that_was_replaced_or_moved_is_not_computed_by_others(model, ran
         model.v_proj.weight = nn.Parameter(model.v_proj.weight.clone(), requires_grad=False)
         counted, _ = count(lambda: model(x, x))
     assert "linears" not in counted
+
+
+def test_a_result_without_gradient_is_not_given_where_one_is_asked_for(model):
+    share(model)
+    x = torch.randn(1, 256, requires_grad=True)
+    with torch.no_grad():
+        model.q_proj(x)
+    model.k_proj(x).sum().backward()
+    torch.testing.assert_close(x.grad, model.k_proj.dequantize().weight.sum(0)[None], rtol=1e-4, atol=1e-4)
+
+
+def test_results_of_before_a_layer_changed_are_let_go(model):
+    share(model)
+    x = torch.randn(1, 256)
+    state = {name: torch.zeros_like(tensor) for name, tensor in model.k_proj.state_dict().items()}
+    with torch.no_grad():
+        model.q_proj(x)
+        model.k_proj.load_state_dict(state)
+        assert (model.k_proj(x) == 0).all()
+    model.k_proj.siblings.in_vain = False
+    with torch.no_grad():
+        model.q_proj(x)
+        model.k_proj.bias = nn.Parameter(torch.full((32,), 7.0), requires_grad=False)
+        assert (model.k_proj(x) == 7).all()
+
+
+def test_results_stay_on_their_stream(model, monkeypatch):
+    share(model)
+    current = 1
+    monkeypatch.setattr(siblings, "_stream", lambda x: current)
+    x = torch.randn(1, 256)
+    with torch.no_grad():
+        model.q_proj(x)
+        current = 2
+        assert count(lambda: model.k_proj(x))[0] == {"linear_forward": 1}
+        current = 1
+        assert count(lambda: model.k_proj(x))[0] == {}
+
+
+def test_layers_on_several_devices_compute_for_themselves(model):
+    x = torch.randn(1, 256)
+    k = model.k_proj
+    model.k_proj = SpqrLinear(k.layout, bias=k.bias is not None, device="meta")
+    model.k_proj.lie_in(torch.empty(length(k.layout), dtype=torch.int32, device="meta"))
+    assert model.k_proj.is_joined()
+    share(model)
+    with torch.no_grad():
+        counted, y = count(lambda: model.q_proj(x))
+        assert counted == {"linear_forward": 1}
+        torch.testing.assert_close(y, model.q_proj.dequantize()(x), rtol=1e-4, atol=1e-4)
 
 
 def test_copies_are_siblings_among_themselves(model):
