@@ -140,7 +140,21 @@ def variants() -> list[Variant]:
         operands = _STORED | {"Place": "*i64", "OutlierPtr": "*i32", "Outliers": "*i32"} | {"Out": "*fp16"} | shape
         constants = constants | {"CELLS": dequant.CELLS, "ENTRIES": dequant.ENTRIES}
         found.append(Variant(f"outliers {title}", dequant.outliers_kernel, operands, constants, 4))
-    return found + _fit_variants()
+    return found + _beside_gemm() + _fit_variants()
+
+
+def _beside_gemm() -> list[Variant]:
+    """What makes x anew before a product of many rows, and what adds up shared pieces behind it."""
+    before = {"X": "*bf16", "Out": "*fp16", "Scale": "*fp32", "in_features": "i32", "columns": "i32"}
+    behind = {"Partial": "*fp32", "Scale": "*fp32", "Bias": "*fp16", "Y": "*fp16"}
+    behind |= dict.fromkeys(("batch", "out_features", "parts", "whole", "splits"), "i32")
+    found = []
+    for scaled in (False, True):
+        constants = {"SCALED": scaled, "ORDERED": True, "BLOCK": 2048}
+        found.append(Variant(f"prepare{' scaled' * scaled}", gemm.prepare_kernel, before, constants, 4, nvidia=(90,)))
+        constants = {"SCALED": scaled, "HAS_BIAS": True, "BATCH": 64, "ROWS": 64, "BLOCK": 512}
+        found.append(Variant(f"finish{' scaled' * scaled}", gemm.finish_kernel, behind, constants, 4, nvidia=(90,)))
+    return found
 
 
 def _siblings(title: str, kind: dict[str, Any]) -> Variant:

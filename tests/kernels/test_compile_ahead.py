@@ -34,7 +34,7 @@ def test_compiles_for_nvidia(name, arch):
     if arch == 90:
         used = usage(compiled)
         assert used.spills <= spills(name)
-        if not VARIANTS[name].portable and "unpack" not in name:
+        if not VARIANTS[name].portable and name.split()[0] not in ("unpack", "prepare", "finish"):
             assert used.instructions["HGMMA" if "gemm" in name else "HMMA"] >= 16, "the product does not run on tensor cores"
 
 
@@ -54,12 +54,13 @@ def test_no_sum_is_read_before_its_product_is_done(name):
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if "DEPENDENT" in variant.kernel.arg_names])
 def test_x_is_not_read_before_the_kernel_that_makes_it_has_ended(name):
     """x is read by loads of 2, 8 or 16 bytes, copies of 4 bytes or a tensor map; before the wait the matrix is by none of
-    these, and read-only loads would be for what cannot change."""
+    these. Kernels that read no matrix read nothing before it."""
     code = machine_code(VARIANTS[name].compile(GPUTarget("cuda", 90, 32)))
     wait = next(i for i, line in enumerate(code) if "ACQBULK" in line)
+    matrix = {"Weight", "Stored", "Joined0"} & set(VARIANTS[name].kernel.arg_names)
 
     def reads_x(line):
-        load = re.search(r"LDG\.E\.(128|64|U16)", line)
+        load = re.search(r"LDG\.E\.(128|64|U16)" if matrix else "LDG", line)
         return load or "UTMALDG" in line or ("LDGSTS" in line and "BYPASS" not in line)
 
     assert not any(reads_x(line) or "STG" in line for line in code[:wait])
