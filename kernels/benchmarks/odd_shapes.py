@@ -20,7 +20,7 @@ from random_weights import random_tensors
 from torch import Tensor
 
 from spqr_format.layout import Layout
-from spqr_kernels import dequantize, experts, joined, linear, ops, reference
+from spqr_kernels import dequantize, experts, joined, ops, reference
 
 MATRICES = [  # tiles that are not full, chunks odd and even, a share of outliers
     (Layout(33, 768), 0.01), (Layout(80, 512, weight_bits=2), 0.02), (Layout(17, 1280), 0.0),
@@ -32,7 +32,8 @@ Stored = dict[str, Tensor]
 def _rows(batch: int) -> Callable[[Stored, Layout, Tensor], Iterator[tuple[Tensor, Tensor]]]:
     def run(tensors: Stored, layout: Layout, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         x = torch.randn(batch, layout.in_features, device=weight.device).half()
-        yield linear(x, tensors, layout), x.double() @ weight.T
+        whole = joined.join(tensors, layout)  # as a layer has it, and as products overlap
+        yield torch.ops.spqr.linear_forward(x, None, [whole], *ops.geometry(layout)), x.double() @ weight.T
 
     return run
 

@@ -30,7 +30,7 @@ from .lanes import (
     room_for_chunks,
     wait_copies,
 )
-from .launch import LEAVES, REMEMBERED, Launch, addresses
+from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
 from .weights import dequantize_lane, half_statistics, lane_of_chunk
 
 REGISTERS = {64: 255}  # limit for a thread by padded batch, where the compiler's own choice spills
@@ -319,8 +319,7 @@ def _launch(
     chunks = layout.blocks // CHUNK
     dtypes = (torch.float16, torch.float32, *LEAVES.values(), bias or dtype, dtype)
     integers = (batch, layout.out_features, layout.tile_rows, chunks, layout.groups)
-    constants = {
-        "BITS": layout.weight_bits, "BILEVEL": layout.statistics == "bilevel", "BLOCKS_A_GROUP": layout.group_size // TILE,
+    constants = constants_of(layout) | {
         "OUTLIERS": entries > 0, "HAS_BIAS": bias is not None, "SCALED": dtype == torch.bfloat16,
         "WHOLE": chunks % (warps // tiles * stages) == 0, "FULL": padded == batch, "BATCH": padded, "WARPS": warps,
         "TILES": tiles, "STAGES": stages, "ENTRIES": max(entries, 1), "num_warps": warps,

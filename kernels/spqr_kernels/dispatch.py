@@ -64,14 +64,18 @@ def whole_chunks(layout: Layout) -> bool:
     return layout.blocks % CHUNK == 0 and (layout.statistics == "direct" or layout.group_size in FAST_GROUPS)
 
 
+def kind(layout: Layout) -> tuple[int, int, int, str, bool]:
+    """What matrices of one x must have in common to share a launch: columns, bits, group size, statistics, permutation."""
+    return layout.in_features, layout.weight_bits, layout.group_size, layout.statistics, layout.permuted
+
+
 @functools.cache
 def in_one_launch(layouts: tuple[Layout, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether one launch can multiply x of this dtype with all of these matrices: two or three, of whole chunks, none permuted,
-    with the same codes and statistics over the same columns."""
+    """Whether one launch can multiply x of this dtype with all of these matrices: two or three of a `kind`, of whole chunks,
+    not permuted."""
     if dtype not in (torch.float16, torch.bfloat16) or not has_tensor_cores(device) or not 2 <= len(layouts) <= TOGETHER:
         return False
-    kinds = {(it.in_features, it.weight_bits, it.group_size, it.statistics, it.permuted) for it in layouts}
-    return len(kinds) == 1 and whole_chunks(layouts[0]) and not layouts[0].permuted
+    return len({kind(layout) for layout in layouts}) == 1 and whole_chunks(layouts[0]) and not layouts[0].permuted
 
 
 def dequantize(tensors: Tensors, layout: Layout, dtype: torch.dtype) -> Tensor:

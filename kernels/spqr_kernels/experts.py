@@ -28,9 +28,10 @@ class Table:
     begins: Tensor
 
 
-def arrange(layouts: Sequence[Sequence[Layout]], begin: int = 0) -> tuple[list[list[int]], int]:
-    """The first word of each expert's parts, one behind the other from `begin` on, and the word behind the last."""
+def arrange(layouts: Sequence[Sequence[Layout]]) -> tuple[list[list[int]], int]:
+    """The first word of each expert's parts, one behind the other, and the word behind the last."""
     begins: list[list[int]] = []
+    begin = 0
     for parts in layouts:
         begins.append([])
         for layout in parts:
@@ -58,7 +59,7 @@ def tables(layouts: Sequence[Sequence[Layout]], begins: Sequence[Sequence[int]])
 
 def one_by_one(x: Tensor, ids: Tensor, stored: Tensor, found: Sequence[Table]) -> Tensor:
     """As `grouped.experts`, expert by expert, on any device: waits for the device to know them. Raises SpqrError E509 for one
-    that is not there."""
+    that is not there, where a launch for all gives NaN."""
     from .dispatch import linear  # here, because that module imports this one
 
     parts, out_features = found[0].begins.shape[1], found[0].layout.out_features

@@ -40,7 +40,7 @@ from .lanes import (
     room_for_chunks,
     wait_copies,
 )
-from .launch import LEAVES, REMEMBERED, Launch, addresses
+from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
 from .overlap import await_previous, let_next_begin
 from .weights import dequantize_lane, half_statistics, lane_of_chunk
 
@@ -464,8 +464,7 @@ def _launches(
     integers = (
         batch, layout.out_features, layout.tile_rows, chunks, layout.groups, plan.parts, plan.whole, plan.splits, plan.a_split,
     )  # fmt: skip
-    constants = common | {
-        "BITS": layout.weight_bits, "BILEVEL": layout.statistics == "bilevel", "BLOCKS_A_GROUP": layout.group_size // TILE,
+    constants = common | constants_of(layout) | {
         "OUTLIERS": entries > 0, "SPLIT": plan.splits > 1, "ORDERED": ordered, "WARPS": choice.warps,
         "TURN": choice.turn, "ENTRIES": max(entries, 1), "num_warps": choice.warps,
     } | ({"maxnreg": choice.registers} if choice.registers else {})  # fmt: skip

@@ -23,7 +23,7 @@ from .dispatch import TOGETHER
 from .experts import Table
 from .joined import places
 from .launch import REMEMBERED, Launch
-from .matvec import BF16, product_of_tile, warps_for, zeros
+from .matvec import product_of_tile, row_constants, zeros
 from .overlap import await_previous
 
 
@@ -89,19 +89,13 @@ def _words(layout: Layout) -> list[int]:
 @cache
 def _siblings(layouts: tuple[Layout, ...], dtype: torch.dtype, bias: torch.dtype | None, device: torch.device) -> Launch:
     tiles = [layout.tile_rows for layout in layouts]
-    warps, stages = warps_for(sum(tiles), layouts[0].blocks), 2
     first = layouts[0]
-    chunks = first.blocks // CHUNK
     dtypes = (dtype, torch.uint8, *[torch.int32] * TOGETHER, *[bias or dtype] * TOGETHER, *[dtype] * TOGETHER)
-    integers = [chunks, first.groups, tiles[0], tiles[0] + tiles[1]]
+    integers = [first.blocks // CHUNK, first.groups, tiles[0], tiles[0] + tiles[1]]
     for layout in (*layouts, *[layouts[-1]] * (TOGETHER - len(layouts))):
         integers += [*_words(layout), layout.out_features, layout.outliers]
-    constants = {
-        "BITS": first.weight_bits, "BF": BF16 if dtype == torch.bfloat16 else 0, "BILEVEL": first.statistics == "bilevel",
-        "BLOCKS_A_GROUP": first.group_size // TILE, "OUTLIERS": any(layout.outliers for layout in layouts),
-        "HAS_BIAS": bias is not None, "WHOLE": chunks % (warps * stages) == 0, "WARPS": warps, "STAGES": stages,
-        "KEPT": max(outliers.outliers_kept(layout) for layout in layouts), "num_warps": warps, **overlap.options(device),
-    }  # fmt: skip
+    kept = max(outliers.without_outliers(layout)[2] for layout in layouts)
+    constants = {"HAS_BIAS": bias is not None, **row_constants(first, kept, sum(tiles), dtype), **overlap.options(device)}
     return Launch(siblings_kernel, (sum(tiles), 1), device, dtypes, integers, constants)
 
 
@@ -133,7 +127,8 @@ def experts_kernel(
     WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):  # fmt: skip
-    """Y[pair, part, o] = sum_i W[Ids[pair], part][o, i] X[pair // pairs_a_row, i] where Table has that matrix.
+    """Y[pair, part, o] = sum_i W[Ids[pair], part][o, i] X[pair // pairs_a_row, i] where Table has that matrix; NaN
+    for an id that is no expert.
 
     X [rows, chunks * 256]; Ids int64 [pairs]; Table int64 [experts, parts, 2] as in `experts.Table`."""
     pair = gl.program_id(1)
@@ -142,18 +137,23 @@ def experts_kernel(
     ids_at = Ids + pair
     if DEPENDENT:  # the router's choice comes from a kernel before
         ids_at = await_previous(ids_at)
-    expert = gl.minimum(gl.maximum(gl.load(ids_at), 0), experts - 1)
+    expert = gl.load(ids_at)
+    known = (expert >= 0) & (expert < experts)
     entry = Table + (expert * parts + part) * 2
-    begin = gl.load(entry)
+    begin = gl.load(entry, mask=known, other=-1)
+    y = Y + (pair.to(gl.int64) * parts + part) * out_features
     if begin >= 0:
         all_outliers = gl.load(entry + 1).to(gl.int32)
         row = (pair // pairs_a_row).to(gl.int64)
-        y = Y + (pair.to(gl.int64) * parts + part) * out_features
         _product_in(
             Stored + gl.multiple_of(begin, 32), tile, X + row * (chunks * 256), Zeros, y, y, at_scales, at_zeros, at_pointers,
             at_outliers, out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, False, WHOLE,
             WARPS, STAGES, KEPT, DEPENDENT,
         )  # fmt: skip
+    if not known:
+        row_of_y = tile * 16 + gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        nothing = gl.full([32 * WARPS], float("nan"), gl.float32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        gl.store(y + row_of_y, nothing.to(Y.dtype.element_ty), mask=(row_of_y < tile * 16 + 16) & (row_of_y < out_features))
 
 
 @lru_cache(REMEMBERED)
@@ -162,16 +162,10 @@ def _experts(
 ) -> Launch:
     """layout and kept: as `outliers.without_outliers` has them."""
     tiles = layout.tile_rows
-    warps, stages = warps_for(tiles * parts * pairs, layout.blocks), 2
-    chunks = layout.blocks // CHUNK
     dtypes = (dtype, torch.int64, torch.int64, torch.uint8, torch.int32, dtype)
     words = _words(layout.with_outliers(int(kept > 0)))
-    integers = (chunks, layout.groups, tiles, layout.out_features, number, parts, pairs // rows, *words)
-    constants = {
-        "BITS": layout.weight_bits, "BF": BF16 if dtype == torch.bfloat16 else 0, "BILEVEL": layout.statistics == "bilevel",
-        "BLOCKS_A_GROUP": layout.group_size // TILE, "OUTLIERS": kept > 0, "WHOLE": chunks % (warps * stages) == 0,
-        "WARPS": warps, "STAGES": stages, "KEPT": kept or outliers.KEPT[0], "num_warps": warps, **overlap.options(device),
-    }  # fmt: skip
+    integers = (layout.blocks // CHUNK, layout.groups, tiles, layout.out_features, number, parts, pairs // rows, *words)
+    constants = row_constants(layout, kept, tiles * parts * pairs, dtype) | overlap.options(device)
     return Launch(experts_kernel, (tiles * parts, pairs), device, dtypes, integers, constants)
 
 
@@ -179,7 +173,7 @@ def experts(x: Tensor, ids: Tensor, stored: Tensor, tables: Sequence[Table]) -> 
     """Products of each row of x with the parts of its experts' matrices, side by side.
 
     x: fp16 or bf16 [rows, in], contiguous. ids: int64 [pairs], the experts of row 0, then of row 1, ...; as many for each,
-    each below the number of experts. stored: int32, all matrices. tables: one for each kind, of whole chunks, not permuted.
+    one that is no expert gives NaN. stored: int32, all matrices. tables: one for each kind, of whole chunks, not permuted.
     Returns [pairs, parts * out] in x's dtype.
     """
     layout, parts = tables[0].layout, tables[0].begins.shape[1]

@@ -14,8 +14,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import ops  # noqa: F401, for its operators
-from .dispatch import TOGETHER
+from .dispatch import TOGETHER, kind
+from .ops import layout_of
 
 
 class MergeProducts(CustomGraphPass):
@@ -53,15 +53,15 @@ def _of_one_x(graph: Graph) -> list[list[Node]]:
     found: dict[Any, list[Node]] = {}
     for node in graph.find_nodes(op="call_function", target=torch.ops.spqr.linear_forward.default):
         arguments: tuple[Any, ...] = node.args
-        x, bias, stored, _, in_features, *kind = arguments
+        x, bias, stored, *matrix = arguments
         # How many rows there are may not be known, as where a mask chose them: asking that size would stop the compiler.
         one_row = all(statically_known_true(size == 1) for size in x.meta["val"].shape[:-1])
         given = [tensor for tensor in (bias, *stored) if tensor is not None]
         if one_row and len(stored) == 1 and all(tensor.op in ("placeholder", "get_attr") for tensor in given):
-            weight_bits, group_size, bilevel, _, permuted = kind
-            if not permuted:
+            layout = layout_of(*matrix)
+            if not layout.permuted:
                 dtype = None if bias is None else bias.meta["val"].dtype
-                found.setdefault((x, in_features, weight_bits, group_size, bilevel, dtype), []).append(node)
+                found.setdefault((x, kind(layout), dtype), []).append(node)
     return list(found.values())
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spqr_format.layout import Layout
+from spqr_format.layout import TILE, Layout
 
 from .joined import Joined, places
 
@@ -74,6 +74,12 @@ _HERE = contextlib.nullcontext()
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Within it the current device, on which Triton launches, is `device`, if that is one of CUDA's."""
     return _HERE if device.type != "cuda" or device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+def constants_of(layout: Layout) -> dict[str, int | bool]:
+    """What every tensor-core kernel is compiled with for a matrix."""
+    bilevel = layout.statistics == "bilevel"
+    return {"BITS": layout.weight_bits, "BILEVEL": bilevel, "BLOCKS_A_GROUP": layout.group_size // TILE}
 
 
 @cache

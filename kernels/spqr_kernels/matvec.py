@@ -43,7 +43,7 @@ from .lanes import (
     warp_bases,
     words_of_chunk,
 )
-from .launch import LEAVES, Launch, addresses
+from .launch import LEAVES, Launch, addresses, constants_of
 from .overlap import await_previous, let_next_begin
 from .wide_groups import group_pairs, with_last_groups
 
@@ -511,16 +511,14 @@ def zeros(device: torch.device) -> Tensor:
 
 @cache
 def _launch(layout: Layout, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool) -> Launch:
-    warps, stages = warps_for(layout.tile_rows, layout.blocks), 2
-    chunks = layout.blocks // CHUNK
     dtypes = (dtype, dtype, torch.uint8, *LEAVES.values(), bias or dtype, dtype)
-    integers = (layout.out_features, chunks, layout.groups, layout.outliers)
+    integers = (layout.out_features, layout.blocks // CHUNK, layout.groups, layout.outliers)
+    _, _, kept = outliers.without_outliers(layout)
     constants = {
-        "BITS": layout.weight_bits, "BF": BF16 if dtype == torch.bfloat16 else 0, "BILEVEL": layout.statistics == "bilevel",
-        "BLOCKS_A_GROUP": layout.group_size // TILE, "OUTLIERS": layout.outliers > 0, "HAS_BIAS": bias is not None,
-        "WHOLE": chunks % (warps * stages) == 0, "WARPS": warps, "STAGES": stages, "KEPT": outliers.outliers_kept(layout),
-        "num_warps": warps, **overlap.options(device, joined),
-    }  # fmt: skip
+        "HAS_BIAS": bias is not None,
+        **row_constants(layout, kept, layout.tile_rows, dtype),
+        **overlap.options(device, joined),
+    }
     return Launch(matvec_kernel, (layout.tile_rows, 1), device, dtypes, integers, constants)
 
 
@@ -541,6 +539,16 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
         (y if added is None else added).data_ptr(), y.data_ptr(),
     )  # fmt: skip
     return y
+
+
+def row_constants(layout: Layout, kept: int, tiles: int, dtype: torch.dtype) -> dict[str, int | bool]:
+    """What `product_of_tile` is compiled with for x of this dtype and a launch of so many tiles, and the warps of a program.
+    kept: as `outliers.without_outliers` has it."""
+    warps, stages = warps_for(tiles, layout.blocks), 2
+    return constants_of(layout) | {
+        "BF": BF16 if dtype == torch.bfloat16 else 0, "OUTLIERS": kept > 0, "WARPS": warps, "STAGES": stages,
+        "WHOLE": layout.blocks // CHUNK % (warps * stages) == 0, "KEPT": kept or outliers.KEPT[0], "num_warps": warps,
+    }  # fmt: skip
 
 
 def warps_for(tile_rows: int, blocks: int) -> int:

@@ -51,7 +51,8 @@ _FIELDS = 7  # of `geometry`
 
 
 @functools.cache
-def _layout(out: int, inn: int, bits: int, group: int, bilevel: bool, outliers: int, permuted: bool) -> Layout:
+def layout_of(out: int, inn: int, bits: int, group: int, bilevel: bool, outliers: int, permuted: bool) -> Layout:
+    """The layout that `geometry` describes."""
     return Layout(out, inn, bits, group, "bilevel" if bilevel else "direct", outliers, permuted, where="spqr::linear")
 
 
@@ -69,7 +70,7 @@ def _checked(stored: list[Tensor], layout: Layout, where: str) -> Mapping[str, T
 
 
 def _dequantize(stored: list[Tensor], *matrix: Any) -> Tensor:
-    layout = _layout(*matrix[:-1])
+    layout = layout_of(*matrix[:-1])
     return dispatch.dequantize(_checked(stored, layout, "spqr::dequantize"), layout, matrix[-1])
 
 
@@ -82,7 +83,7 @@ def _(stored, out_features, in_features, *matrix):
 
 
 def _linear(x: Tensor, bias: Tensor | None, stored: list[Tensor], *matrix: Any) -> Tensor:
-    layout = _layout(*matrix)
+    layout = layout_of(*matrix)
     tensors = _checked(stored, layout, "spqr::linear")
     check_operand(x, bias, layout, stored[0].device)
     return dispatch.linear(x, tensors, layout, bias)
@@ -105,7 +106,7 @@ for _name in ("spqr::linear", "spqr::linear_forward"):
 @functools.cache
 def _layouts(geometry: tuple[int, ...]) -> tuple[Layout, ...]:
     parts = [geometry[begin : begin + _FIELDS] for begin in range(0, len(geometry), _FIELDS)]
-    return tuple(_layout(*part[:4], bool(part[4]), part[5], bool(part[6])) for part in parts)
+    return tuple(layout_of(*part[:4], bool(part[4]), part[5], bool(part[6])) for part in parts)
 
 
 def _linears(x: Tensor, biases: list[Tensor], joined: list[Tensor], geometry: list[int]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:kernels:loaders:kernels/benchmarks python loaders/benchmarks/eager.py
 
-Calls are queued faster than the GPU works them off where it is the host that takes longer: then this is the time of a call.
+Calls are only queued: what is measured is the host, as long as it takes longer for a call than the GPU.
 """
 
 from __future__ import annotations

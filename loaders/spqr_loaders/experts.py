@@ -19,8 +19,8 @@ from .linear import SpqrLinear
 from .names import FUSED
 
 # How many weights a launch for all pairs of a row and an expert multiplies in the time that a loop takes for one expert, which
-# is the host's: between what was measured on an H200 at 64 tokens of a Mixtral, where the launch is faster, and at 128.
-WEIGHTS_OF_A_TURN = 2.8e9
+# is the host's. On an H200 the launch was faster at 64 tokens of a Mixtral, which this allows, and the loop at 512.
+WEIGHTS_OF_A_TURN = 3e9
 
 
 class _Pool(NamedTuple):
@@ -105,7 +105,7 @@ class SplitExperts(nn.Module):
     def _all_pairs(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         assert self.pool is not None
         fused, stored = self._fused[0], self.pool.stored
-        empty = (index < 0) | (index >= self.num_experts)  # slots that the router left empty
+        empty = index >= self.num_experts  # slots that the router left empty
         ids = index.masked_fill(empty, 0).reshape(-1).to(torch.int64)
         both = torch.ops.spqr.experts(x, ids, stored, self.pool.tables[0], self.pool.geometries[0])
         inner = type(fused)._apply_gate(fused, both)

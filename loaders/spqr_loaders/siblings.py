@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spqr_kernels.dispatch import kind
 from spqr_kernels.ops import asks_for_gradient
 
 if TYPE_CHECKING:
@@ -94,9 +95,7 @@ def share(model: nn.Module) -> None:
             kinds: dict[object, list[SpqrLinear]] = {}
             for layer in (getattr(parent, name, None) for name in names):
                 if isinstance(layer, SpqrLinear) and layer.layout is not None and not layer.layout.permuted:
-                    it = layer.layout
-                    kind = (it.in_features, it.weight_bits, it.group_size, it.statistics, layer.bias is None)
-                    kinds.setdefault(kind, []).append(layer)
+                    kinds.setdefault((kind(layer.layout), layer.bias is None), []).append(layer)
             for layers in kinds.values():
                 together = Siblings(layers) if len(layers) > 1 else None
                 for layer in layers:

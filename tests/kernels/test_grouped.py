@@ -198,6 +198,17 @@ def test_experts_match_float64(random_matrix, device, kinds):
             assert torch.equal(again, y)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])
+def test_an_id_that_is_no_expert_gives_nan_where_the_host_does_not_see_it(random_matrix, device):
+    stored, tables, numbers, _ = pool(random_matrix, EXPERT_KINDS[2], 2, 40, 256, device)
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(1)).half().to(device)
+    right = torch.ops.spqr.experts(x, torch.tensor([0, 1, 2, 3], device=device), stored, tables, numbers)
+    y = torch.ops.spqr.experts(x, torch.tensor([0, 4, -1, 3], device=device), stored, tables, numbers)
+    assert y[1:3].isnan().all()
+    assert torch.equal(y[[0, 3]], right[[0, 3]])
+
+
 def test_no_rows_and_operands_that_do_not_fit(random_matrix):
     stored, tables, numbers, _ = pool(random_matrix, EXPERT_KINDS[0], 2, 48, 256, "cpu")
     x, ids = torch.randn(2, 256), torch.tensor([0, 1, 2, 3])

@@ -110,13 +110,17 @@ def test_every_batch_on_cuda(random_matrix, kind):
     for columns in (2048 + 256, 4096):  # an odd and an even number of chunks
         matrix = random_matrix(200, columns, **kind)
         tensors = stored(matrix, "cuda")
+        whole = joined.join(tensors, matrix.layout)  # of which products overlap
         exact = torch.from_numpy(matrix.dequantize()).double()
-        for batch in (3, 8, 9, 17, 40, 65, 300, 1300):
+        for batch in (1, 3, 8, 9, 17, 40, 65, 300, 1300):
             for dtype in (torch.float16, torch.bfloat16)[: 2 if batch in (9, 300) else 1]:  # each is compiled anew
                 x = torch.randn(batch, columns).to(dtype)
                 y = linear(x.cuda(), tensors, matrix.layout)
                 assert relative_error(y, x.double() @ exact.T) < BOUND[dtype], (dtype, batch)
                 assert torch.equal(y, linear(x.cuda(), tensors, matrix.layout))
+                x = x.cuda()
+                for z in [torch.ops.spqr.linear(x, None, [whole], *ops.geometry(matrix.layout)) for _ in range(4)]:
+                    assert torch.equal(z, y), (dtype, batch)
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[4], KINDS[6]], ids=lambda k: "-".join(map(str, k.values())))
@@ -314,9 +318,10 @@ def test_one_tensor_that_joins_all_gives_the_same_bits(random_matrix, device, ki
     assert list(parts) == list(matrix.layout.tensors())
     assert whole.nbytes - 128 < ends <= whole.nbytes
     for batch in (1, 5):
-        x = torch.randn(batch, 512, device=device)
-        y = torch.ops.spqr.linear(x, None, [whole], *ops.geometry(matrix.layout))
-        assert torch.equal(y, linear(x, tensors, matrix.layout))
+        for dtype in (torch.float32, torch.float16):
+            x = torch.randn(batch, 512, device=device).to(dtype)
+            y = torch.ops.spqr.linear(x, None, [whole], *ops.geometry(matrix.layout))
+            assert torch.equal(y, linear(x, tensors, matrix.layout)), (batch, dtype)
     again = torch.ops.spqr.dequantize([whole], *ops.geometry(matrix.layout), torch.float32)
     assert torch.equal(again, dequantize(tensors, matrix.layout))
 
