@@ -38,6 +38,7 @@ from .weights import dequantize_lane
 
 X_PITCH = 528  # bytes of a row of x of a chunk: 512 and 16, so that 8 rows lie in different banks
 X_STAGES = 2
+MOST_SHARED = 49152  # bytes of shared memory that can be declared
 STATS_BYTES = 320  # of a chunk: 48 words of codes, 16 tile statistics of 8 bytes
 
 
@@ -158,7 +159,7 @@ def _rooms() -> dict[int, str]:
         room_bytes(bits, kept, batch, warps, stages)
         for bits in (2, 3, 4) for kept in KEPT for batch in (8, 16) for warps in (4, 8) for stages in (2, 3, 4)
     }  # fmt: skip
-    return {size: f"{{ .shared .align 128 .b8 room[{size}]; mov.u32 $0, room; }}" for size in sizes if size <= 49152}
+    return {size: f"{{ .shared .align 128 .b8 room[{size}]; mov.u32 $0, room; }}" for size in sizes if size <= MOST_SHARED}
 
 
 KEPT = (0, 32, 64, 128)  # words of outliers of a chunk and tile that are copied; more are read when their turn comes
@@ -237,7 +238,10 @@ def _ask_chunk(
         )  # fmt: skip
 
 
-@gluon.jit
+_INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "whole", "splits", "a_split")
+
+
+@gluon.jit(do_not_specialize=_INTEGERS)  # one compiled kernel for all shapes
 def small_kernel(
     X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial,
     batch, out_features, tile_rows, chunks, groups, whole, splits, a_split,
@@ -474,9 +478,12 @@ def _launches(
     integers = (
         batch, layout.out_features, layout.tile_rows, chunks, layout.groups, plan.whole, plan.splits, plan.a_split,
     )  # fmt: skip
-    room = room_bytes(layout.weight_bits, kept, plan.width, choice.warps, choice.stages)
+    stages = choice.stages
+    while stages > 2 and room_bytes(layout.weight_bits, kept, plan.width, choice.warps, stages) > MOST_SHARED:
+        stages -= 1
+    room = room_bytes(layout.weight_bits, kept, plan.width, choice.warps, stages)
     constants = common | constants_of(layout) | {
-        "SPLIT": plan.splits > 1, "WARPS": choice.warps, "STAGES": choice.stages, "KEPT": kept, "ROOM": room,
+        "SPLIT": plan.splits > 1, "WARPS": choice.warps, "STAGES": stages, "KEPT": kept, "ROOM": room,
         "num_warps": choice.warps,
     } | ({"maxnreg": choice.registers} if choice.registers else {})  # fmt: skip
     return _Launches(plan, prepare, Launch(small_kernel, (plan.programs, 1), device, dtypes, integers, constants), finish)
