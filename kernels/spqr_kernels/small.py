@@ -14,6 +14,7 @@ Every sum has one fixed order, so results repeat bit for bit.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ from .gemm_plan import Choice, Plan, plan_for
 from .joined import Joined
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
 from .overlap import await_previous, let_next_begin
-from .weights import dequantize_lane
 
 X_PITCH = 528  # bytes of a row of x of a chunk: 512 and 16, so that 8 rows lie in different banks
 X_STAGES = 2
@@ -48,7 +48,7 @@ def _half2(low: float, high: float) -> int:
 
 
 def _ask_weights(bits: int) -> str:
-    """PTX: copies of the chunk $4 to the lane's place $1: words from $2 if it is before $5, statistics from $3 if before $6."""
+    """PTX: copies of chunk $4 to the lane's place $1: words from $2 if it is before $5, statistics from $3 if before $6."""
     lines = [".reg .pred p, q;", "setp.lt.s32 p, $4, $5;", "setp.lt.s32 q, $4, $6;"]
     lines += [f"@p cp.async.cg.shared.global [$1+{512 * k}], [$2+{512 * k}], 16;" for k in range(bits)]
     lines += [f"@q cp.async.cg.shared.global [$1+{512 * bits}], [$3], 16;", "mov.b32 $0, $1;"]
@@ -92,7 +92,7 @@ lop3.b32 z, $4, {7 << 5 | 7 << 19:#x}, 0x64006400, 0xEA;
 {{ .reg .b32 a, b; mov.b32 a, {_half2(-1 / 32, -1 / 8):#x}; mov.b32 b, {_half2(32, 128):#x}; fma.rn.f16x2 z, z, a, b; }}
 sub.rn.f16x2 q, q, sz;
 mul.rn.f16x2 s, q, ss;
-{{ .reg .b32 a; mov.b32 a, {_half2(2 ** (bits - 1), 2 ** (bits - 1)):#x}; fma.rn.f16x2 o, zs, zz, a; }}
+{{ .reg .b32 m; mov.b32 m, {_half2(2 ** (bits - 1), 2 ** (bits - 1)):#x}; fma.rn.f16x2 o, zs, zz, m; }}
 fma.rn.f16x2 o, z, zs, o;
 mul.rn.f16x2 o, o, s;
 mov.b32 {{l, h}}, s; mov.b32 $0, {{l, l}}; mov.b32 $2, {{h, h}};
@@ -101,17 +101,17 @@ mov.b32 {{l, h}}, o; mov.b32 $1, {{l, l}}; mov.b32 $3, {{h, h}};
 
 
 def _sixteen(tiles: int) -> list[str]:
-    """PTX: the sums s times 16 outliers, of which a lane has four, w0 .. w3. x of its rows at g, rows looked for r0 and r1."""
+    """PTX: the sums s times 16 outliers, of which a lane has four, w0 .. w3. x of its rows at g, its row in r."""
     lines = []
     for pair in range(2):
         a, b = f"w{2 * pair}", f"w{2 * pair + 1}"
         lines += [
             f"prmt.b32 v, {a}, {b}, 0x7632;",
             f"prmt.b32 t, {a}, {b}, 0x5410;",
-            # as fp16 numbers, none of them 0 or inf: equal where the rows are
-            "lop3.b32 t, t, 0xF000F000, 0x04000400, 0xEA;",
-            "set.eq.u32.f16x2 u, t, r0;",
-            "set.eq.u32.f16x2 t, t, r1;",
+            # row xor gid as fp16 numbers, none of them 0 or inf: row gid is 0x0400, row gid + 8 is -0x0400
+            "lop3.b32 t, t, 0xF000F000, r, 0x6A;",
+            "mov.b32 u, 0x04000400; set.eq.u32.f16x2 u, t, u;",
+            "{ .reg .b32 c; mov.b32 c, 0x84008400; set.eq.u32.f16x2 t, t, c; }",
             f"and.b32 a{2 * pair}, v, u;",
             f"and.b32 a{2 * pair + 1}, v, t;",
         ]
@@ -132,15 +132,15 @@ def _multiply_outliers(kept: int, tiles: int) -> str:
     n = 4 * tiles
     at, count, x, rows, far, first = (f"${2 * n + i}" for i in range(6))
     lines = [
-        ".reg .pred p, q; .reg .b32 w<4>, a<4>, b<2>, t, u, v, g, r0, r1, at, left, i; .reg .b64 f;",
+        ".reg .pred p, q; .reg .b32 w<4>, a<4>, b<2>, t, u, v, g, r, at, end, left, i; .reg .b64 f;",
         ".reg .b16 h<4>; " + f".reg .f32 s<{n}>;",
         *(f"mov.f32 s{i}, ${n + i};" for i in range(n)),
         f"setp.le.s32 p, {count}, 0;", "@p bra DONE;",
-        f"mov.b32 g, {x}; or.b32 r0, {rows}, 0x04000400; xor.b32 r1, r0, 0x80008000;",
-        f"mov.b32 at, {at}; min.s32 left, {count}, {kept};",
+        f"mov.b32 g, {x}; or.b32 r, {rows}, 0x04000400;",
+        f"mov.b32 at, {at}; min.s32 left, {count}, {kept}; mad.lo.s32 end, left, 4, at;",
         "NEXT:", "ld.shared.v4.b32 {w0, w1, w2, w3}, [at];",
         *_sixteen(tiles),
-        "add.s32 left, left, -16; add.u32 at, at, 64;", "setp.gt.s32 p, left, 0;", "@p bra NEXT;",
+        "add.u32 at, at, 64;", "setp.lt.s32 p, at, end;", "@p bra NEXT;",
         f"setp.le.s32 p, {count}, {kept};", "@p bra DONE;",
         f"sub.s32 left, {count}, {first}; sub.s32 left, left, {kept}; add.s32 i, {first}, {kept}; mad.wide.s32 f, i, 4, {far};",
         f"sub.s32 i, {count}, {kept};",
@@ -151,6 +151,29 @@ def _multiply_outliers(kept: int, tiles: int) -> str:
         "DONE:", *(f"mov.f32 ${i}, s{i};" for i in range(n)),
     ]  # fmt: skip
     return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _with_registers(program: str, first: int) -> tuple[str, tuple[int, ...]]:
+    """PTX with its constants of `lop3` and first ones of `fma` in registers from number `first` on, two to a register of the
+    latter; and these constants. The assembler would make them anew within the loop, again and again."""
+    names: dict[str, str] = {"0x64006400": f"${first}"}
+    values = [0x64006400]
+    found = list(dict.fromkeys(re.findall(r"mov.b32 a, (0x[0-9a-f]+);", program)))
+    lines = []
+    for i in range(0, len(found), 2):
+        pair = [int(value, 16) & 0xFFFF for value in (found[i], found[min(i + 1, len(found) - 1)])]
+        whole = all(int(value, 16) >> 16 == int(value, 16) & 0xFFFF for value in found[i : i + 2])
+        if whole:
+            lines.append(f".reg .b16 l{i}, h{i}; mov.b32 {{l{i}, h{i}}}, ${first + len(values)};")
+            names |= {value: f"{{{half}{i}, {half}{i}}}" for value, half in zip(found[i : i + 2], "lh", strict=False)}
+            values.append(pair[0] | pair[1] << 16)
+        else:
+            for value in found[i : i + 2]:
+                names[value] = f"${first + len(values)}"
+                values.append(int(value, 16))
+    program = re.sub(r"mov.b32 a, (0x[0-9a-f]+);", lambda m: f"mov.b32 a, {names[m[1]]};", program)
+    program = program.replace("0x64006400", names["0x64006400"])
+    return "{\n" + "\n".join(lines) + program[1:], tuple(value - (value >> 31 << 32) for value in values)
 
 
 def _rooms() -> dict[int, str]:
@@ -183,8 +206,21 @@ _ASK_OUTLIERS = gl.constexpr({kept: _ask_outliers(kept) for kept in KEPT})
 _ASK_X = gl.constexpr(
     "{ .reg .pred p; setp.lt.s32 p, $3, $4; @p cp.async.cg.shared.global [$1], [$2], 16; mov.b32 $0, $1; }"
 )
-_STATISTICS = gl.constexpr({bits: _statistics(bits) for bits in (2, 3, 4)})
-_STATISTICS_REGISTERS = gl.constexpr("=&r,=&r,=&r,=&r,r,r")
+# Where the outliers of chunk $2 begin, or end those of the one before, if it is not behind $3; else 0.
+_BOUND = gl.constexpr(
+    "{ .reg .pred p; .reg .b64 a; setp.le.s32 p, $2, $3; mad.wide.u32 a, $2, 8, $1; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [a]; }"
+)
+_LANES = {bits: _with_registers(ptx.dequantize_lane(bits), 20 + bits) for bits in (2, 3, 4)}
+_LANE = gl.constexpr({bits: lane[0] for bits, lane in _LANES.items()})
+_LANE_CONSTANTS = gl.constexpr({bits: lane[1] for bits, lane in _LANES.items()})
+_LANE_REGISTERS = gl.constexpr({
+    bits: ptx.dequantize_lane_constraints(bits) + ",r" * len(lane[1]) for bits, lane in _LANES.items()
+})  # fmt: skip
+_STATS = {bits: _with_registers(_statistics(bits), 6) for bits in (2, 3, 4)}
+_STATISTICS = gl.constexpr({bits: stats[0] for bits, stats in _STATS.items()})
+_STATISTICS_CONSTANTS = gl.constexpr({bits: stats[1] for bits, stats in _STATS.items()})
+_STATISTICS_REGISTERS = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r")
+_SIXTEEN = gl.constexpr((gl.int32,) * 16)
 _OUTLIERS = gl.constexpr({kept * 4 + tiles: _multiply_outliers(kept, tiles) for kept in KEPT for tiles in (1, 2)})
 _OUTLIERS_REGISTERS = gl.constexpr(
     {tiles: ",".join(["=&f"] * (4 * tiles) + ["f"] * (4 * tiles) + ["r", "r", "r", "r", "l", "r"]) for tiles in (1, 2)}
@@ -197,6 +233,24 @@ _WAIT = gl.constexpr({
     stages: f"cp.async.wait_group {min(stages - 2, 1)}; bar.sync 0; mov.b32 $0, $1;" for stages in (2, 3, 4)
 })  # fmt: skip
 _COMMIT = gl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
+
+
+@gluon.jit
+def _lane_constants(zero, BITS: gl.constexpr):
+    """Those of _LANE plus zero, of which the compiler does not know that it is 0."""
+    found = ()
+    for i in gl.static_range(len(_LANE_CONSTANTS[BITS])):
+        found = found + (zero + _LANE_CONSTANTS[BITS][i],)
+    return found
+
+
+@gluon.jit
+def _statistics_constants(zero, BITS: gl.constexpr):
+    """The same of _STATISTICS."""
+    found = ()
+    for i in gl.static_range(len(_STATISTICS_CONSTANTS[BITS])):
+        found = found + (zero + _STATISTICS_CONSTANTS[BITS][i],)
+    return found
 
 
 @gluon.jit
@@ -213,12 +267,11 @@ def _load4(at):
 
 
 @gluon.jit
-def _ask_x(at, x_at, row_step, chunk, ends, BATCH: gl.constexpr, WARPS: gl.constexpr):
+def _ask_x(at, x_at, chunk, ends, BATCH: gl.constexpr, WARPS: gl.constexpr):
     """Begins to copy x of a chunk: a warp copies every WARPS-th row."""
     for i in gl.static_range(BATCH // WARPS):
         gl.inline_asm_elementwise(
-            _ASK_X, "=r,r,l,r,r", [at + i * WARPS * _X_PITCH, x_at + i * row_step, chunk, ends[i]], dtype=gl.int32, is_pure=False,
-            pack=1,
+            _ASK_X, "=r,r,l,r,r", [at + i * WARPS * _X_PITCH, x_at[i], chunk, ends[i]], dtype=gl.int32, is_pure=False, pack=1
         )  # fmt: skip
 
 
@@ -290,12 +343,10 @@ def small_kernel(
     stats_step = gl.where(lane < 12, 48, 32)
     stats_end = gl.where(lane < 20, end, 0)
     bounds = ()
-    pointer = Pointers
+    pointer = Pointers + tile64 * (2 * chunks)
     if KEPT > 0:
-        pointer = Pointers + tile64 * (2 * chunks) + 2 * begin
         for k in gl.static_range(STAGES + 1):
-            bounds = bounds + (gl.load(pointer + gl.minimum(2 * k, 2 * (end - begin))),)
-        pointer += 2 * (STAGES + 1)
+            bounds = bounds + (gl.load(pointer + 2 * gl.minimum(begin + k, end)),)
     for k in gl.static_range(STAGES - 1):
         if KEPT > 0:
             low, high = bounds[k], bounds[k + 1]
@@ -310,11 +361,13 @@ def small_kernel(
     x_ends = ()
     for i in gl.static_range(BATCH // WARPS):
         x_ends = x_ends + (gl.where(warp + i * WARPS < batch, end, 0),)
-    row_step = chunks * (256 * WARPS)
-    x_at = X + warp.to(gl.int64) * (chunks * 256) + (begin * 256 + lane * 8)
+    first = X + warp.to(gl.int64) * (chunks * 256) + (begin * 256 + lane * 8)
     if DEPENDENT:  # x, unlike the matrix, comes from the kernel before
-        x_at = await_previous(x_at)
-    _ask_x(x_own, x_at, row_step, none + begin, x_ends, BATCH, WARPS)
+        first = await_previous(first)
+    x_at = ()
+    for i in gl.static_range(BATCH // WARPS):
+        x_at = x_at + (first + i * (chunks * (256 * WARPS)),)
+    _ask_x(x_own, x_at, none + begin, x_ends, BATCH, WARPS)
     _commit(lane)
     _commit(lane)  # an empty group, where the loop has that of a chunk
 
@@ -323,16 +376,22 @@ def small_kernel(
     tops_lane = 512 * BITS + 192 + tid * 8 - lane * 16
     rotation = 2 + tid % 2 * 20
     rows = gid * 0x10001000
+    unknown = none + (batch >> 30)
+    for_lane = _lane_constants(unknown, BITS)
+    for_statistics = _statistics_constants(unknown, BITS)
     zero = gl.zeros([32 * WARPS], gl.float32, layout)
     sums = (zero,) * (4 * TILES)
     now = none
-    then = none + (STAGES - 1) * STAGE
+    then = none + (STAGES - 1) * STAGE  # the stage before `now`
     x_now = x_read
     x_then = x_own + X_STAGE
     for chunk in range(begin, end):
         gl.inline_asm_elementwise(_WAIT[STAGES], "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
-        x_at += 256
-        _ask_x(x_then, x_at, row_step, none + (chunk + 1), x_ends, BATCH, WARPS)
+        next_at = ()
+        for i in gl.static_range(BATCH // WARPS):
+            next_at = next_at + (x_at[i] + 256,)
+        x_at = next_at
+        _ask_x(x_then, x_at, none + (chunk + 1), x_ends, BATCH, WARPS)
         _commit(lane)
         if KEPT > 0:
             low, high = bounds[STAGES - 1], bounds[STAGES]
@@ -357,13 +416,15 @@ def small_kernel(
         x_lane = x_now + tid * 32
         for s in gl.static_range(4):
             s0, o0, s1, o1 = gl.inline_asm_elementwise(
-                _STATISTICS[BITS], _STATISTICS_REGISTERS, [codes[s], tops + 32 * s],
+                _STATISTICS[BITS], _STATISTICS_REGISTERS, (codes[s], tops + 32 * s) + for_statistics,
                 dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
             )  # fmt: skip
             slot = ()
             for k in gl.static_range(BITS):
                 slot = slot + (words[k][s],)
-            w = dequantize_lane(slot, s0, o0, s1, o1, BITS)
+            w = gl.inline_asm_elementwise(
+                _LANE[BITS], _LANE_REGISTERS[BITS], slot + (s0, o0, s1, o1) + for_lane, dtype=_SIXTEEN, is_pure=True, pack=1
+            )
             new = ()
             for t in gl.static_range(TILES):
                 d = (sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3])
@@ -388,10 +449,12 @@ def small_kernel(
             later = ()
             for k in gl.static_range(STAGES):
                 later = later + (bounds[k + 1],)
-            bounds = later + (gl.load(pointer, mask=none + (chunk + STAGES + 1) <= end, other=0),)
-            pointer += 2
+            bound = gl.inline_asm_elementwise(
+                _BOUND, "=&r,l,r,r", [pointer, none + (chunk + (STAGES + 1)), none + end], dtype=gl.int32, is_pure=False, pack=1
+            )
+            bounds = later + (bound,)
+        then = now
         now = gl.where(now == (STAGES - 1) * STAGE, 0, now + STAGE)
-        then = gl.where(then == (STAGES - 1) * STAGE, 0, then + STAGE)
         x_now = 2 * x_read + X_STAGE - x_now
         x_then = 2 * x_own + X_STAGE - x_then
     gl.inline_asm_elementwise("cp.async.wait_all; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
