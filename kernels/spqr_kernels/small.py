@@ -1,4 +1,4 @@
-"""Kernel of small batches for NVIDIA GPUs (sm_80 and newer): y = x W^T for 2 .. 16 rows of x with `mma.m16n8k16`, outliers fused.
+"""Kernel of small batches for NVIDIA GPUs (sm_80 and newer): y = x W^T for 2 .. 16 rows of x, `mma.m16n8k16`, outliers fused.
 
 A warp holds a tile, 16 rows of W. A lane's words become fp16 weights in registers and are the A fragments as they stand; x is
 B, and because the order of columns within a product is free, 16 bytes of a row of x are the B fragments of two products.
@@ -63,17 +63,15 @@ def _ask_outliers(kept: int) -> str:
     return "{\n" + "\n".join([*lines, "mov.b32 $0, $1;"]) + "\n}"
 
 
-# Codes of the groups tid, 4 + tid, 8 + tid, 12 + tid of a set at $4 (for the lane: + 16 gid + 4 (tid / 2)), $5 (+ 128 + 8 gid +
-# 2 (tid / 2)), by a rotation $6 of 2, or 22 where tid is odd. Of each, in the low half sq of row l at bit 2 and zq at bit 5; in the
-# high half those of row l + 8 at bits 0 and 3.
+# Codes $0 .. $3 of the groups tid, 4 + tid, 8 + tid, 12 + tid of a set (spec 4.3), by a rotation $6 of 2, or 22 where tid is odd:
+# of each sq of row l at bit 2 and zq at bit 5 of the low half, those of row l + 8 at bits 0 and 3 of the high half. The lane's
+# words are at $4, 16 gid + 4 (tid / 2) from the set on, its half words at $5, 128 + 8 gid + 2 (tid / 2).
 _CODES = gl.constexpr(
     "{ .reg .b32 a, b, c, d; .reg .b16 h, i;\n"
     "ld.shared.b32 a, [$4]; ld.shared.b32 b, [$4+8]; ld.shared.b16 h, [$5]; ld.shared.b16 i, [$5+4];\n"
     "cvt.u32.u16 c, h; cvt.u32.u16 d, i;\n"
     "prmt.b32 c, a, c, 0x6543; prmt.b32 d, b, d, 0x6543;\n"
-    + "\n".join(
-        f"shf.l.wrap.b32 {r}, {r}, {r}, $6; prmt.b32 ${k}, {r}, {r}, 0x2110;" for k, r in enumerate("abcd")
-    )
+    + "\n".join(f"shf.l.wrap.b32 {r}, {r}, {r}, $6; prmt.b32 ${k}, {r}, {r}, 0x2110;" for k, r in enumerate("abcd"))
     + "\n}"
 )
 
@@ -203,12 +201,11 @@ _X_PITCH = gl.constexpr(X_PITCH)
 _STATS_BYTES = gl.constexpr(STATS_BYTES)
 _ASK_WEIGHTS = gl.constexpr({bits: _ask_weights(bits) for bits in (2, 3, 4)})
 _ASK_OUTLIERS = gl.constexpr({kept: _ask_outliers(kept) for kept in KEPT})
-_ASK_X = gl.constexpr(
-    "{ .reg .pred p; setp.lt.s32 p, $3, $4; @p cp.async.cg.shared.global [$1], [$2], 16; mov.b32 $0, $1; }"
-)
+_ASK_X = gl.constexpr("{ .reg .pred p; setp.lt.s32 p, $3, $4; @p cp.async.cg.shared.global [$1], [$2], 16; mov.b32 $0, $1; }")
 # Where the outliers of chunk $2 begin, or end those of the one before, if it is not behind $3; else 0.
 _BOUND = gl.constexpr(
-    "{ .reg .pred p; .reg .b64 a; setp.le.s32 p, $2, $3; mad.wide.u32 a, $2, 8, $1; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [a]; }"
+    "{ .reg .pred p; .reg .b64 a; setp.le.s32 p, $2, $3; mad.wide.u32 a, $2, 8, $1;"
+    " mov.b32 $0, 0; @p ld.global.nc.b32 $0, [a]; }"
 )
 _LANES = {bits: _with_registers(ptx.dequantize_lane(bits), 20 + bits) for bits in (2, 3, 4)}
 _LANE = gl.constexpr({bits: lane[0] for bits, lane in _LANES.items()})
@@ -285,9 +282,10 @@ def _ask_chunk(
         pack=1,
     )  # fmt: skip
     if KEPT > 0:
+        room = at + (512 * BITS + _STATS_BYTES) - lane * 12
         gl.inline_asm_elementwise(
-            _ASK_OUTLIERS[KEPT], "=r,r,l,r", [at + (512 * BITS + _STATS_BYTES) - lane * 12, Outliers + (low + lane), high - low - lane],
-            dtype=gl.int32, is_pure=False, pack=1,
+            _ASK_OUTLIERS[KEPT], "=r,r,l,r", [room, Outliers + (low + lane), high - low - lane], dtype=gl.int32, is_pure=False,
+            pack=1,
         )  # fmt: skip
 
 
@@ -353,8 +351,9 @@ def small_kernel(
         else:
             low, high = none, none
         _ask_chunk(
-            own + k * STAGE, words_at, stats_at, none + (begin + k), none + end, stats_end, Outliers, low, high, lane, BITS, KEPT
-        )
+            own + k * STAGE, words_at, stats_at, none + (begin + k), none + end, stats_end, Outliers, low, high, lane, BITS,
+            KEPT,
+        )  # fmt: skip
         words_at += 128 * BITS
         stats_at += stats_step
 
@@ -398,8 +397,8 @@ def small_kernel(
         else:
             low, high = none, none
         _ask_chunk(
-            own + then, words_at, stats_at, none + (chunk + (STAGES - 1)), none + end, stats_end, Outliers, low, high, lane, BITS,
-            KEPT,
+            own + then, words_at, stats_at, none + (chunk + (STAGES - 1)), none + end, stats_end, Outliers, low, high, lane,
+            BITS, KEPT,
         )  # fmt: skip
         _commit(lane)
         words_at += 128 * BITS
@@ -560,10 +559,8 @@ def linear(
     chunks, not permuted where it has outliers. Returns [batch, out] in x's dtype."""
     batch, dtype = x.shape[0], x.dtype
     given = None if bias is None else bias.dtype
-    plan, prepare, product, finish = _launches(
-        layout.with_outliers(0), outliers_of_a_chunk(layout), batch, dtype, given, x.device, isinstance(tensors, Joined), choice,
-        splits,
-    )  # fmt: skip
+    shape, kept, joined = layout.with_outliers(0), outliers_of_a_chunk(layout), isinstance(tensors, Joined)
+    plan, prepare, product, finish = _launches(shape, kept, batch, dtype, given, x.device, joined, choice, splits)
     y = torch.empty(batch, layout.out_features, dtype=dtype, device=x.device)
     added = y if bias is None else aligned(bias)
     scale = partial = y  # where the kernels are told not to look
