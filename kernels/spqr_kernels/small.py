@@ -63,9 +63,9 @@ def _ask_outliers(kept: int) -> str:
     return "{\n" + "\n".join([*lines, "mov.b32 $0, $1;"]) + "\n}"
 
 
-# Codes $0 .. $3 of groups tid, 4 + tid, 8 + tid, 12 + tid of a set (spec 4.3), by a rotation $6 of 2, or 22 where tid is odd: of
-# each sq of row l at bit 2 and zq at bit 5 of the low half, those of row l + 8 at bits 0 and 3 of the high half. The lane's words
-# are at $4, 16 gid + 4 (tid / 2) from the set on, its half words at $5, 128 + 8 gid + 2 (tid / 2).
+# Codes $0 .. $3 of groups tid, 4 + tid, 8 + tid, 12 + tid of a set (spec 4.3), by a rotation $6 of 2, or 22 where tid is odd:
+# of each sq of row l at bit 2 and zq at bit 5 of the low half, those of row l + 8 at bits 0 and 3 of the high half. The
+# lane's words are at $4, 16 gid + 4 (tid / 2) from the set on, its half words at $5, 128 + 8 gid + 2 (tid / 2).
 _CODES = gl.constexpr(
     "{ .reg .b32 a, b, c, d; .reg .b16 h, i;\n"
     "ld.shared.b32 a, [$4]; ld.shared.b32 b, [$4+8]; ld.shared.b16 h, [$5]; ld.shared.b16 i, [$5+4];\n"
