@@ -31,7 +31,7 @@ AMD = ("gfx942",)
 
 _STORED = {"Weight": "*i32", "StatCodes": "*i32", "TileStats": "*i16", "GroupSc": "*i16", "GroupZp": "*u8"}
 _UNALIGNED = (
-    "batch", "out_features", "tile_rows", "chunks", "groups", "parts", "whole", "splits", "a_split", "all_outliers", "top",
+    "batch", "out_features", "tile_rows", "chunks", "groups", "parts", "whole", "splits", "a_split", "base", "extra", "all_outliers", "top",
     "tiles", "experts", "pairs_a_row", "first1", "first2",
     *(f"{name}{i}" for name in ("out_features", "outliers") for i in range(TOGETHER)),
 )  # fmt: skip

@@ -9,7 +9,8 @@ row and zeros in the others, B has x of its column. The products go to the same 
 All shared memory is declared in PTX, for which the compiler puts no barriers: words and statistics are read by the warp that
 copied them, and x, which the whole program reads, needs one barrier a chunk.
 
-Every sum has one fixed order, so results repeat bit for bit.
+All programs run at once and have equal shares of the chunks of all pieces of Y. Where a piece is shared, the program that has
+its last chunk adds up the parts of the others. Every sum has one fixed order, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from spqr_format.layout import CELL_COLUMNS, CHUNK, TILE, Layout, ceil_div
 
 from . import overlap, ptx
 from .checks import aligned
-from .gemm import finish_kernel, prepare_kernel
-from .gemm_plan import Choice, Plan, plan_for
+from .gemm import prepare_kernel
 from .joined import Joined
+from .lanes import barrier
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
 from .overlap import await_previous, let_next_begin
 
@@ -48,10 +49,12 @@ def _half2(low: float, high: float) -> int:
 
 
 def _ask_weights(bits: int) -> str:
-    """PTX: copies of chunk $4 to the lane's place $1: words from $2 if it is before $5, statistics from $3 if before $6."""
-    lines = [".reg .pred p, q;", "setp.lt.s32 p, $4, $5;", "setp.lt.s32 q, $4, $6;"]
-    lines += [f"@p cp.async.cg.shared.global [$1+{512 * k}], [$2+{512 * k}], 16;" for k in range(bits)]
-    lines += [f"@q cp.async.cg.shared.global [$1+{512 * bits}], [$3], 16;", "mov.b32 $0, $1;"]
+    """PTX: copies of chunk $4 to the lane's place $1: words from $2 + 512 bits $4 if $6 is before $7, statistics from $3 + $4 $5
+    if before $8."""
+    lines = [".reg .pred p, q; .reg .b64 a, b;", "setp.lt.s32 p, $6, $7;", "setp.lt.s32 q, $6, $8;"]
+    lines += [f"mad.wide.u32 a, $4, {512 * bits}, $2;", "mad.wide.u32 b, $4, $5, $3;"]
+    lines += [f"@p cp.async.cg.shared.global [$1+{512 * k}], [a+{512 * k}], 16;" for k in range(bits)]
+    lines += [f"@q cp.async.cg.shared.global [$1+{512 * bits}], [b], 16;", "mov.b32 $0, $1;"]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
@@ -122,26 +125,49 @@ def _sixteen(tiles: int) -> list[str]:
     return lines
 
 
-def _multiply_outliers(kept: int, tiles: int) -> str:
-    """PTX: adds the products of the outliers of a chunk to a lane's sums, 4 for each 8 rows of x.
+def _multiply_first(kept: int, tiles: int) -> str:
+    """PTX: adds the products of the first `at_once` outliers of a chunk to a lane's sums, 4 for each 8 rows of x. There may be
+    fewer, with zeros behind them.
 
-    Inputs behind the sums: the lane's four of the first 16 words in shared memory, how many there are, x of row gid of the
-    chunk, gid << 12 in both halves, the outliers in global memory from the first of the chunk on, and 4 tid."""
+    Inputs behind the sums: the lane's four of the first 16 words in shared memory, x of row gid of the chunk, and gid << 12 in
+    both halves."""
     n = 4 * tiles
-    at, count, x, rows, far, first = (f"${2 * n + i}" for i in range(6))
+    at, x, rows = (f"${2 * n + i}" for i in range(3))
     lines = [
-        ".reg .pred p, q; .reg .b32 w<4>, a<4>, b<2>, t, u, v, g, r, at, end, left, i; .reg .b64 f;",
-        ".reg .b16 h<4>; " + f".reg .f32 s<{n}>;",
+        ".reg .b32 w<4>, a<4>, b<2>, t, u, v, g, r;", ".reg .b16 h<4>; " + f".reg .f32 s<{n}>;",
         *(f"mov.f32 s{i}, ${n + i};" for i in range(n)),
-        f"setp.le.s32 p, {count}, 0;", "@p bra DONE;",
         f"mov.b32 g, {x}; or.b32 r, {rows}, 0x04000400;",
-        f"mov.b32 at, {at}; min.s32 left, {count}, {kept}; mad.lo.s32 end, left, 4, at;",
+    ]  # fmt: skip
+    for i in range(at_once(kept) // 16):
+        lines += [f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [{at}+{64 * i}];", *_sixteen(tiles)]
+    lines += [f"mov.f32 ${i}, s{i};" for i in range(n)]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _multiply_more(kept: int, tiles: int) -> str:
+    """PTX: the same of those behind the first `at_once`: one 16 after the other, those in shared memory and the rest.
+
+    Inputs further: how many outliers the chunk has, where Outliers and Pointers are, and the number of the chunk."""
+    n = 4 * tiles
+    at, x, rows, count, outliers, pointers, chunk = (f"${2 * n + i}" for i in range(7))
+    begun = at_once(kept)
+    near = [
+        f"add.u32 at, {at}, {4 * begun}; min.s32 left, {count}, {kept}; mad.lo.s32 end, left, 4, {at};",
         "NEXT:", "ld.shared.v4.b32 {w0, w1, w2, w3}, [at];",
         *_sixteen(tiles),
         "add.u32 at, at, 64;", "setp.lt.s32 p, at, end;", "@p bra NEXT;",
         f"setp.le.s32 p, {count}, {kept};", "@p bra DONE;",
-        f"sub.s32 left, {count}, {first}; sub.s32 left, left, {kept}; add.s32 i, {first}, {kept}; mad.wide.s32 f, i, 4, {far};",
-        f"sub.s32 i, {count}, {kept};",
+    ]  # fmt: skip
+    lines = [
+        ".reg .pred p, q; .reg .b32 w<4>, a<4>, b<2>, t, u, v, g, r, at, end, left, i; .reg .b64 f;",
+        ".reg .b16 h<4>; " + f".reg .f32 s<{n}>;",
+        *(f"mov.f32 s{i}, ${n + i};" for i in range(n)),
+        f"setp.le.s32 p, {count}, {begun};", "@p bra DONE;",
+        f"mov.b32 g, {x}; or.b32 r, {rows}, 0x04000400;",
+        *(near if begun < kept else ()),
+        f"mad.wide.u32 f, {chunk}, 8, {pointers}; ld.global.nc.b32 i, [f];",
+        f"mov.u32 t, %tid.x; and.b32 t, t, 3; mad.lo.u32 t, t, 4, {kept};",  # the lane's first
+        f"add.s32 i, i, t; mad.wide.s32 f, i, 4, {outliers}; sub.s32 left, {count}, t; sub.s32 i, {count}, {kept};",
         "FAR:",
         *(f"mov.b32 w{i}, 0; setp.gt.s32 q, left, {i}; @q ld.global.nc.b32 w{i}, [f+{4 * i}];" for i in range(4)),
         *_sixteen(tiles),
@@ -186,6 +212,12 @@ def _rooms() -> dict[int, str]:
 KEPT = (0, 32, 64, 128)  # words of outliers of a chunk and tile that are copied; more are read when their turn comes
 
 
+def at_once(kept: int) -> int:
+    """How many outliers of a chunk are multiplied without asking whether there are so many, a multiple of 16: most chunks of a
+    matrix with so many `kept` have more."""
+    return 16 * ceil_div(3 * kept, 64)
+
+
 def warp_bytes(bits: int, kept: int) -> int:
     """Of shared memory for a chunk of a warp."""
     return 512 * bits + STATS_BYTES + 4 * kept
@@ -201,11 +233,15 @@ _X_PITCH = gl.constexpr(X_PITCH)
 _STATS_BYTES = gl.constexpr(STATS_BYTES)
 _ASK_WEIGHTS = gl.constexpr({bits: _ask_weights(bits) for bits in (2, 3, 4)})
 _ASK_OUTLIERS = gl.constexpr({kept: _ask_outliers(kept) for kept in KEPT})
-_ASK_X = gl.constexpr("{ .reg .pred p; setp.lt.s32 p, $3, $4; @p cp.async.cg.shared.global [$1], [$2], 16; mov.b32 $0, $1; }")
-# Where the outliers of chunk $2 begin, or end those of the one before, if it is not behind $3; else 0.
-_BOUND = gl.constexpr(
-    "{ .reg .pred p; .reg .b64 a; setp.le.s32 p, $2, $3; mad.wide.u32 a, $2, 8, $1;"
-    " mov.b32 $0, 0; @p ld.global.nc.b32 $0, [a]; }"
+# Copies 16 bytes of x of chunk $3, from $2 + 512 $3, if $4 is before $5.
+_ASK_X = gl.constexpr(
+    "{ .reg .pred p; .reg .b64 a; setp.lt.s32 p, $4, $5; mad.wide.u32 a, $3, 512, $2;"
+    " @p cp.async.cg.shared.global [$1], [a], 16; mov.b32 $0, $1; }"
+)
+# Where the outliers of chunk $3 begin and end, if $4 is before $5, else 0; from those of the tile's first on at $2.
+_BOUNDS = gl.constexpr(
+    "{ .reg .pred p; .reg .b64 a; setp.lt.s32 p, $4, $5; mad.wide.u32 a, $3, 8, $2;"
+    " mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.nc.b32 $0, [a]; @p ld.global.nc.b32 $1, [a+8]; }"
 )
 _LANES = {bits: _with_registers(ptx.dequantize_lane(bits), 20 + bits) for bits in (2, 3, 4)}
 _LANE = gl.constexpr({bits: lane[0] for bits, lane in _LANES.items()})
@@ -218,10 +254,12 @@ _STATISTICS = gl.constexpr({bits: stats[0] for bits, stats in _STATS.items()})
 _STATISTICS_CONSTANTS = gl.constexpr({bits: stats[1] for bits, stats in _STATS.items()})
 _STATISTICS_REGISTERS = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r")
 _SIXTEEN = gl.constexpr((gl.int32,) * 16)
-_OUTLIERS = gl.constexpr({kept * 4 + tiles: _multiply_outliers(kept, tiles) for kept in KEPT for tiles in (1, 2)})
-_OUTLIERS_REGISTERS = gl.constexpr(
-    {tiles: ",".join(["=&f"] * (4 * tiles) + ["f"] * (4 * tiles) + ["r", "r", "r", "r", "l", "r"]) for tiles in (1, 2)}
-)
+_FIRST = gl.constexpr({kept * 4 + tiles: _multiply_first(kept, tiles) for kept in KEPT for tiles in (1, 2)})
+_MORE = gl.constexpr({kept * 4 + tiles: _multiply_more(kept, tiles) for kept in KEPT for tiles in (1, 2)})
+_FIRST_REGISTERS = gl.constexpr({n: ",".join(["=&f"] * (4 * n) + ["f"] * (4 * n) + ["r"] * 3) for n in (1, 2)})
+_MORE_REGISTERS = gl.constexpr({
+    n: ",".join(["=&f"] * (4 * n) + ["f"] * (4 * n) + ["r", "r", "r", "r", "l", "l", "r"]) for n in (1, 2)
+})  # fmt: skip
 _FLOATS = gl.constexpr({1: (gl.float32,) * 4, 2: (gl.float32,) * 8})
 _LOAD4 = gl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
 _MMA = gl.constexpr(ptx.MMA)
@@ -230,6 +268,20 @@ _WAIT = gl.constexpr({
     stages: f"cp.async.wait_group {min(stages - 2, 1)}; bar.sync 0; mov.b32 $0, $1;" for stages in (2, 3, 4)
 })  # fmt: skip
 _COMMIT = gl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
+# A program's part of a piece is there where its flag is this, a nan; one that is not is no sum of a kernel before, nor left by
+# one: who reads a part clears its flag. Memory that nobody wrote is this by chance in one of 2**64 cases.
+_MAGIC = 0x7FC0_5351_9E37_79B9
+_PUBLISH = gl.constexpr(
+    f"{{ .reg .pred p; .reg .b64 m; mov.b64 m, {_MAGIC:#x}; setp.eq.s32 p, $2, 0; @p st.release.gpu.global.b64 [$1], m;"
+    " mov.b32 $0, $2; }"
+)
+_AWAIT = gl.constexpr(
+    "{ .reg .pred p; .reg .b64 f;\nAGAIN:\nld.acquire.gpu.global.b64 f, [$1];\n"
+    f"setp.ne.b64 p, f, {_MAGIC:#x};\n@p bra AGAIN;\nmov.b32 $0, $2; }}"
+)
+_CLEAR = gl.constexpr(
+    "{ .reg .pred p; .reg .b64 m; mov.b64 m, 0; setp.eq.s32 p, $2, 0; @p st.global.b64 [$1], m; mov.b32 $0, $2; }"
+)
 
 
 @gluon.jit
@@ -264,110 +316,154 @@ def _load4(at):
 
 
 @gluon.jit
-def _ask_x(at, x_at, chunk, ends, BATCH: gl.constexpr, WARPS: gl.constexpr):
+def _ask_x(at, x_at, chunk, chunks, position, ends, BATCH: gl.constexpr, WARPS: gl.constexpr):
     """Begins to copy x of a chunk: a warp copies every WARPS-th row."""
     for i in gl.static_range(BATCH // WARPS):
         gl.inline_asm_elementwise(
-            _ASK_X, "=r,r,l,r,r", [at + i * WARPS * _X_PITCH, x_at[i], chunk, ends[i]], dtype=gl.int32, is_pure=False, pack=1
+            _ASK_X, "=r,r,l,r,r,r", [at + i * WARPS * _X_PITCH, x_at, chunk + i * WARPS * chunks, position, ends[i]],
+            dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 
 @gluon.jit
-def _ask_chunk(
-    at, words_at, stats_at, chunk, end, stats_end, Outliers, low, high, lane, BITS: gl.constexpr, KEPT: gl.constexpr
-):
-    """Begins to copy a chunk of the warp's tile. at: the lane's first 16 bytes of the warp's part of a stage."""
+def _ask_weights_of(at, words_at, stats_at, chunk, stats_step, position, last, stats_last, BITS: gl.constexpr):
+    """Begins to copy a chunk, by its number, if position is before last. at: the lane's first 16 bytes of the warp's part of
+    a stage."""
     gl.inline_asm_elementwise(
-        _ASK_WEIGHTS[BITS], "=r,r,l,l,r,r,r", [at, words_at, stats_at, chunk, end, stats_end], dtype=gl.int32, is_pure=False,
+        _ASK_WEIGHTS[BITS], "=r,r,l,l,r,r,r,r,r", [at, words_at, stats_at, chunk, stats_step, position, last, stats_last],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _ask_outliers_of(at, Outliers, low, high, lane, BITS: gl.constexpr, KEPT: gl.constexpr):
+    """The same of the outliers low .. high."""
+    room = at + (512 * BITS + _STATS_BYTES) - lane * 12
+    gl.inline_asm_elementwise(
+        _ASK_OUTLIERS[KEPT], "=r,r,l,r", [room, Outliers + (low + lane), high - low - lane], dtype=gl.int32, is_pure=False,
         pack=1,
     )  # fmt: skip
-    if KEPT > 0:
-        room = at + (512 * BITS + _STATS_BYTES) - lane * 12
-        gl.inline_asm_elementwise(
-            _ASK_OUTLIERS[KEPT], "=r,r,l,r", [room, Outliers + (low + lane), high - low - lane], dtype=gl.int32, is_pure=False,
-            pack=1,
-        )  # fmt: skip
 
 
-_INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "whole", "splits", "a_split")
+@gluon.jit
+def _bounds(pointers_at, chunk, position, last):
+    """Where the outliers of a chunk begin and end; 0 and 0 from position last on."""
+    return gl.inline_asm_elementwise(
+        _BOUNDS, "=&r,=&r,l,r,r,r", [pointers_at, chunk, position, last], dtype=(gl.int32, gl.int32), is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _publish(flag, thread):
+    barrier()
+    gl.inline_asm_elementwise(_PUBLISH, "=r,l,r,~{memory}", [flag, thread], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _write(
+    sums, Scale, Bias, Y, first_row, batch, out_features, gid, tid, warp, SCALED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    TILES: gl.constexpr,
+):  # fmt: skip
+    """A piece of Y from the sums of its lanes."""
+    for t in gl.static_range(TILES):
+        for i in gl.static_range(4):
+            n = tid * 2 + (8 * t + i % 2)
+            row = first_row + (warp * 16 + gid + i // 2 * 8)
+            total = sums[4 * t + i]
+            if SCALED:
+                total *= gl.load(Scale + n, mask=n < batch, other=0)
+            if HAS_BIAS:
+                total += gl.load(Bias + row, mask=row < out_features, other=0).to(gl.float32)
+            inside = (row < out_features) & (n < batch)
+            gl.store(Y + n.to(gl.int64) * out_features + row, total.to(Y.dtype.element_ty), mask=inside)
+
+
+_INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "base", "extra")
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)  # one compiled kernel for all shapes
 def small_kernel(
     X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial,
-    batch, out_features, tile_rows, chunks, groups, whole, splits, a_split,
+    batch, out_features, tile_rows, chunks, groups, base, extra,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr,
-    SPLIT: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+    BATCH: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, SETS: gl.constexpr,
     ROOM: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out], batch at most BATCH, X fp16 [batch, chunks * 256].
 
-    A piece of Y is 16 * WARPS of the o. The first `whole` programs make one piece each. Behind them, where SPLIT, `splits`
-    programs share a piece: each writes its sum over a_split chunks to Partial fp32 [program - whole, BATCH, 16 * WARPS], for
-    `finish_kernel`. KEPT: words of outliers of a chunk that are copied, 0 where the matrix has none.
+    A piece of Y is 16 * WARPS of the o. All chunks of all pieces, piece after piece, are a line of positions, of which the first
+    `extra` programs take base + 1 each and the others base. What a program has of a piece that others share goes to Partial
+    fp32 [programs, 2, BATCH / 2 * 32 * WARPS]: 0 where the next programs go on, with the flag, 8 bytes, behind all parts; 1 where
+    it has the piece's end, until it adds the parts of the programs before, which wait for nobody before they have published.
+    KEPT: words of outliers of a chunk that are copied, 0 where the matrix has none. SETS: of sums that a lane has for each
+    product, 1 or 2, so that products need not wait for each other.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     gl.static_assert(BILEVEL and BLOCKS_A_GROUP == 1, "other statistics are not written yet")
     TILES: gl.constexpr = BATCH // 8
+    SUMS: gl.constexpr = 4 * TILES
     WARP_BYTES: gl.constexpr = 512 * BITS + _STATS_BYTES + 4 * KEPT
     STAGE: gl.constexpr = WARPS * WARP_BYTES
     X_STAGE: gl.constexpr = BATCH * _X_PITCH
-    thread = gl.arange(0, 32 * WARPS, layout=layout)
+    THREADS: gl.constexpr = 32 * WARPS
+    thread = gl.arange(0, THREADS, layout=layout)
     lane = thread % 32
     warp = thread // 32
     gid = lane // 4
     tid = lane % 4
     none = thread * 0
-    piece = gl.program_id(0)
-    behind = piece - whole
-    begin = 0
-    end = chunks
-    if SPLIT:  # noqa: SIM102, the compiler's condition and the GPU's
-        if behind >= 0:
-            piece = whole + behind // splits
-            begin = behind % splits * a_split
-            end = gl.minimum(begin + a_split, chunks)
-    tile = gl.minimum(piece * WARPS + warp, tile_rows - 1)
-    tile64 = tile.to(gl.int64)
+    program = gl.program_id(0)
+    first = program * base + gl.minimum(program, extra)
+    last = first + base + (program < extra).to(gl.int32)
+    first_piece = first // chunks
+    first_chunk = first - first_piece * chunks
 
     room = gl.inline_asm_elementwise(_ROOMS[ROOM], "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
     own = room + (warp * WARP_BYTES + lane * 16)
     x_own = room + (STAGES * STAGE + warp * _X_PITCH + lane * 16)
     x_read = room + (STAGES * STAGE + gid * _X_PITCH)
 
-    words_at = Weight + tile64 * (chunks * (128 * BITS)) + (begin * (128 * BITS) + lane * 4)
-    codes_at = StatCodes + tile64 * (chunks * 48) + (begin * 48 + lane * 4)
-    tops_at = TileStats.to(gl.pointer_type(gl.int32)) + tile64 * (chunks * 32) + (begin * 32 + (lane * 4 - 48))
-    stats_at = gl.where(lane < 12, codes_at, tops_at)
-    stats_step = gl.where(lane < 12, 48, 32)
-    stats_end = gl.where(lane < 20, end, 0)
-    bounds = ()
-    pointer = Pointers + tile64 * (2 * chunks)
+    # What is copied next: chunk `ask` of piece `ask_piece`, whose number in the warp's tile and all before is `asked`.
+    ask = first_chunk
+    ask_piece = first_piece
+    asked = gl.minimum(ask_piece * WARPS + warp, tile_rows - 1) * chunks + ask
+    words_at = Weight + lane * 4
+    stats_at = gl.where(lane < 12, StatCodes + lane * 4, TileStats.to(gl.pointer_type(gl.int32)) + (lane * 4 - 48))
+    stats_step = gl.where(lane < 12, 192, 128)
+    pointers_at = Pointers.to(gl.int64) + none.to(gl.int64)
+    outliers_at = Outliers.to(gl.int64) + none.to(gl.int64)
+    lasts = none + last
+    stats_last = gl.where(lane < 20, last, 0)
+    lows = ()
+    counts = ()
+    low, high = none, none
     if KEPT > 0:
-        for k in gl.static_range(STAGES + 1):
-            bounds = bounds + (gl.load(pointer + 2 * gl.minimum(begin + k, end)),)
+        low, high = _bounds(pointers_at, asked, none + first, lasts)
     for k in gl.static_range(STAGES - 1):
+        _ask_weights_of(
+            own + k * STAGE, words_at, stats_at, asked, stats_step, none + (first + k), lasts, stats_last, BITS
+        )
+        lows = lows + (low,)
+        counts = counts + (high - low,)
+        ask += 1
+        asked += 1
+        if ask == chunks:
+            ask = 0
+            ask_piece += 1
+            asked = gl.minimum(ask_piece * WARPS + warp, tile_rows - 1) * chunks
         if KEPT > 0:
-            low, high = bounds[k], bounds[k + 1]
-        else:
-            low, high = none, none
-        _ask_chunk(
-            own + k * STAGE, words_at, stats_at, none + (begin + k), none + end, stats_end, Outliers, low, high, lane, BITS,
-            KEPT,
-        )  # fmt: skip
-        words_at += 128 * BITS
-        stats_at += stats_step
+            low, high = _bounds(pointers_at, asked, none + (first + (k + 1)), lasts)
+    if KEPT > 0:
+        for k in gl.static_range(STAGES - 1):
+            _ask_outliers_of(own + k * STAGE, Outliers, lows[k], lows[k] + counts[k], lane, BITS, KEPT)
 
     x_ends = ()
-    for i in gl.static_range(BATCH // WARPS):
-        x_ends = x_ends + (gl.where(warp + i * WARPS < batch, end, 0),)
-    first = X + warp.to(gl.int64) * (chunks * 256) + (begin * 256 + lane * 8)
+    x_at = X + warp.to(gl.int64) * (chunks * 256) + lane * 8
     if DEPENDENT:  # x, unlike the matrix, comes from the kernel before
-        first = await_previous(first)
-    x_at = ()
+        x_at = await_previous(x_at)
     for i in gl.static_range(BATCH // WARPS):
-        x_at = x_at + (first + i * (chunks * (256 * WARPS)),)
-    _ask_x(x_own, x_at, none + begin, x_ends, BATCH, WARPS)
+        x_ends = x_ends + (gl.where(warp + i * WARPS < batch, last, 0),)
+    _ask_x(x_own, x_at, none + first_chunk, chunks, none + first, x_ends, BATCH, WARPS)
     _commit(lane)
     _commit(lane)  # an empty group, where the loop has that of a chunk
 
@@ -379,124 +475,166 @@ def small_kernel(
     unknown = none + (batch >> 30)
     for_lane = _lane_constants(unknown, BITS)
     for_statistics = _statistics_constants(unknown, BITS)
-    zero = gl.zeros([32 * WARPS], gl.float32, layout)
-    sums = (zero,) * (4 * TILES)
-    now = none
-    then = none + (STAGES - 1) * STAGE  # the stage before `now`
+    zero = gl.zeros([THREADS], gl.float32, layout)
+    flags = Partial.to(gl.pointer_type(gl.int64)) + gl.num_programs(0) * (SUMS * THREADS)
+    now = 0
+    then = (STAGES - 1) * STAGE  # the stage before `now`
     x_now = x_read
     x_then = x_own + X_STAGE
-    for chunk in range(begin, end):
-        gl.inline_asm_elementwise(_WAIT[STAGES], "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
-        next_at = ()
-        for i in gl.static_range(BATCH // WARPS):
-            next_at = next_at + (x_at[i] + 256,)
-        x_at = next_at
-        _ask_x(x_then, x_at, none + (chunk + 1), x_ends, BATCH, WARPS)
-        _commit(lane)
-        if KEPT > 0:
-            low, high = bounds[STAGES - 1], bounds[STAGES]
-        else:
-            low, high = none, none
-        _ask_chunk(
-            own + then, words_at, stats_at, none + (chunk + (STAGES - 1)), none + end, stats_end, Outliers, low, high, lane,
-            BITS, KEPT,
-        )  # fmt: skip
-        _commit(lane)
-        words_at += 128 * BITS
-        stats_at += stats_step
-        at = own + now
-        words = ()
-        for k in gl.static_range(BITS):
-            words = words + (_load4(at + 512 * k),)
-        codes = gl.inline_asm_elementwise(
-            _CODES, "=&r,=&r,=&r,=&r,r,r,r", [at + codes_lane, at + halves_lane, rotation],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
-        tops = at + tops_lane
-        x_lane = x_now + tid * 32
-        for s in gl.static_range(4):
-            s0, o0, s1, o1 = gl.inline_asm_elementwise(
-                _STATISTICS[BITS], _STATISTICS_REGISTERS, (codes[s], tops + 32 * s) + for_statistics,
+    position = first
+    begin = first_chunk
+    for piece in range(first_piece, (last - 1) // chunks + 1):
+        end = gl.minimum(begin + (last - position), chunks)
+        sums = (zero,) * (SUMS * SETS)
+        tile_chunks = gl.minimum(piece * WARPS + warp, tile_rows - 1) * chunks
+        for chunk in range(begin, end):
+            gl.inline_asm_elementwise(_WAIT[STAGES], "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
+            following = gl.where(chunk + 1 == chunks, 0, chunk + 1)
+            _ask_x(x_then, x_at, none + following, chunks, none + (position + 1), x_ends, BATCH, WARPS)
+            _commit(lane)
+            _ask_weights_of(
+                own + then, words_at, stats_at, asked, stats_step, none + (position + (STAGES - 1)), lasts, stats_last, BITS
+            )
+            if KEPT > 0:
+                _ask_outliers_of(own + then, Outliers, low, high, lane, BITS, KEPT)
+                counts = counts + (high - low,)
+            _commit(lane)
+            ask += 1
+            asked += 1
+            if ask == chunks:
+                ask = 0
+                ask_piece += 1
+                asked = gl.minimum(ask_piece * WARPS + warp, tile_rows - 1) * chunks
+            if KEPT > 0:
+                low, high = _bounds(pointers_at, asked, none + (position + STAGES), lasts)
+            at = own + now
+            outliers = at + (512 * BITS + _STATS_BYTES) - (lane * 16 - tid * 16)
+            words = ()
+            for k in gl.static_range(BITS):
+                words = words + (_load4(at + 512 * k),)
+            codes = gl.inline_asm_elementwise(
+                _CODES, "=&r,=&r,=&r,=&r,r,r,r", [at + codes_lane, at + halves_lane, rotation],
                 dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
             )  # fmt: skip
-            slot = ()
-            for k in gl.static_range(BITS):
-                slot = slot + (words[k][s],)
-            w = gl.inline_asm_elementwise(
-                _LANE[BITS], _LANE_REGISTERS[BITS], slot + (s0, o0, s1, o1) + for_lane, dtype=_SIXTEEN, is_pure=True, pack=1
-            )
-            new = ()
-            for t in gl.static_range(TILES):
-                d = (sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3])
+            if KEPT > 0:
+                sums = sums[SUMS:] + gl.inline_asm_elementwise(
+                    _FIRST[KEPT * 4 + TILES], _FIRST_REGISTERS[TILES], sums[:SUMS] + (outliers, x_now, rows),
+                    dtype=_FLOATS[TILES], is_pure=False, pack=1,
+                )  # fmt: skip
+            tops = at + tops_lane
+            x_lane = x_now + tid * 32
+            for s in gl.static_range(4):
+                s0, o0, s1, o1 = gl.inline_asm_elementwise(
+                    _STATISTICS[BITS], _STATISTICS_REGISTERS, (codes[s], tops + 32 * s) + for_statistics,
+                    dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
+                )  # fmt: skip
+                slot = ()
+                for k in gl.static_range(BITS):
+                    slot = slot + (words[k][s],)
+                w = gl.inline_asm_elementwise(
+                    _LANE[BITS], _LANE_REGISTERS[BITS], slot + (s0, o0, s1, o1) + for_lane, dtype=_SIXTEEN, is_pure=True, pack=1
+                )
                 for half in gl.static_range(2):
-                    b = _load4(x_lane + (8 * _X_PITCH * t + 128 * s + 16 * half))
-                    for c in gl.static_range(2):
-                        d = gl.inline_asm_elementwise(
-                            _MMA, _MMA_REGISTERS,
-                            [w[4 * half + 2 * c], w[8 + 4 * half + 2 * c], w[4 * half + 2 * c + 1], w[9 + 4 * half + 2 * c],
-                             b[2 * c], b[2 * c + 1], d[0], d[1], d[2], d[3]],
-                            dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
-                        )  # fmt: skip
-                new = new + d
-            sums = new
-        if KEPT > 0:
-            sums = gl.inline_asm_elementwise(
-                _OUTLIERS[KEPT * 4 + TILES], _OUTLIERS_REGISTERS[TILES],
-                sums + (at + (512 * BITS + _STATS_BYTES) - (lane * 16 - tid * 16), bounds[1] - bounds[0], x_now, rows,
-                        (Outliers + bounds[0]).to(gl.int64), tid * 4),
-                dtype=_FLOATS[TILES], is_pure=False, pack=1,
-            )  # fmt: skip
-            later = ()
-            for k in gl.static_range(STAGES):
-                later = later + (bounds[k + 1],)
-            bound = gl.inline_asm_elementwise(
-                _BOUND, "=&r,l,r,r", [pointer, none + (chunk + (STAGES + 1)), none + end], dtype=gl.int32, is_pure=False, pack=1
+                    new = ()
+                    for t in gl.static_range(TILES):
+                        d = (sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3])
+                        b = _load4(x_lane + (8 * _X_PITCH * t + 128 * s + 16 * half))
+                        for c in gl.static_range(2):
+                            d = gl.inline_asm_elementwise(
+                                _MMA, _MMA_REGISTERS,
+                                [w[4 * half + 2 * c], w[8 + 4 * half + 2 * c], w[4 * half + 2 * c + 1], w[9 + 4 * half + 2 * c],
+                                 b[2 * c], b[2 * c + 1], d[0], d[1], d[2], d[3]],
+                                dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+                            )  # fmt: skip
+                        new = new + d
+                    sums = sums[SUMS:] + new
+            if KEPT > 0:
+                sums = sums[SUMS:] + gl.inline_asm_elementwise(
+                    _MORE[KEPT * 4 + TILES], _MORE_REGISTERS[TILES],
+                    sums[:SUMS] + (outliers, x_now, rows, counts[0], outliers_at, pointers_at, tile_chunks + chunk),
+                    dtype=_FLOATS[TILES], is_pure=False, pack=1,
+                )  # fmt: skip
+                counts = counts[1:]
+            then = now
+            now = gl.where(now == (STAGES - 1) * STAGE, 0, now + STAGE)
+            x_now = 2 * x_read + X_STAGE - x_now
+            x_then = 2 * x_own + X_STAGE - x_then
+            position += 1
+        total = sums[:SUMS]
+        if SETS == 2:
+            total = ()
+            for i in gl.static_range(SUMS):
+                total = total + (sums[i] + sums[SUMS + i],)
+        if (begin == 0) & (end == chunks):
+            _write(
+                total, Scale, Bias, Y, piece * (16 * WARPS), batch, out_features, gid, tid, warp, SCALED, HAS_BIAS, TILES
             )
-            bounds = later + (bound,)
-        then = now
-        now = gl.where(now == (STAGES - 1) * STAGE, 0, now + STAGE)
-        x_now = 2 * x_read + X_STAGE - x_now
-        x_then = 2 * x_own + X_STAGE - x_then
+        else:
+            part = Partial + (2 * program + (end == chunks).to(gl.int32)) * (SUMS * THREADS) + thread
+            for i in gl.static_range(SUMS):
+                gl.store(part + i * THREADS, total[i])
+            if end < chunks:
+                _publish(flags + program + none, thread)
+        begin = 0
     gl.inline_asm_elementwise("cp.async.wait_all; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
     if DEPENDENT:
         let_next_begin(thread)
 
-    partial = Partial + behind.to(gl.int64) * (16 * WARPS * BATCH)
-    for t in gl.static_range(TILES):
-        for i in gl.static_range(4):
-            near = warp * 16 + gid + i // 2 * 8
-            n = tid * 2 + (8 * t + i % 2)
-            row = piece * (16 * WARPS) + near
-            total = sums[4 * t + i]
-            if SPLIT and behind >= 0:
-                gl.store(partial + (n * (16 * WARPS) + near), total)
-            else:
-                if SCALED:
-                    total *= gl.load(Scale + n, mask=n < batch, other=0)
-                if HAS_BIAS:
-                    total += gl.load(Bias + row, mask=row < out_features, other=0).to(gl.float32)
-                inside = (row < out_features) & (n < batch)
-                gl.store(Y + n.to(gl.int64) * out_features + row, total.to(Y.dtype.element_ty), mask=inside)
+    if (first_chunk > 0) & (first_chunk + (last - first) >= chunks):
+        before = first - first_chunk  # the position of the piece's first chunk, and whose it is
+        shares = extra * (base + 1)
+        if before < shares:
+            source = before // (base + 1)
+        else:
+            source = extra + (before - shares) // base
+        total = (zero,) * SUMS
+        for other in range(source, program):
+            gl.inline_asm_elementwise(
+                _AWAIT, "=r,l,r,~{memory}", [flags + other + none, thread], dtype=gl.int32, is_pure=False, pack=1
+            )
+            total = _plus(total, Partial + 2 * other * (SUMS * THREADS) + thread, SUMS, THREADS)
+        total = _plus(total, Partial + (2 * program + 1) * (SUMS * THREADS) + thread, SUMS, THREADS)
+        barrier()  # all threads have seen the flags
+        for other in range(source, program):
+            gl.inline_asm_elementwise(
+                _CLEAR, "=r,l,r,~{memory}", [flags + other + none, thread], dtype=gl.int32, is_pure=False, pack=1
+            )
+        _write(
+            total, Scale, Bias, Y, first_piece * (16 * WARPS), batch, out_features, gid, tid, warp, SCALED, HAS_BIAS, TILES
+        )
+
+
+@gluon.jit
+def _plus(sums, part, SUMS: gl.constexpr, THREADS: gl.constexpr):
+    """Sums and those of a part, which another program may have written."""
+    found = ()
+    for i in gl.static_range(SUMS):
+        found = found + (sums[i] + gl.load(part + i * THREADS, cache_modifier=".cg"),)
+    return found
 
 
 @dataclass(frozen=True)
-class Small(Choice):
-    """How the kernel runs for a width."""
+class Small:
+    """How the kernel runs for a width, the rows of x that a program multiplies with."""
 
-    stages: int = 3
+    warps: int
+    registers: int | None  # the limit of a thread's
+    resident: int  # programs that a multiprocessor holds
+    stages: int  # of chunks in shared memory, fewer where they have no room
+    sets: int = 1
+    least: int = 4  # chunks of a program
 
 
-CHOICES = {8: Small(4, 0, 96, 5, 0.3, 3), 16: Small(4, 0, 104, 4, 0.33, 3)}
+CHOICES = {8: Small(4, 96, 5, 3, 2), 16: Small(4, 96, 5, 3)}
 WIDEST = max(CHOICES)
 
 
 class _Launches(NamedTuple):
-    """The kernels of a product and its plan: prepare where x must be made anew, finish where programs share pieces."""
+    """The kernels of a product: prepare where x must be made anew. parts: numbers that Partial has."""
 
-    plan: Plan
     prepare: Launch | None
     product: Launch
-    finish: Launch | None
+    parts: int
 
 
 def outliers_of_a_chunk(layout: Layout) -> int:
@@ -510,72 +648,56 @@ def outliers_of_a_chunk(layout: Layout) -> int:
 @lru_cache(REMEMBERED)
 def _launches(
     layout: Layout, kept: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool,
-    choice: Small | None = None, splits: int | None = None,
+    choice: Small | None = None,
 ) -> _Launches:  # fmt: skip
     """layout: without outliers, and kept what `outliers_of_a_chunk` says. joined: whether the stored matrix is one tensor."""
     chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
     width = next(width for width in CHOICES if width >= batch)
     choice = choice or CHOICES[width]
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    plan = plan_for(batch, layout.tile_rows, chunks, multiprocessors, {width: choice})
-    if splits is not None:
-        pieces, a_split = ceil_div(layout.tile_rows, choice.warps), ceil_div(chunks, splits)
-        plan = Plan(width, 1, pieces, pieces if splits == 1 else 0, ceil_div(chunks, a_split), a_split)
+    every = ceil_div(layout.tile_rows, choice.warps) * chunks
+    programs = max(1, min(multiprocessors * choice.resident, every // choice.least))
     scaled = dtype == torch.bfloat16  # weights are exact enough in fp16 but not in bf16
     overlaps = overlap.options(device, joined)
-    prepare = finish = None
+    prepare = None
     if scaled or columns != layout.in_features:
         grid = (batch, 1 if scaled else ceil_div(columns, 2048))
         constants = {"SCALED": scaled, "ORDERED": False, "BLOCK": 2048, "num_warps": 4} | overlaps
         dtypes = (dtype, torch.float16, torch.float32)
         prepare = Launch(prepare_kernel, grid, device, dtypes, (layout.in_features, columns), constants)
-    common = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": plan.width} | overlaps
-    if plan.splits > 1:
-        rows = 16 * choice.warps
-        grid = (ceil_div((plan.pieces - plan.whole) * plan.width * rows, 512), 1)
-        integers = (batch, layout.out_features, 1, plan.whole, plan.splits)
-        dtypes = (torch.float32, torch.float32, bias or dtype, dtype)
-        constants = common | {"ROWS": rows, "BLOCK": 512, "num_warps": 4}
-        finish = Launch(finish_kernel, grid, device, dtypes, integers, constants)
     dtypes = (torch.float16, torch.float32, *LEAVES.values(), bias or dtype, dtype, torch.float32)
     integers = (
-        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, plan.whole, plan.splits, plan.a_split,
+        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, every // programs, every % programs,
     )  # fmt: skip
     stages = choice.stages
-    while stages > 2 and room_bytes(layout.weight_bits, kept, plan.width, choice.warps, stages) > MOST_SHARED:
+    while stages > 2 and room_bytes(layout.weight_bits, kept, width, choice.warps, stages) > MOST_SHARED:
         stages -= 1
-    room = room_bytes(layout.weight_bits, kept, plan.width, choice.warps, stages)
-    constants = common | constants_of(layout) | {
-        "SPLIT": plan.splits > 1, "WARPS": choice.warps, "STAGES": stages, "KEPT": kept, "ROOM": room,
-        "num_warps": choice.warps,
+    room = room_bytes(layout.weight_bits, kept, width, choice.warps, stages)
+    constants = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": width} | overlaps | constants_of(layout) | {
+        "WARPS": choice.warps, "STAGES": stages, "KEPT": kept, "SETS": choice.sets, "ROOM": room, "num_warps": choice.warps,
     } | ({"maxnreg": choice.registers} if choice.registers else {})  # fmt: skip
-    return _Launches(plan, prepare, Launch(small_kernel, (plan.programs, 1), device, dtypes, integers, constants), finish)
+    product = Launch(small_kernel, (programs, 1), device, dtypes, integers, constants)
+    return _Launches(prepare, product, programs * (2 * 16 * choice.warps * width + 2))
 
 
 def linear(
-    x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, choice: Small | None = None,
-    splits: int | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, choice: Small | None = None
+) -> Tensor:
     """x W^T + bias for x fp16 or bf16 [batch, in], batch at most WIDEST, contiguous, and checked operands of a layout of whole
     chunks, not permuted where it has outliers. Returns [batch, out] in x's dtype."""
     batch, dtype = x.shape[0], x.dtype
     given = None if bias is None else bias.dtype
     shape, kept, joined = layout.with_outliers(0), outliers_of_a_chunk(layout), isinstance(tensors, Joined)
-    plan, prepare, product, finish = _launches(shape, kept, batch, dtype, given, x.device, joined, choice, splits)
+    prepare, product, parts = _launches(shape, kept, batch, dtype, given, x.device, joined, choice)
     y = torch.empty(batch, layout.out_features, dtype=dtype, device=x.device)
     added = y if bias is None else aligned(bias)
-    scale = partial = y  # where the kernels are told not to look
+    scale = y  # where the kernels are told not to look
     x = aligned(x) if not layout.permuted else x.index_select(1, tensors["perm"])
     if prepare is not None:
         if dtype == torch.bfloat16:
             scale = torch.empty(batch, dtype=torch.float32, device=x.device)
         before, x = x, torch.empty(batch, layout.blocks * TILE, dtype=torch.float16, device=x.device)
         prepare(before.data_ptr(), x.data_ptr(), scale.data_ptr())
-    if finish is not None:
-        partial = torch.empty(
-            (plan.programs - plan.whole) * plan.width * finish.constants["ROWS"], dtype=torch.float32, device=x.device
-        )
+    partial = torch.empty(parts, dtype=torch.float32, device=x.device)
     product(x.data_ptr(), scale.data_ptr(), *addresses(tensors, layout), added.data_ptr(), y.data_ptr(), partial.data_ptr())
-    if finish is not None:
-        finish(partial.data_ptr(), scale.data_ptr(), added.data_ptr(), y.data_ptr())
     return y
