@@ -620,7 +620,7 @@ class Small:
     warps: int
     registers: int | None  # the limit of a thread's
     resident: int  # programs that a multiprocessor holds
-    stages: int  # of chunks in shared memory, fewer where they have no room
+    stages: int  # of chunks in shared memory, fewer where they have no room: then fewer words of outliers
     sets: int = 1
     least: int = 4  # chunks of a program
 
@@ -672,6 +672,8 @@ def _launches(
     stages = choice.stages
     while stages > 2 and room_bytes(layout.weight_bits, kept, width, choice.warps, stages) > MOST_SHARED:
         stages -= 1
+    while room_bytes(layout.weight_bits, kept, width, choice.warps, stages) > MOST_SHARED:
+        kept = next(fewer for fewer in reversed(KEPT) if fewer < kept)
     room = room_bytes(layout.weight_bits, kept, width, choice.warps, stages)
     constants = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": width} | overlaps | constants_of(layout) | {
         "WARPS": choice.warps, "STAGES": stages, "KEPT": kept, "SETS": choice.sets, "ROOM": room, "num_warps": choice.warps,
