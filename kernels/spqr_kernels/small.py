@@ -6,7 +6,7 @@ B, and because the order of columns within a product is free, 16 bytes of a row 
 Outliers are not added to the weights but multiplied on their own, 16 of a chunk at a time: A has the value of outlier k in its
 row and zeros in the others, B has x of its column. The products go to the same sums.
 
-All shared memory is declared in PTX, for which the compiler puts no barriers: words and statistics are read by the warp that
+Shared memory is read and written in PTX, for which the compiler puts no barriers: words and statistics are read by the warp that
 copied them, and x, which the whole program reads, needs one barrier a chunk.
 
 All programs run at once and have equal shares of the chunks of all pieces of Y. Where a piece is shared, the program that has
@@ -39,7 +39,6 @@ from .overlap import await_previous, let_next_begin
 
 X_PITCH = 528  # bytes of a row of x of a chunk: 512 and 16, so that 8 rows lie in different banks
 X_STAGES = 2
-MOST_SHARED = 49152  # bytes of shared memory that can be declared
 STATS_BYTES = 320  # of a chunk: 48 words of codes, 16 tile statistics of 8 bytes
 
 
@@ -200,15 +199,6 @@ def _with_registers(program: str, first: int) -> tuple[str, tuple[int, ...]]:
     return "{\n" + "\n".join(lines) + program[1:], tuple(value - (value >> 31 << 32) for value in values)
 
 
-def _rooms() -> dict[int, str]:
-    """PTX: address $0 of so many bytes of shared memory; $1 is not read."""
-    sizes = {
-        room_bytes(bits, kept, batch, warps, stages)
-        for bits in (2, 3, 4) for kept in KEPT for batch in (8, 16) for warps in (4, 8) for stages in (2, 3, 4)
-    }  # fmt: skip
-    return {size: f"{{ .shared .align 128 .b8 room[{size}]; mov.u32 $0, room; }}" for size in sizes if size <= MOST_SHARED}
-
-
 KEPT = (0, 32, 64, 128)  # words of outliers of a chunk and tile that are copied; more are read when their turn comes
 
 
@@ -224,11 +214,13 @@ def warp_bytes(bits: int, kept: int) -> int:
 
 
 def room_bytes(bits: int, kept: int, batch: int, warps: int, stages: int) -> int:
-    """Of shared memory of a program."""
-    return stages * warps * warp_bytes(bits, kept) + X_STAGES * batch * X_PITCH
+    """Of shared memory of a program, four for each of its threads."""
+    used = stages * warps * warp_bytes(bits, kept) + X_STAGES * batch * X_PITCH
+    return ceil_div(used, 128 * warps) * 128 * warps
 
 
-_ROOMS = gl.constexpr(_rooms())
+# The shared memory of a program, in the compiler's name for it: Gluon gives no addresses.
+_ROOM = gl.constexpr("mov.u32 $0, global_smem; // $1")
 _X_PITCH = gl.constexpr(X_PITCH)
 _STATS_BYTES = gl.constexpr(STATS_BYTES)
 _ASK_WEIGHTS = gl.constexpr({bits: _ask_weights(bits) for bits in (2, 3, 4)})
@@ -418,7 +410,11 @@ def small_kernel(
     first_piece = first // chunks
     first_chunk = first - first_piece * chunks
 
-    room = gl.inline_asm_elementwise(_ROOMS[ROOM], "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+    # The one room of the kernel, so that it begins where all shared memory does; it would not be there without a use.
+    memory = gl.allocate_shared_memory(gl.int32, [ROOM // (4 * THREADS), THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    memory.index(0).store(thread)
+    barrier()
+    room = gl.inline_asm_elementwise(_ROOM, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
     own = room + (warp * WARP_BYTES + lane * 16)
     x_own = room + (STAGES * STAGE + warp * _X_PITCH + lane * 16)
     x_read = room + (STAGES * STAGE + gid * _X_PITCH)
@@ -620,7 +616,7 @@ class Small:
     warps: int
     registers: int | None  # the limit of a thread's
     resident: int  # programs that a multiprocessor holds
-    stages: int  # of chunks in shared memory, fewer where they have no room: then fewer words of outliers
+    stages: int  # of chunks in shared memory
     sets: int = 1
     least: int = 4  # chunks of a program
 
@@ -669,14 +665,9 @@ def _launches(
     integers = (
         batch, layout.out_features, layout.tile_rows, chunks, layout.groups, every // programs, every % programs,
     )  # fmt: skip
-    stages = choice.stages
-    while stages > 2 and room_bytes(layout.weight_bits, kept, width, choice.warps, stages) > MOST_SHARED:
-        stages -= 1
-    while room_bytes(layout.weight_bits, kept, width, choice.warps, stages) > MOST_SHARED:
-        kept = next(fewer for fewer in reversed(KEPT) if fewer < kept)
-    room = room_bytes(layout.weight_bits, kept, width, choice.warps, stages)
+    room = room_bytes(layout.weight_bits, kept, width, choice.warps, choice.stages)
     constants = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": width} | overlaps | constants_of(layout) | {
-        "WARPS": choice.warps, "STAGES": stages, "KEPT": kept, "SETS": choice.sets, "ROOM": room, "num_warps": choice.warps,
+        "WARPS": choice.warps, "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets, "ROOM": room, "num_warps": choice.warps,
     } | ({"maxnreg": choice.registers} if choice.registers else {})  # fmt: skip
     product = Launch(small_kernel, (programs, 1), device, dtypes, integers, constants)
     return _Launches(prepare, product, programs * (2 * 16 * choice.warps * width + 2))
