@@ -6,8 +6,8 @@ B, and because the order of columns within a product is free, 16 bytes of a row 
 Outliers are not added to the weights but multiplied on their own, 16 of a chunk at a time: A has the value of outlier k in its
 row and zeros in the others, B has x of its column. The products go to the same sums.
 
-Shared memory is read and written in PTX, for which the compiler puts no barriers: words and statistics are read by the warp that
-copied them, and x, which the whole program reads, needs one barrier a chunk.
+Shared memory is read and written in PTX, for which the compiler puts no barriers: words and statistics are read by the warp
+that copied them, and x, which the whole program reads, needs one barrier a chunk.
 
 All programs run at once and have equal shares of the chunks of all pieces of Y. Where a piece is shared, the program that has
 its last chunk adds up the parts of the others. Every sum has one fixed order, so results repeat bit for bit.
@@ -48,8 +48,8 @@ def _half2(low: float, high: float) -> int:
 
 
 def _ask_weights(bits: int) -> str:
-    """PTX: copies of chunk $4 to the lane's place $1: words from $2 + 512 bits $4 if $6 is before $7, statistics from $3 + $4 $5
-    if before $8."""
+    """PTX: copies of chunk $4 to the lane's place $1: words from $2 + 512 bits $4 if $6 is before $7, statistics from
+    $3 + $4 $5 if before $8."""
     lines = [".reg .pred p, q; .reg .b64 a, b;", "setp.lt.s32 p, $6, $7;", "setp.lt.s32 q, $6, $8;"]
     lines += [f"mad.wide.u32 a, $4, {512 * bits}, $2;", "mad.wide.u32 b, $4, $5, $3;"]
     lines += [f"@p cp.async.cg.shared.global [$1+{512 * k}], [a+{512 * k}], 16;" for k in range(bits)]
@@ -259,6 +259,7 @@ _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
 _WAIT = gl.constexpr({
     stages: f"cp.async.wait_group {min(stages - 2, 1)}; bar.sync 0; mov.b32 $0, $1;" for stages in (2, 3, 4)
 })  # fmt: skip
+_PARTS = gl.constexpr(4)
 _COMMIT = gl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
 # A program's part of a piece is there where its flag is this, a nan; one that is not is no sum of a kernel before, nor left by
 # one: who reads a part clears its flag. Memory that nobody wrote is this by chance in one of 2**64 cases.
@@ -267,12 +268,11 @@ _PUBLISH = gl.constexpr(
     f"{{ .reg .pred p; .reg .b64 m; mov.b64 m, {_MAGIC:#x}; setp.eq.s32 p, $2, 0; @p st.release.gpu.global.b64 [$1], m;"
     " mov.b32 $0, $2; }"
 )
+# Waits for flag $1 and clears it, if $2 is before $3.
 _AWAIT = gl.constexpr(
-    "{ .reg .pred p; .reg .b64 f;\nAGAIN:\nld.acquire.gpu.global.b64 f, [$1];\n"
-    f"setp.ne.b64 p, f, {_MAGIC:#x};\n@p bra AGAIN;\nmov.b32 $0, $2; }}"
-)
-_CLEAR = gl.constexpr(
-    "{ .reg .pred p; .reg .b64 m; mov.b64 m, 0; setp.eq.s32 p, $2, 0; @p st.global.b64 [$1], m; mov.b32 $0, $2; }"
+    f"{{ .reg .pred p, q; .reg .b64 f, m; mov.b64 m, {_MAGIC:#x}; mov.b64 f, m; setp.lt.s32 q, $2, $3;\nAGAIN:\n"
+    "@q ld.acquire.gpu.global.b64 f, [$1];\nsetp.ne.b64 p, f, m;\n@p bra AGAIN;\n"
+    "mov.b64 m, 0; @q st.global.b64 [$1], m; mov.b32 $0, $2; }"
 )
 
 
@@ -383,10 +383,10 @@ def small_kernel(
 ):  # fmt: skip
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out], batch at most BATCH, X fp16 [batch, chunks * 256].
 
-    A piece of Y is 16 * WARPS of the o. All chunks of all pieces, piece after piece, are a line of positions, of which the first
-    `extra` programs take base + 1 each and the others base. What a program has of a piece that others share goes to Partial
-    fp32 [programs, 2, BATCH / 2 * 32 * WARPS]: 0 where the next programs go on, with the flag, 8 bytes, behind all parts; 1 where
-    it has the piece's end, until it adds the parts of the programs before, which wait for nobody before they have published.
+    A piece of Y is 16 * WARPS of the o. All chunks of all pieces, piece after piece, are a line of positions, of which the
+    first `extra` programs take base + 1 each and the others base. What a program has of a piece that others share goes to
+    Partial fp32 [programs, 2, 16 * WARPS * BATCH]: 0 where the next programs go on, with a flag, 8 bytes, behind all parts; 1
+    where it has the piece's end, until it adds the parts of the programs before, which publish theirs before they wait.
     KEPT: words of outliers of a chunk that are copied, 0 where the matrix has none. SETS: of sums that a lane has for each
     product, 1 or 2, so that products need not wait for each other.
     """
@@ -436,9 +436,7 @@ def small_kernel(
     if KEPT > 0:
         low, high = _bounds(pointers_at, asked, none + first, lasts)
     for k in gl.static_range(STAGES - 1):
-        _ask_weights_of(
-            own + k * STAGE, words_at, stats_at, asked, stats_step, none + (first + k), lasts, stats_last, BITS
-        )
+        _ask_weights_of(own + k * STAGE, words_at, stats_at, asked, stats_step, none + (first + k), lasts, stats_last, BITS)
         lows = lows + (low,)
         counts = counts + (high - low,)
         ask += 1
@@ -562,9 +560,7 @@ def small_kernel(
             for i in gl.static_range(SUMS):
                 total = total + (sums[i] + sums[SUMS + i],)
         if (begin == 0) & (end == chunks):
-            _write(
-                total, Scale, Bias, Y, piece * (16 * WARPS), batch, out_features, gid, tid, warp, SCALED, HAS_BIAS, TILES
-            )
+            _write(total, Scale, Bias, Y, piece * (16 * WARPS), batch, out_features, gid, tid, warp, SCALED, HAS_BIAS, TILES)
         else:
             part = Partial + (2 * program + (end == chunks).to(gl.int32)) * (SUMS * THREADS) + thread
             for i in gl.static_range(SUMS):
@@ -584,29 +580,30 @@ def small_kernel(
         else:
             source = extra + (before - shares) // base
         total = (zero,) * SUMS
-        for other in range(source, program):
+        for other in range(source, program, THREADS):
+            mine = other + thread
             gl.inline_asm_elementwise(
-                _AWAIT, "=r,l,r,~{memory}", [flags + other + none, thread], dtype=gl.int32, is_pure=False, pack=1
+                _AWAIT, "=r,l,r,r,~{memory}", [flags + mine, mine, none + program], dtype=gl.int32, is_pure=False, pack=1
             )
-            total = _plus(total, Partial + 2 * other * (SUMS * THREADS) + thread, SUMS, THREADS)
-        total = _plus(total, Partial + (2 * program + 1) * (SUMS * THREADS) + thread, SUMS, THREADS)
-        barrier()  # all threads have seen the flags
-        for other in range(source, program):
-            gl.inline_asm_elementwise(
-                _CLEAR, "=r,l,r,~{memory}", [flags + other + none, thread], dtype=gl.int32, is_pure=False, pack=1
-            )
-        _write(
-            total, Scale, Bias, Y, first_piece * (16 * WARPS), batch, out_features, gid, tid, warp, SCALED, HAS_BIAS, TILES
-        )
-
-
-@gluon.jit
-def _plus(sums, part, SUMS: gl.constexpr, THREADS: gl.constexpr):
-    """Sums and those of a part, which another program may have written."""
-    found = ()
-    for i in gl.static_range(SUMS):
-        found = found + (sums[i] + gl.load(part + i * THREADS, cache_modifier=".cg"),)
-    return found
+        barrier()
+        for other in range(source, program, _PARTS):
+            parts = ()
+            for k in gl.static_range(_PARTS):  # so many at once are on their way
+                part = Partial + 2 * (other + k) * (SUMS * THREADS) + thread
+                there = none + (other + k) < program
+                for i in gl.static_range(SUMS):
+                    parts = parts + (gl.load(part + i * THREADS, mask=there, other=0, cache_modifier=".cg"),)
+            for k in gl.static_range(_PARTS):
+                new = ()
+                for i in gl.static_range(SUMS):
+                    new = new + (total[i] + parts[k * SUMS + i],)
+                total = new
+        part = Partial + (2 * program + 1) * (SUMS * THREADS) + thread
+        new = ()
+        for i in gl.static_range(SUMS):
+            new = new + (total[i] + gl.load(part + i * THREADS),)
+        total = new
+        _write(total, Scale, Bias, Y, first_piece * (16 * WARPS), batch, out_features, gid, tid, warp, SCALED, HAS_BIAS, TILES)
 
 
 @dataclass(frozen=True)
@@ -667,7 +664,8 @@ def _launches(
     )  # fmt: skip
     room = room_bytes(layout.weight_bits, kept, width, choice.warps, choice.stages)
     constants = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": width} | overlaps | constants_of(layout) | {
-        "WARPS": choice.warps, "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets, "ROOM": room, "num_warps": choice.warps,
+        "WARPS": choice.warps, "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets, "ROOM": room,
+        "num_warps": choice.warps,
     } | ({"maxnreg": choice.registers} if choice.registers else {})  # fmt: skip
     product = Launch(small_kernel, (programs, 1), device, dtypes, integers, constants)
     return _Launches(prepare, product, programs * (2 * 16 * choice.warps * width + 2))
