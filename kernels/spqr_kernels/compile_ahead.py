@@ -31,8 +31,8 @@ AMD = ("gfx942",)
 
 _STORED = {"Weight": "*i32", "StatCodes": "*i32", "TileStats": "*i16", "GroupSc": "*i16", "GroupZp": "*u8"}
 _UNALIGNED = (
-    "batch", "out_features", "tile_rows", "chunks", "groups", "parts", "whole", "splits", "a_split", "base", "extra", "all_outliers", "top",
-    "tiles", "experts", "pairs_a_row", "first1", "first2",
+    "batch", "out_features", "tile_rows", "chunks", "groups", "parts", "whole", "splits", "a_split", "all_outliers", "top",
+    "tiles", "experts", "pairs_a_row", "first1", "first2", "base", "extra",
     *(f"{name}{i}" for name in ("out_features", "outliers") for i in range(TOGETHER)),
 )  # fmt: skip
 _FIT = ("search_kernel", "tile_start_kernel", "round_kernel", "residual_kernel")
