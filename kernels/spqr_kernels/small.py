@@ -14,8 +14,6 @@ Every sum has one fixed order, so results repeat bit for bit.
 
 from __future__ import annotations
 
-import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,16 +33,20 @@ from .gemm_plan import Choice, Plan, plan_for
 from .joined import Joined
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
 from .overlap import await_previous, let_next_begin
+from .stage_statistics import (
+    STATS_BYTES,
+    bilevel_constants,
+    bilevel_statistics,
+    codes_of_chunk,
+    direct_of_chunk,
+    stats_at,
+    stats_step,
+)
+from .weights import direct_statistics
 
 X_PITCH = 528  # bytes of a row of x of a chunk: 512 and 16, so that 8 rows lie in different banks
 X_STAGES = 2
 MOST_SHARED = 49152  # bytes of shared memory that can be declared
-STATS_BYTES = 320  # of a chunk: 48 words of codes, 16 tile statistics of 8 bytes
-
-
-def _half2(low: float, high: float) -> int:
-    a, b = struct.unpack("<HH", struct.pack("<ee", low, high))
-    return b << 16 | a
 
 
 def _ask_weights(bits: int) -> str:
@@ -61,41 +63,6 @@ def _ask_outliers(kept: int) -> str:
     for i in range(kept // 32):
         lines += [f"setp.le.s32 p, $3, {32 * i};", f"cp.async.ca.shared.global [$1+{128 * i}], [$2+{128 * i}], 4, p;"]
     return "{\n" + "\n".join([*lines, "mov.b32 $0, $1;"]) + "\n}"
-
-
-# Codes $0 .. $3 of groups tid, 4 + tid, 8 + tid, 12 + tid of a set (spec 4.3), by a rotation $6 of 2, or 22 where tid is odd:
-# of each sq of row l at bit 2 and zq at bit 5 of the low half, those of row l + 8 at bits 0 and 3 of the high half. The
-# lane's words are at $4, 16 gid + 4 (tid / 2) from the set on, its half words at $5, 128 + 8 gid + 2 (tid / 2).
-_CODES = gl.constexpr(
-    "{ .reg .b32 a, b, c, d; .reg .b16 h, i;\n"
-    "ld.shared.b32 a, [$4]; ld.shared.b32 b, [$4+8]; ld.shared.b16 h, [$5]; ld.shared.b16 i, [$5+4];\n"
-    "cvt.u32.u16 c, h; cvt.u32.u16 d, i;\n"
-    "prmt.b32 c, a, c, 0x6543; prmt.b32 d, b, d, 0x6543;\n"
-    + "\n".join(f"shf.l.wrap.b32 {r}, {r}, {r}, $6; prmt.b32 ${k}, {r}, {r}, 0x2110;" for k, r in enumerate("abcd"))
-    + "\n}"
-)
-
-
-def _statistics(bits: int) -> str:
-    """PTX: $0 .. $3 as `ptx.half_statistics` has them, from codes $4 as `_CODES` places them and tile statistics at $5: two
-    rows at once in fp16, where scales are rounded twice and middle - zero twice, from exact codes."""
-    return f"""{{
-.reg .b32 t, u, ss, sz, zs, zz, q, z, s, o; .reg .b16 l, h;
-ld.shared.v2.b32 {{t, u}}, [$5];
-mov.b32 {{l, h}}, t; mov.b32 ss, {{l, l}}; mov.b32 sz, {{h, h}};
-mov.b32 {{l, h}}, u; mov.b32 zs, {{l, l}}; mov.b32 zz, {{h, h}};
-lop3.b32 q, $4, {7 << 2 | 7 << 16:#x}, 0x64006400, 0xEA;
-lop3.b32 z, $4, {7 << 5 | 7 << 19:#x}, 0x64006400, 0xEA;
-{{ .reg .b32 a, b; mov.b32 a, {_half2(0.25, 1):#x}; mov.b32 b, {_half2(-256, -1024):#x}; fma.rn.f16x2 q, q, a, b; }}
-{{ .reg .b32 a, b; mov.b32 a, {_half2(-1 / 32, -1 / 8):#x}; mov.b32 b, {_half2(32, 128):#x}; fma.rn.f16x2 z, z, a, b; }}
-sub.rn.f16x2 q, q, sz;
-mul.rn.f16x2 s, q, ss;
-{{ .reg .b32 m; mov.b32 m, {_half2(2 ** (bits - 1), 2 ** (bits - 1)):#x}; fma.rn.f16x2 o, zs, zz, m; }}
-fma.rn.f16x2 o, z, zs, o;
-mul.rn.f16x2 o, o, s;
-mov.b32 {{l, h}}, s; mov.b32 $0, {{l, l}}; mov.b32 $2, {{h, h}};
-mov.b32 {{l, h}}, o; mov.b32 $1, {{l, l}}; mov.b32 $3, {{h, h}};
-}}"""
 
 
 def _sixteen(tiles: int) -> list[str]:
@@ -151,29 +118,6 @@ def _multiply_outliers(kept: int, tiles: int) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-def _with_registers(program: str, first: int) -> tuple[str, tuple[int, ...]]:
-    """PTX with its constants of `lop3` and first ones of `fma` in registers from number `first` on, two to a register of the
-    latter; and these constants. The assembler would make them anew within the loop, again and again."""
-    names: dict[str, str] = {"0x64006400": f"${first}"}
-    values = [0x64006400]
-    found = list(dict.fromkeys(re.findall(r"mov.b32 a, (0x[0-9a-f]+);", program)))
-    lines = []
-    for i in range(0, len(found), 2):
-        pair = [int(value, 16) & 0xFFFF for value in (found[i], found[min(i + 1, len(found) - 1)])]
-        whole = all(int(value, 16) >> 16 == int(value, 16) & 0xFFFF for value in found[i : i + 2])
-        if whole:
-            lines.append(f".reg .b16 l{i}, h{i}; mov.b32 {{l{i}, h{i}}}, ${first + len(values)};")
-            names |= {value: f"{{{half}{i}, {half}{i}}}" for value, half in zip(found[i : i + 2], "lh", strict=False)}
-            values.append(pair[0] | pair[1] << 16)
-        else:
-            for value in found[i : i + 2]:
-                names[value] = f"${first + len(values)}"
-                values.append(int(value, 16))
-    program = re.sub(r"mov.b32 a, (0x[0-9a-f]+);", lambda m: f"mov.b32 a, {names[m[1]]};", program)
-    program = program.replace("0x64006400", names["0x64006400"])
-    return "{\n" + "\n".join(lines) + program[1:], tuple(value - (value >> 31 << 32) for value in values)
-
-
 def _rooms() -> dict[int, str]:
     """PTX: address $0 of so many bytes of shared memory; $1 is not read."""
     sizes = {
@@ -207,16 +151,12 @@ _BOUND = gl.constexpr(
     "{ .reg .pred p; .reg .b64 a; setp.le.s32 p, $2, $3; mad.wide.u32 a, $2, 8, $1;"
     " mov.b32 $0, 0; @p ld.global.nc.b32 $0, [a]; }"
 )
-_LANES = {bits: _with_registers(ptx.dequantize_lane(bits), 20 + bits) for bits in (2, 3, 4)}
+_LANES = {bits: ptx.constants_in_registers(ptx.dequantize_lane(bits), 20 + bits) for bits in (2, 3, 4)}
 _LANE = gl.constexpr({bits: lane[0] for bits, lane in _LANES.items()})
 _LANE_CONSTANTS = gl.constexpr({bits: lane[1] for bits, lane in _LANES.items()})
 _LANE_REGISTERS = gl.constexpr({
     bits: ptx.dequantize_lane_constraints(bits) + ",r" * len(lane[1]) for bits, lane in _LANES.items()
 })  # fmt: skip
-_STATS = {bits: _with_registers(_statistics(bits), 6) for bits in (2, 3, 4)}
-_STATISTICS = gl.constexpr({bits: stats[0] for bits, stats in _STATS.items()})
-_STATISTICS_CONSTANTS = gl.constexpr({bits: stats[1] for bits, stats in _STATS.items()})
-_STATISTICS_REGISTERS = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r")
 _SIXTEEN = gl.constexpr((gl.int32,) * 16)
 _OUTLIERS = gl.constexpr({kept * 4 + tiles: _multiply_outliers(kept, tiles) for kept in KEPT for tiles in (1, 2)})
 _OUTLIERS_REGISTERS = gl.constexpr(
@@ -238,15 +178,6 @@ def _lane_constants(zero, BITS: gl.constexpr):
     found = ()
     for i in gl.static_range(len(_LANE_CONSTANTS[BITS])):
         found = found + (zero + _LANE_CONSTANTS[BITS][i],)
-    return found
-
-
-@gluon.jit
-def _statistics_constants(zero, BITS: gl.constexpr):
-    """The same of _STATISTICS."""
-    found = ()
-    for i in gl.static_range(len(_STATISTICS_CONSTANTS[BITS])):
-        found = found + (zero + _STATISTICS_CONSTANTS[BITS][i],)
     return found
 
 
@@ -307,7 +238,7 @@ def small_kernel(
     `finish_kernel`. KEPT: words of outliers of a chunk that are copied, 0 where the matrix has none.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    gl.static_assert(BILEVEL and BLOCKS_A_GROUP == 1, "other statistics are not written yet")
+    CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
     TILES: gl.constexpr = BATCH // 8
     WARP_BYTES: gl.constexpr = 512 * BITS + _STATS_BYTES + 4 * KEPT
     STAGE: gl.constexpr = WARPS * WARP_BYTES
@@ -336,11 +267,10 @@ def small_kernel(
     x_read = room + (STAGES * STAGE + gid * _X_PITCH)
 
     words_at = Weight + tile64 * (chunks * (128 * BITS)) + (begin * (128 * BITS) + lane * 4)
-    codes_at = StatCodes + tile64 * (chunks * 48) + (begin * 48 + lane * 4)
-    tops_at = TileStats.to(gl.pointer_type(gl.int32)) + tile64 * (chunks * 32) + (begin * 32 + (lane * 4 - 48))
-    stats_at = gl.where(lane < 12, codes_at, tops_at)
-    stats_step = gl.where(lane < 12, 48, 32)
-    stats_end = gl.where(lane < 20, end, 0)
+    if BILEVEL:
+        stats_from, stats_end = stats_at(StatCodes, TileStats, tile64, begin, end, chunks, lane, CHUNKS_A_SET)
+    else:
+        stats_from, stats_end = words_at, none
     bounds = ()
     pointer = Pointers + tile64 * (2 * chunks)
     if KEPT > 0:
@@ -352,11 +282,11 @@ def small_kernel(
         else:
             low, high = none, none
         _ask_chunk(
-            own + k * STAGE, words_at, stats_at, none + (begin + k), none + end, stats_end, Outliers, low, high, lane, BITS,
+            own + k * STAGE, words_at, stats_from, none + (begin + k), none + end, stats_end, Outliers, low, high, lane, BITS,
             KEPT,
         )  # fmt: skip
         words_at += 128 * BITS
-        stats_at += stats_step
+        stats_from += stats_step(lane, begin + k, BILEVEL, CHUNKS_A_SET)
 
     x_ends = ()
     for i in gl.static_range(BATCH // WARPS):
@@ -371,14 +301,15 @@ def small_kernel(
     _commit(lane)
     _commit(lane)  # an empty group, where the loop has that of a chunk
 
-    codes_lane = 512 * BITS + gid * 16 + tid // 2 * 4 - lane * 16
-    halves_lane = 512 * BITS + 128 + gid * 8 + tid // 2 * 2 - lane * 16
-    tops_lane = 512 * BITS + 192 + tid * 8 - lane * 16
-    rotation = 2 + tid % 2 * 20
     rows = gid * 0x10001000
     unknown = none + (batch >> 30)
     for_lane = _lane_constants(unknown, BITS)
-    for_statistics = _statistics_constants(unknown, BITS)
+    if BILEVEL:
+        for_statistics = bilevel_constants(unknown, BITS)
+    else:
+        row0 = gl.minimum(tile * 16 + gid, out_features - 1).to(gl.int64) * groups
+        row1 = gl.minimum(tile * 16 + gid + 8, out_features - 1).to(gl.int64) * groups
+        direct_next = direct_of_chunk(GroupSc, GroupZp, row0, row1, begin, groups, tid, BLOCKS_A_GROUP)
     zero = gl.zeros([32 * WARPS], gl.float32, layout)
     sums = (zero,) * (4 * TILES)
     now = none
@@ -398,27 +329,29 @@ def small_kernel(
         else:
             low, high = none, none
         _ask_chunk(
-            own + then, words_at, stats_at, none + (chunk + (STAGES - 1)), none + end, stats_end, Outliers, low, high, lane,
+            own + then, words_at, stats_from, none + (chunk + (STAGES - 1)), none + end, stats_end, Outliers, low, high, lane,
             BITS, KEPT,
         )  # fmt: skip
         _commit(lane)
         words_at += 128 * BITS
-        stats_at += stats_step
+        stats_from += stats_step(lane, chunk + (STAGES - 1), BILEVEL, CHUNKS_A_SET)
         at = own + now
         words = ()
         for k in gl.static_range(BITS):
             words = words + (_load4(at + 512 * k),)
-        codes = gl.inline_asm_elementwise(
-            _CODES, "=&r,=&r,=&r,=&r,r,r,r", [at + codes_lane, at + halves_lane, rotation],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
-        tops = at + tops_lane
+        if BILEVEL:
+            codes, tops = codes_of_chunk(at, lane, chunk, chunks, 512 * BITS, CHUNKS_A_SET)
+        else:  # read a chunk ahead
+            direct = direct_next
+            direct_next = direct_of_chunk(GroupSc, GroupZp, row0, row1, chunk + 1, groups, tid, BLOCKS_A_GROUP)
         x_lane = x_now + tid * 32
         for s in gl.static_range(4):
-            s0, o0, s1, o1 = gl.inline_asm_elementwise(
-                _STATISTICS[BITS], _STATISTICS_REGISTERS, (codes[s], tops + 32 * s) + for_statistics,
-                dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
-            )  # fmt: skip
+            if BILEVEL:
+                s0, o0, s1, o1 = bilevel_statistics(codes[s], tops, s, for_statistics, BITS, CHUNKS_A_SET)
+            else:
+                of_slot = direct[s * len(direct) // 4]
+                s0, o0 = direct_statistics(of_slot[0], of_slot[1], BITS)
+                s1, o1 = direct_statistics(of_slot[2], of_slot[3], BITS)
             slot = ()
             for k in gl.static_range(BITS):
                 slot = slot + (words[k][s],)
