@@ -37,14 +37,14 @@ def _wide_codes(chunks_a_set: int) -> str:
     step = 16 // chunks_a_set
     if chunks_a_set == 2:
         full = [
-            "ld.shared.v4.b32 {a, b, c, d}, [$4]; ld.shared.v4.b16 {i, j, k, l}, [$5];",
-            *(f"cvt.u32.u16 {high}, {half}; prmt.b32 {low}, {low}, {high}, $6;" for low, high, half in ("aei", "bfj", "cgk", "dhl")),
+            "ld.shared.v4.b32 {a, b, c, d}, [$4]; ld.shared.v4.b16 {w, x, y, z}, [$5];",
+            *(f"cvt.u32.u16 {high}, {half}; prmt.b32 {low}, {low}, {high}, $6;" for low, high, half in ("aew", "bfx", "cgy", "dhz")),
             *(f"shf.l.wrap.b32 {low}, {low}, {low}, $7;" for low in "abcd"),
         ]  # fmt: skip
     else:
         full = [
-            "ld.shared.v2.b32 {a, c}, [$4]; ld.shared.v2.b16 {i, k}, [$5];",
-            "cvt.u32.u16 e, i; prmt.b32 a, a, e, $6; cvt.u32.u16 g, k; prmt.b32 c, c, g, $6;",
+            "ld.shared.v2.b32 {a, c}, [$4]; ld.shared.v2.b16 {w, x}, [$5];",
+            "cvt.u32.u16 e, w; prmt.b32 a, a, e, $6; cvt.u32.u16 g, x; prmt.b32 c, c, g, $6;",
             "shf.l.wrap.b32 b, a, a, 22; shf.l.wrap.b32 a, a, a, $7; shf.l.wrap.b32 d, c, c, 22; shf.l.wrap.b32 c, c, c, $7;",
         ]
     apart = [
@@ -54,7 +54,7 @@ def _wide_codes(chunks_a_set: int) -> str:
         *(f"shf.r.wrap.b32 {low}, {low}, {high}, $11; shf.l.wrap.b32 {low}, {low}, {low}, 2;" for low, high in ("ae", "bf", "cg", "dh")),
     ]  # fmt: skip
     lines = [
-        ".reg .pred p; .reg .b32 a, b, c, d, e, f, g, h, t; .reg .b16 i, j, k, l;", "setp.ne.s32 p, $8, 0;", "@p bra APART;",
+        ".reg .pred p; .reg .b32 a, b, c, d, e, f, g, h, t; .reg .b16 w, x, y, z;", "setp.ne.s32 p, $8, 0;", "@p bra APART;",
         *full, "bra DONE;", "APART:", *apart, "DONE:", *(f"prmt.b32 ${n}, {low}, {low}, 0x2110;" for n, low in enumerate("abcd")),
     ]  # fmt: skip
     return "{\n" + "\n".join(lines) + "\n}"
