@@ -83,7 +83,9 @@ def _sixteen(tiles: int) -> list[str]:
     lines += [f"and.b32 w{i}, w{i}, 255; mad.lo.u32 w{i}, w{i}, 2, g;" for i in range(4)]
     for tile in range(tiles):
         lines += [f"ld.shared.b16 h{i}, [w{i}+{8 * X_PITCH * tile}];" for i in range(4)]
-        lines += ["mov.b32 b0, {h0, h1};", "mov.b32 b1, {h2, h3};"]
+        # 65504 for an infinite x, which times the zeros of A would be NaN; it is infinite in the product of the codes
+        lines += ["mov.b32 b0, {h0, h1};", "mov.b32 b1, {h2, h3};", "mov.b32 t, 0x7BFF7BFF;"]
+        lines += [f"min.xorsign.abs.f16x2 b{i}, b{i}, t;" for i in range(2)]
         sums = "{" + ", ".join(f"s{4 * tile + i}" for i in range(4)) + "}"
         lines.append(f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {sums}, {{a0, a1, a2, a3}}, {{b0, b1}}, {sums};")
     return lines
