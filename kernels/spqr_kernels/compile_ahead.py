@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from spqr_format.packing import SPREAD
 
-from . import decode, dequant, fit, gemm, grouped, matvec, unpack
+from . import decode, dequant, fit, gemm, grouped, matvec, small, unpack
 from .dispatch import FIT_COLUMNS, TOGETHER
 from .weight_at import field_constants
 
@@ -110,6 +110,7 @@ def variants() -> list[Variant]:
                                  decode.REGISTERS.get(batch)))  # fmt: skip
         sizes |= {"parts": "i32", "whole": "i32", "splits": "i32", "a_split": "i32"}
         operands |= {"Partial": "*fp32"}
+        found += _small(title, kind, operands | sizes)
         for batch, choice in gemm.CHOICES.items():
             if title != "3-bit bilevel" and batch not in (16, 256):
                 continue  # minutes of compiling for little
@@ -154,6 +155,23 @@ def _beside_gemm() -> list[Variant]:
         found.append(Variant(f"prepare{' scaled' * scaled}", gemm.prepare_kernel, before, constants, 4, nvidia=(90,)))
         constants = {"SCALED": scaled, "HAS_BIAS": True, "BATCH": 64, "ROWS": 64, "BLOCK": 512}
         found.append(Variant(f"finish{' scaled' * scaled}", gemm.finish_kernel, behind, constants, 4, nvidia=(90,)))
+    return found
+
+
+def _small(title: str, kind: dict[str, Any], operands: dict[str, str]) -> list[Variant]:
+    """The kernel of small batches; without outliers, and 16 rows of x, for the first kind alone."""
+    found = []
+    first = title == "3-bit bilevel"
+    for width, kept in ((8, 64), (8, 0), (16, 64)) if first else ((8, 64),):
+        choice = small.CHOICES[width]
+        stages, room = small.stages_and_room(kind["BITS"], kept, width, choice)
+        constants = kind | {
+            "HAS_BIAS": False, "SCALED": False, "SPLIT": True, "BATCH": width, "WARPS": choice.warps, "STAGES": stages,
+            "KEPT": kept, "ROOM": room,
+        }  # fmt: skip
+        given = {name: operands[name] for name in operands if name != "parts"}
+        name = f"small {title} batch {width}{'' if kept else ' dense'}"
+        found.append(Variant(name, small.small_kernel, given, constants, choice.warps, choice.registers, nvidia=(90,)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Kernel of small batches for NVIDIA GPUs (sm_80 and newer): y = x W^T for 2 .. 16 rows of x, `mma.m16n8k16`, outliers fused.
+"""Kernel of small batches for NVIDIA GPUs (sm_86 and newer): y = x W^T for 2 .. 16 rows of x, `mma.m16n8k16`, outliers fused.
 
 A warp holds a tile, 16 rows of W. A lane's words become fp16 weights in registers and are the A fragments as they stand; x is
 B, and because the order of columns within a product is free, 16 bytes of a row of x are the B fragments of two products.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from triton.experimental.gluon import language as gl
 
 from spqr_format.layout import CELL_COLUMNS, CHUNK, TILE, Layout, ceil_div
 
-from . import overlap, ptx
+from . import outliers, overlap, ptx
 from .checks import aligned
 from .gemm import finish_kernel, prepare_kernel
 from .gemm_plan import Choice, Plan, plan_for
@@ -442,12 +442,27 @@ def outliers_of_a_chunk(layout: Layout) -> int:
     return next((kept for kept in KEPT[1:] if mean + 3 * mean**0.5 <= kept), KEPT[-1])
 
 
+@cache
+def _without_outliers(layout: Layout) -> tuple[Layout, int]:
+    """What the launches of a matrix are looked up by: its layout without outliers, as `outliers.without_outliers` has it, and
+    `outliers_of_a_chunk`."""
+    return outliers.without_outliers(layout)[0], outliers_of_a_chunk(layout)
+
+
+def stages_and_room(bits: int, kept: int, width: int, choice: Small) -> tuple[int, int]:
+    """Stages of a program, fewer where those of the choice do not fit, and their shared memory in bytes."""
+    stages = choice.stages
+    while stages > 2 and room_bytes(bits, kept, width, choice.warps, stages) > MOST_SHARED:
+        stages -= 1
+    return stages, room_bytes(bits, kept, width, choice.warps, stages)
+
+
 @lru_cache(REMEMBERED)
 def _launches(
     layout: Layout, kept: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool,
     choice: Small | None = None, splits: int | None = None,
 ) -> _Launches:  # fmt: skip
-    """layout: without outliers, and kept what `outliers_of_a_chunk` says. joined: whether the stored matrix is one tensor."""
+    """layout and kept: as `_without_outliers` has them. joined: whether the stored matrix is one tensor."""
     chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
     width = next(width for width in CHOICES if width >= batch)
     choice = choice or CHOICES[width]
@@ -476,10 +491,7 @@ def _launches(
     integers = (
         batch, layout.out_features, layout.tile_rows, chunks, layout.groups, plan.whole, plan.splits, plan.a_split,
     )  # fmt: skip
-    stages = choice.stages
-    while stages > 2 and room_bytes(layout.weight_bits, kept, plan.width, choice.warps, stages) > MOST_SHARED:
-        stages -= 1
-    room = room_bytes(layout.weight_bits, kept, plan.width, choice.warps, stages)
+    stages, room = stages_and_room(layout.weight_bits, kept, plan.width, choice)
     constants = common | constants_of(layout) | {
         "SPLIT": plan.splits > 1, "WARPS": choice.warps, "STAGES": stages, "KEPT": kept, "ROOM": room,
         "num_warps": choice.warps,
@@ -495,8 +507,9 @@ def linear(
     chunks, not permuted where it has outliers. Returns [batch, out] in x's dtype."""
     batch, dtype = x.shape[0], x.dtype
     given = None if bias is None else bias.dtype
-    shape, kept, joined = layout.with_outliers(0), outliers_of_a_chunk(layout), isinstance(tensors, Joined)
-    plan, prepare, product, finish = _launches(shape, kept, batch, dtype, given, x.device, joined, choice, splits)
+    shape, kept = _without_outliers(layout)
+    launches = _launches(shape, kept, batch, dtype, given, x.device, isinstance(tensors, Joined), choice, splits)
+    plan, prepare, product, finish = launches
     y = torch.empty(batch, layout.out_features, dtype=dtype, device=x.device)
     added = y if bias is None else aligned(bias)
     scale = partial = y  # where the kernels are told not to look

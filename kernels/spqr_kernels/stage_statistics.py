@@ -35,27 +35,26 @@ def _wide_codes(chunks_a_set: int) -> str:
     byte and the half word), two groups in each, the second where the rotation $7 is 22 and no 2. Where $8 is not 0, from a set
     that is not full: the first group's word at $9, the next one $10 further, and bit $11 is the first of its code."""
     step = 16 // chunks_a_set
+    pairs = ("ae", "bf", "cg", "dh")
     if chunks_a_set == 2:
-        full = [
-            "ld.shared.v4.b32 {a, b, c, d}, [$4]; ld.shared.v4.b16 {w, x, y, z}, [$5];",
-            *(f"cvt.u32.u16 {high}, {half}; prmt.b32 {low}, {low}, {high}, $6;" for low, high, half in ("aew", "bfx", "cgy", "dhz")),
-            *(f"shf.l.wrap.b32 {low}, {low}, {low}, $7;" for low in "abcd"),
-        ]  # fmt: skip
+        full = ["ld.shared.v4.b32 {a, b, c, d}, [$4]; ld.shared.v4.b16 {w, x, y, z}, [$5];"]
+        for (low, high), half in zip(pairs, "wxyz", strict=True):
+            full += [f"cvt.u32.u16 {high}, {half}; prmt.b32 {low}, {low}, {high}, $6; shf.l.wrap.b32 {low}, {low}, {low}, $7;"]
     else:
         full = [
             "ld.shared.v2.b32 {a, c}, [$4]; ld.shared.v2.b16 {w, x}, [$5];",
-            "cvt.u32.u16 e, w; prmt.b32 a, a, e, $6; cvt.u32.u16 g, x; prmt.b32 c, c, g, $6;",
-            "shf.l.wrap.b32 b, a, a, 22; shf.l.wrap.b32 a, a, a, $7; shf.l.wrap.b32 d, c, c, 22; shf.l.wrap.b32 c, c, c, $7;",
+            "cvt.u32.u16 e, w; prmt.b32 a, a, e, $6; shf.l.wrap.b32 b, a, a, 22; shf.l.wrap.b32 a, a, a, $7;",
+            "cvt.u32.u16 g, x; prmt.b32 c, c, g, $6; shf.l.wrap.b32 d, c, c, 22; shf.l.wrap.b32 c, c, c, $7;",
         ]
-    apart = [
-        "add.u32 t, $9, $10;",
-        *(f"ld.shared.b32 {low}, [$9+{step * n}]; ld.shared.b32 {high}, [t+{step * n}];"
-          for n, (low, high) in enumerate(("ae", "bf", "cg", "dh"))),
-        *(f"shf.r.wrap.b32 {low}, {low}, {high}, $11; shf.l.wrap.b32 {low}, {low}, {low}, 2;" for low, high in ("ae", "bf", "cg", "dh")),
-    ]  # fmt: skip
+    apart = ["add.u32 t, $9, $10;"]
+    apart += [
+        f"ld.shared.b32 {low}, [$9+{step * n}]; ld.shared.b32 {high}, [t+{step * n}];" for n, (low, high) in enumerate(pairs)
+    ]
+    apart += [f"shf.r.wrap.b32 {low}, {low}, {high}, $11; shf.l.wrap.b32 {low}, {low}, {low}, 2;" for low, high in pairs]
     lines = [
-        ".reg .pred p; .reg .b32 a, b, c, d, e, f, g, h, t; .reg .b16 w, x, y, z;", "setp.ne.s32 p, $8, 0;", "@p bra APART;",
-        *full, "bra DONE;", "APART:", *apart, "DONE:", *(f"prmt.b32 ${n}, {low}, {low}, 0x2110;" for n, low in enumerate("abcd")),
+        ".reg .pred p; .reg .b32 a, b, c, d, e, f, g, h, t; .reg .b16 w, x, y, z;",
+        "setp.ne.s32 p, $8, 0;", "@p bra APART;", *full, "bra DONE;", "APART:", *apart, "DONE:",
+        *(f"prmt.b32 ${n}, {low}, {low}, 0x2110;" for n, low in enumerate("abcd")),
     ]  # fmt: skip
     return "{\n" + "\n".join(lines) + "\n}"
 
@@ -164,9 +163,7 @@ def bilevel_constants(zero, BITS: gl.constexpr):
 
 
 @gluon.jit
-def bilevel_statistics(
-    codes, tops, slot: gl.constexpr, constants, BITS: gl.constexpr, CHUNKS_A_SET: gl.constexpr
-):  # fmt: skip
+def bilevel_statistics(codes, tops, slot: gl.constexpr, constants, BITS: gl.constexpr, CHUNKS_A_SET: gl.constexpr):
     """Scale and offset, as half2, of rows l and l + 8 in the group of the lane's block 4 slot + tid."""
     return gl.inline_asm_elementwise(
         _STATISTICS[BITS], _REGISTERS[BITS], (codes, tops + 32 // CHUNKS_A_SET * slot) + constants,
@@ -176,8 +173,8 @@ def bilevel_statistics(
 
 @gluon.jit
 def direct_of_chunk(GroupSc, GroupZp, row0, row1, chunk, groups, tid, BLOCKS_A_GROUP: gl.constexpr):
-    """What GroupSc and GroupZp have of a lane's groups of a chunk: scale and zero of row l, of row l + 8, int32. Of one group, two
-    or four, each for as many of the four blocks. row0, row1: where the rows begin."""
+    """What GroupSc and GroupZp have of a lane's groups of a chunk: scale and zero of row l, of row l + 8, int32. One group for
+    all of its blocks, one for two of them or one for each. row0, row1: where the rows begin."""
     PARTS: gl.constexpr = 1 if BLOCKS_A_GROUP % 16 == 0 else 2 if BLOCKS_A_GROUP % 8 == 0 else 4
     found = ()
     for n in gl.static_range(PARTS):
