@@ -4,7 +4,9 @@ A warp holds a tile, 16 rows of W. A lane's words become fp16 weights in registe
 B, and because the order of columns within a product is free, 16 bytes of a row of x are the B fragments of two products.
 
 Outliers are not added to the weights but multiplied on their own, 16 of a chunk at a time: A has the value of outlier k in its
-row and zeros in the others, B has x of its column. The products go to the same sums.
+row and zeros in the others, B has x of its column. The products go to the same sums. An infinite x counts as the largest finite
+one there, as infinity times zero is NaN: y is infinite by the product of the codes, so where the weight is an outlier its sign
+is that of what the outlier was added to.
 
 All shared memory is declared in PTX, for which the compiler puts no barriers: words and statistics are read by the warp that
 copied them, and x, which the whole program reads, needs one barrier a chunk.

@@ -35,7 +35,7 @@ def _wide_codes(chunks_a_set: int) -> str:
     byte and the half word), two groups in each, the second where the rotation $7 is 22 and no 2. Where $8 is not 0, from a set
     that is not full: the first group's word at $9, the next one $10 further, and bit $11 is the first of its code."""
     step = 16 // chunks_a_set
-    pairs = ("ae", "bf", "cg", "dh")
+    pairs = tuple(zip("abcd", "efgh", strict=True))
     if chunks_a_set == 2:
         full = ["ld.shared.v4.b32 {a, b, c, d}, [$4]; ld.shared.v4.b16 {w, x, y, z}, [$5];"]
         for (low, high), half in zip(pairs, "wxyz", strict=True):
