@@ -19,9 +19,9 @@ from .joined import Joined
 from .launch import on_device
 
 # Largest batch of each kernel; beyond, dequantizing and cuBLAS are faster. The first is between what was measured on an H200
-# at 512, where it is faster, and at 2048 (kernels/benchmarks/README.md). Up to the second, which is not above `small.WIDEST`,
-# `small` is faster than it: by a fifth at 8 with outliers, not at 16. The decode kernel, without outliers and with them, stands
-# in where `wgmma` is not, and there nothing was measured; `small` would run from sm_86 on.
+# at 512, where it is faster, and at 2048 (kernels/benchmarks/README.md). Up to the second, at most `small.WIDEST`, a kernel for
+# few rows takes its place, faster at 8 and not at 16. The decode kernel, without outliers and with them, stands in where
+# `wgmma` is not, and there nothing was measured: `small` needs no `wgmma`, but its registers were chosen on an H200.
 GEMM_BATCH = 1024
 SMALL_BATCH = 8
 DECODE_BATCH = {False: 64, True: 32}
