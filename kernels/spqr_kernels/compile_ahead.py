@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from spqr_format.packing import SPREAD
 
-from . import decode, dequant, fit, gemm, grouped, matvec, unpack
+from . import decode, dequant, fit, gemm, grouped, matvec, small, unpack
 from .dispatch import FIT_COLUMNS, TOGETHER
 from .weight_at import field_constants
 
@@ -108,10 +108,11 @@ def variants() -> list[Variant]:
             )
             found.append(Variant(f"decode {title} batch {batch}", decode.decode_kernel, operands | sizes, constants, warps,
                                  decode.REGISTERS.get(batch)))  # fmt: skip
+        found += _small(title, kind, operands, sizes)
         sizes |= {"parts": "i32", "whole": "i32", "splits": "i32", "a_split": "i32"}
         operands |= {"Partial": "*fp32"}
         for batch, choice in gemm.CHOICES.items():
-            if title != "3-bit bilevel" and batch not in (16, 256):
+            if title != "3-bit bilevel" and batch not in (32, 256):
                 continue  # minutes of compiling for little
             constants = (
                 kind
@@ -154,6 +155,21 @@ def _beside_gemm() -> list[Variant]:
         found.append(Variant(f"prepare{' scaled' * scaled}", gemm.prepare_kernel, before, constants, 4, nvidia=(90,)))
         constants = {"SCALED": scaled, "HAS_BIAS": True, "BATCH": 64, "ROWS": 64, "BLOCK": 512}
         found.append(Variant(f"finish{' scaled' * scaled}", gemm.finish_kernel, behind, constants, 4, nvidia=(90,)))
+    return found
+
+
+def _small(title: str, kind: dict[str, Any], operands: dict[str, str], sizes: dict[str, str]) -> list[Variant]:
+    """The kernel of small batches; without outliers for the first kind alone."""
+    found = []
+    operands = operands | {"Partial": "*fp32"} | sizes | {"base": "i32", "extra": "i32"}
+    for width, kept in ((8, 64), (16, 64), (8, 0)) if title == "3-bit bilevel" else ((8, 64), (16, 64)):
+        choice = small.CHOICES[width]
+        constants = kind | {
+            "HAS_BIAS": False, "SCALED": False, "BATCH": width, "WARPS": choice.warps, "STAGES": choice.stages, "KEPT": kept,
+            "SETS": choice.sets, "ROOM": small.room_bytes(kind["BITS"], kept, width, choice.warps, choice.stages),
+        }  # fmt: skip
+        name = f"small {title} batch {width}{'' if kept else ' dense'}"
+        found.append(Variant(name, small.small_kernel, operands, constants, choice.warps, choice.registers, nvidia=(90,)))
     return found
 
 

@@ -21,8 +21,8 @@ class Choice:
 
 
 CHOICES = {
-    8: Choice(4, 4, 128, 4, 0.34), 16: Choice(4, 4, 168, 3, 0.38), 32: Choice(4, 2, 168, 3, 0.45),
-    64: Choice(4, 2, 168, 3, 0.55), 128: Choice(4, 2, None, 2, 0.9), 256: Choice(8, 1, None, 1, 2.75),
+    32: Choice(4, 2, 168, 3, 0.45), 64: Choice(4, 2, 168, 3, 0.55), 128: Choice(4, 2, None, 2, 0.9),
+    256: Choice(8, 1, None, 1, 2.75),
 }  # fmt: skip
 _START = 1.5  # chunks that the start and the end of a program take
 _FINISH_US = 3.0  # of `finish_kernel`, and its bytes a microsecond

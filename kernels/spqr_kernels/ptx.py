@@ -7,6 +7,7 @@ l + 8.
 
 from __future__ import annotations
 
+import re
 import struct
 
 from spqr_format.packing import FIELDS, PAIRS, SPREAD, is_spread
@@ -19,9 +20,14 @@ def _magic(bits: int, shift: int) -> tuple[int, int]:
     return _half2(2.0**-shift), _half2(-(1024.0 * 2.0**-shift + middle))
 
 
+def half2(low: float, high: float) -> int:
+    """Two fp16 numbers in a word."""
+    a, b = struct.unpack("<HH", struct.pack("<ee", low, high))
+    return b << 16 | a
+
+
 def _half2(value: float) -> int:
-    (raw,) = struct.unpack("<H", struct.pack("<e", value))
-    return raw << 16 | raw
+    return half2(value, value)
 
 
 # e: a pair of codes of which bit k is bit 0 of word k, in either half. A multiply-add is one instruction, a shift and
@@ -205,3 +211,26 @@ cvt.f32.f16 $1, b;
 cvt.f32.f16 $2, c;
 cvt.f32.f16 $3, d;
 }"""
+
+
+def constants_in_registers(program: str, first: int) -> tuple[str, tuple[int, ...]]:
+    """PTX with its constants of `lop3` and first ones of `fma` in registers from number `first` on, two to a register of the
+    latter; and these constants. The assembler would make them anew within the loop, again and again."""
+    names: dict[str, str] = {"0x64006400": f"${first}"}
+    values = [0x64006400]
+    found = list(dict.fromkeys(re.findall(r"mov.b32 a, (0x[0-9a-f]+);", program)))
+    lines = []
+    for i in range(0, len(found), 2):
+        pair = [int(value, 16) & 0xFFFF for value in (found[i], found[min(i + 1, len(found) - 1)])]
+        whole = all(int(value, 16) >> 16 == int(value, 16) & 0xFFFF for value in found[i : i + 2])
+        if whole:
+            lines.append(f".reg .b16 l{i}, h{i}; mov.b32 {{l{i}, h{i}}}, ${first + len(values)};")
+            names |= {value: f"{{{half}{i}, {half}{i}}}" for value, half in zip(found[i : i + 2], "lh", strict=False)}
+            values.append(pair[0] | pair[1] << 16)
+        else:
+            for value in found[i : i + 2]:
+                names[value] = f"${first + len(values)}"
+                values.append(int(value, 16))
+    program = re.sub(r"mov.b32 a, (0x[0-9a-f]+);", lambda m: f"mov.b32 a, {names[m[1]]};", program)
+    program = program.replace("0x64006400", names["0x64006400"])
+    return "{\n" + "\n".join(lines) + program[1:], tuple(value - (value >> 31 << 32) for value in values)

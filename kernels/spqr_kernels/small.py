@@ -1,25 +1,25 @@
-"""Kernel of small batches for NVIDIA GPUs (sm_80 and newer): y = x W^T for 2 .. 16 rows of x, `mma.m16n8k16`, outliers fused.
+"""Kernel of small batches for NVIDIA GPUs (sm_86 and newer): y = x W^T for 2 .. 16 rows of x, `mma.m16n8k16`, outliers fused.
 
 A warp holds a tile, 16 rows of W. A lane's words become fp16 weights in registers and are the A fragments as they stand; x is
 B, and because the order of columns within a product is free, 16 bytes of a row of x are the B fragments of two products.
 
 Outliers are not added to the weights but multiplied on their own, 16 of a chunk at a time: A has the value of outlier k in its
-row and zeros in the others, B has x of its column. The products go to the same sums.
+row and zeros in the others, B has x of its column. The products go to the same sums. An infinite x counts as the largest finite
+one there, as infinity times zero is NaN: y is infinite by the product of the codes, so where the weight is an outlier its sign
+is that of what the outlier was added to.
 
 Shared memory is read and written in PTX, for which the compiler puts no barriers: words and statistics are read by the warp
 that copied them, and x, which the whole program reads, needs one barrier a chunk.
 
-All programs run at once and have equal shares of the chunks of all pieces of Y. Where a piece is shared, the program that has
-its last chunk adds up the parts of the others. Every sum has one fixed order, so results repeat bit for bit.
+Programs have equal shares of the chunks of all pieces of Y, as many as run at once. Where a piece is shared, the program that has
+its last chunk adds up the parts of the others: it waits for programs before it alone, which have begun. Every sum has one fixed order, so results repeat bit for bit.
 """
 
 from __future__ import annotations
 
-import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -29,29 +29,34 @@ from triton.experimental.gluon import language as gl
 
 from spqr_format.layout import CELL_COLUMNS, CHUNK, TILE, Layout, ceil_div
 
-from . import overlap, ptx
+from . import outliers, overlap, ptx
 from .checks import aligned
 from .gemm import prepare_kernel
 from .joined import Joined
 from .lanes import barrier
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
 from .overlap import await_previous, let_next_begin
+from .stage_statistics import (
+    STATS_BYTES,
+    bilevel_constants,
+    bilevel_statistics,
+    codes_of_chunk,
+    direct_of_chunk,
+    statistics_begin,
+    statistics_number,
+    statistics_step,
+)
+from .weights import direct_statistics
 
 X_PITCH = 528  # bytes of a row of x of a chunk: 512 and 16, so that 8 rows lie in different banks
 X_STAGES = 2
-STATS_BYTES = 320  # of a chunk: 48 words of codes, 16 tile statistics of 8 bytes
-
-
-def _half2(low: float, high: float) -> int:
-    a, b = struct.unpack("<HH", struct.pack("<ee", low, high))
-    return b << 16 | a
 
 
 def _ask_weights(bits: int) -> str:
-    """PTX: copies of chunk $4 to the lane's place $1: words from $2 + 512 bits $4 if $6 is before $7, statistics from
-    $3 + $4 $5 if before $8."""
-    lines = [".reg .pred p, q; .reg .b64 a, b;", "setp.lt.s32 p, $6, $7;", "setp.lt.s32 q, $6, $8;"]
-    lines += [f"mad.wide.u32 a, $4, {512 * bits}, $2;", "mad.wide.u32 b, $4, $5, $3;"]
+    """PTX: copies of a chunk to the lane's place $1: words from $2 + 512 bits $3 if $7 is before $8, statistics from
+    $4 + $5 $6 if before $9."""
+    lines = [".reg .pred p, q; .reg .b64 a, b;", "setp.lt.s32 p, $7, $8;", "setp.lt.s32 q, $7, $9;"]
+    lines += [f"mad.wide.u32 a, $3, {512 * bits}, $2;", "mad.wide.u32 b, $5, $6, $4;"]
     lines += [f"@p cp.async.cg.shared.global [$1+{512 * k}], [a+{512 * k}], 16;" for k in range(bits)]
     lines += [f"@q cp.async.cg.shared.global [$1+{512 * bits}], [b], 16;", "mov.b32 $0, $1;"]
     return "{\n" + "\n".join(lines) + "\n}"
@@ -63,41 +68,6 @@ def _ask_outliers(kept: int) -> str:
     for i in range(kept // 32):
         lines += [f"setp.le.s32 p, $3, {32 * i};", f"cp.async.ca.shared.global [$1+{128 * i}], [$2+{128 * i}], 4, p;"]
     return "{\n" + "\n".join([*lines, "mov.b32 $0, $1;"]) + "\n}"
-
-
-# Codes $0 .. $3 of groups tid, 4 + tid, 8 + tid, 12 + tid of a set (spec 4.3), by a rotation $6 of 2, or 22 where tid is odd:
-# of each sq of row l at bit 2 and zq at bit 5 of the low half, those of row l + 8 at bits 0 and 3 of the high half. The
-# lane's words are at $4, 16 gid + 4 (tid / 2) from the set on, its half words at $5, 128 + 8 gid + 2 (tid / 2).
-_CODES = gl.constexpr(
-    "{ .reg .b32 a, b, c, d; .reg .b16 h, i;\n"
-    "ld.shared.b32 a, [$4]; ld.shared.b32 b, [$4+8]; ld.shared.b16 h, [$5]; ld.shared.b16 i, [$5+4];\n"
-    "cvt.u32.u16 c, h; cvt.u32.u16 d, i;\n"
-    "prmt.b32 c, a, c, 0x6543; prmt.b32 d, b, d, 0x6543;\n"
-    + "\n".join(f"shf.l.wrap.b32 {r}, {r}, {r}, $6; prmt.b32 ${k}, {r}, {r}, 0x2110;" for k, r in enumerate("abcd"))
-    + "\n}"
-)
-
-
-def _statistics(bits: int) -> str:
-    """PTX: $0 .. $3 as `ptx.half_statistics` has them, from codes $4 as `_CODES` places them and tile statistics at $5: two
-    rows at once in fp16, where scales are rounded twice and middle - zero twice, from exact codes."""
-    return f"""{{
-.reg .b32 t, u, ss, sz, zs, zz, q, z, s, o; .reg .b16 l, h;
-ld.shared.v2.b32 {{t, u}}, [$5];
-mov.b32 {{l, h}}, t; mov.b32 ss, {{l, l}}; mov.b32 sz, {{h, h}};
-mov.b32 {{l, h}}, u; mov.b32 zs, {{l, l}}; mov.b32 zz, {{h, h}};
-lop3.b32 q, $4, {7 << 2 | 7 << 16:#x}, 0x64006400, 0xEA;
-lop3.b32 z, $4, {7 << 5 | 7 << 19:#x}, 0x64006400, 0xEA;
-{{ .reg .b32 a, b; mov.b32 a, {_half2(0.25, 1):#x}; mov.b32 b, {_half2(-256, -1024):#x}; fma.rn.f16x2 q, q, a, b; }}
-{{ .reg .b32 a, b; mov.b32 a, {_half2(-1 / 32, -1 / 8):#x}; mov.b32 b, {_half2(32, 128):#x}; fma.rn.f16x2 z, z, a, b; }}
-sub.rn.f16x2 q, q, sz;
-mul.rn.f16x2 s, q, ss;
-{{ .reg .b32 m; mov.b32 m, {_half2(2 ** (bits - 1), 2 ** (bits - 1)):#x}; fma.rn.f16x2 o, zs, zz, m; }}
-fma.rn.f16x2 o, z, zs, o;
-mul.rn.f16x2 o, o, s;
-mov.b32 {{l, h}}, s; mov.b32 $0, {{l, l}}; mov.b32 $2, {{h, h}};
-mov.b32 {{l, h}}, o; mov.b32 $1, {{l, l}}; mov.b32 $3, {{h, h}};
-}}"""
 
 
 def _sixteen(tiles: int) -> list[str]:
@@ -118,7 +88,9 @@ def _sixteen(tiles: int) -> list[str]:
     lines += [f"and.b32 w{i}, w{i}, 255; mad.lo.u32 w{i}, w{i}, 2, g;" for i in range(4)]
     for tile in range(tiles):
         lines += [f"ld.shared.b16 h{i}, [w{i}+{8 * X_PITCH * tile}];" for i in range(4)]
-        lines += ["mov.b32 b0, {h0, h1};", "mov.b32 b1, {h2, h3};"]
+        # 65504 for an infinite x, which times the zeros of A would be NaN; it is infinite in the product of the codes
+        lines += ["mov.b32 b0, {h0, h1};", "mov.b32 b1, {h2, h3};", "mov.b32 t, 0x7BFF7BFF;"]
+        lines += [f"min.xorsign.abs.f16x2 b{i}, b{i}, t;" for i in range(2)]
         sums = "{" + ", ".join(f"s{4 * tile + i}" for i in range(4)) + "}"
         lines.append(f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {sums}, {{a0, a1, a2, a3}}, {{b0, b1}}, {sums};")
     return lines
@@ -176,29 +148,6 @@ def _multiply_more(kept: int, tiles: int) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-def _with_registers(program: str, first: int) -> tuple[str, tuple[int, ...]]:
-    """PTX with its constants of `lop3` and first ones of `fma` in registers from number `first` on, two to a register of the
-    latter; and these constants. The assembler would make them anew within the loop, again and again."""
-    names: dict[str, str] = {"0x64006400": f"${first}"}
-    values = [0x64006400]
-    found = list(dict.fromkeys(re.findall(r"mov.b32 a, (0x[0-9a-f]+);", program)))
-    lines = []
-    for i in range(0, len(found), 2):
-        pair = [int(value, 16) & 0xFFFF for value in (found[i], found[min(i + 1, len(found) - 1)])]
-        whole = all(int(value, 16) >> 16 == int(value, 16) & 0xFFFF for value in found[i : i + 2])
-        if whole:
-            lines.append(f".reg .b16 l{i}, h{i}; mov.b32 {{l{i}, h{i}}}, ${first + len(values)};")
-            names |= {value: f"{{{half}{i}, {half}{i}}}" for value, half in zip(found[i : i + 2], "lh", strict=False)}
-            values.append(pair[0] | pair[1] << 16)
-        else:
-            for value in found[i : i + 2]:
-                names[value] = f"${first + len(values)}"
-                values.append(int(value, 16))
-    program = re.sub(r"mov.b32 a, (0x[0-9a-f]+);", lambda m: f"mov.b32 a, {names[m[1]]};", program)
-    program = program.replace("0x64006400", names["0x64006400"])
-    return "{\n" + "\n".join(lines) + program[1:], tuple(value - (value >> 31 << 32) for value in values)
-
-
 KEPT = (0, 32, 64, 128)  # words of outliers of a chunk and tile that are copied; more are read when their turn comes
 
 
@@ -235,16 +184,12 @@ _BOUNDS = gl.constexpr(
     "{ .reg .pred p; .reg .b64 a; setp.lt.s32 p, $4, $5; mad.wide.u32 a, $3, 8, $2;"
     " mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.nc.b32 $0, [a]; @p ld.global.nc.b32 $1, [a+8]; }"
 )
-_LANES = {bits: _with_registers(ptx.dequantize_lane(bits), 20 + bits) for bits in (2, 3, 4)}
+_LANES = {bits: ptx.constants_in_registers(ptx.dequantize_lane(bits), 20 + bits) for bits in (2, 3, 4)}
 _LANE = gl.constexpr({bits: lane[0] for bits, lane in _LANES.items()})
 _LANE_CONSTANTS = gl.constexpr({bits: lane[1] for bits, lane in _LANES.items()})
 _LANE_REGISTERS = gl.constexpr({
     bits: ptx.dequantize_lane_constraints(bits) + ",r" * len(lane[1]) for bits, lane in _LANES.items()
 })  # fmt: skip
-_STATS = {bits: _with_registers(_statistics(bits), 6) for bits in (2, 3, 4)}
-_STATISTICS = gl.constexpr({bits: stats[0] for bits, stats in _STATS.items()})
-_STATISTICS_CONSTANTS = gl.constexpr({bits: stats[1] for bits, stats in _STATS.items()})
-_STATISTICS_REGISTERS = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r")
 _SIXTEEN = gl.constexpr((gl.int32,) * 16)
 _FIRST = gl.constexpr({kept * 4 + tiles: _multiply_first(kept, tiles) for kept in KEPT for tiles in (1, 2)})
 _MORE = gl.constexpr({kept * 4 + tiles: _multiply_more(kept, tiles) for kept in KEPT for tiles in (1, 2)})
@@ -286,15 +231,6 @@ def _lane_constants(zero, BITS: gl.constexpr):
 
 
 @gluon.jit
-def _statistics_constants(zero, BITS: gl.constexpr):
-    """The same of _STATISTICS."""
-    found = ()
-    for i in gl.static_range(len(_STATISTICS_CONSTANTS[BITS])):
-        found = found + (zero + _STATISTICS_CONSTANTS[BITS][i],)
-    return found
-
-
-@gluon.jit
 def _commit(lane):
     gl.inline_asm_elementwise(_COMMIT, "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
 
@@ -318,11 +254,20 @@ def _ask_x(at, x_at, chunk, chunks, position, ends, BATCH: gl.constexpr, WARPS: 
 
 
 @gluon.jit
-def _ask_weights_of(at, words_at, stats_at, chunk, stats_step, position, last, stats_last, BITS: gl.constexpr):
-    """Begins to copy a chunk, by its number, if position is before last. at: the lane's first 16 bytes of the warp's part of
-    a stage."""
+def _ask_weights_of(
+    at, words_at, stats_at, stats_step, chunk, asked, chunks, position, last, lane, BITS: gl.constexpr, BILEVEL: gl.constexpr,
+    CHUNKS_A_SET: gl.constexpr,
+):  # fmt: skip
+    """Begins to copy a chunk of a tile, of which there are `asked` before it in all tiles, if position is before last. at: the
+    lane's first 16 bytes of the warp's part of a stage."""
+    if BILEVEL:
+        number, there = statistics_number(asked, chunk, chunks, lane, CHUNKS_A_SET)
+        stats_last = gl.where(there, last, 0)
+    else:
+        number, stats_last = asked, lane * 0
     gl.inline_asm_elementwise(
-        _ASK_WEIGHTS[BITS], "=r,r,l,l,r,r,r,r,r", [at, words_at, stats_at, chunk, stats_step, position, last, stats_last],
+        _ASK_WEIGHTS[BITS], "=r,r,l,r,l,r,r,r,r,r",
+        [at, words_at, asked, stats_at, number, stats_step, position, last, stats_last],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -370,6 +315,15 @@ def _write(
             gl.store(Y + n.to(gl.int64) * out_features + row, total.to(Y.dtype.element_ty), mask=inside)
 
 
+@gluon.jit
+def _group_rows(tile, gid, out_features, groups):
+    """Where rows gid and gid + 8 of a tile begin in GroupSc and GroupZp."""
+    row = tile * 16 + gid
+    row0 = gl.minimum(row, out_features - 1).to(gl.int64) * groups
+    row1 = gl.minimum(row + 8, out_features - 1).to(gl.int64) * groups
+    return row0, row1
+
+
 _INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "base", "extra")
 
 
@@ -391,7 +345,7 @@ def small_kernel(
     product, 1 or 2, so that products need not wait for each other.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    gl.static_assert(BILEVEL and BLOCKS_A_GROUP == 1, "other statistics are not written yet")
+    CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
     TILES: gl.constexpr = BATCH // 8
     SUMS: gl.constexpr = 4 * TILES
     WARP_BYTES: gl.constexpr = 512 * BITS + _STATS_BYTES + 4 * KEPT
@@ -424,19 +378,21 @@ def small_kernel(
     ask_piece = first_piece
     asked = gl.minimum(ask_piece * WARPS + warp, tile_rows - 1) * chunks + ask
     words_at = Weight + lane * 4
-    stats_at = gl.where(lane < 12, StatCodes + lane * 4, TileStats.to(gl.pointer_type(gl.int32)) + (lane * 4 - 48))
-    stats_step = gl.where(lane < 12, 192, 128)
+    stats_at = statistics_begin(StatCodes, TileStats, lane)
+    stats_step = statistics_step(lane, CHUNKS_A_SET)
     pointers_at = Pointers.to(gl.int64) + none.to(gl.int64)
     outliers_at = Outliers.to(gl.int64) + none.to(gl.int64)
     lasts = none + last
-    stats_last = gl.where(lane < 20, last, 0)
     lows = ()
     counts = ()
     low, high = none, none
     if KEPT > 0:
         low, high = _bounds(pointers_at, asked, none + first, lasts)
     for k in gl.static_range(STAGES - 1):
-        _ask_weights_of(own + k * STAGE, words_at, stats_at, asked, stats_step, none + (first + k), lasts, stats_last, BITS)
+        _ask_weights_of(
+            own + k * STAGE, words_at, stats_at, stats_step, ask, asked, chunks, none + (first + k), lasts, lane, BITS, BILEVEL,
+            CHUNKS_A_SET,
+        )  # fmt: skip
         lows = lows + (low,)
         counts = counts + (high - low,)
         ask += 1
@@ -461,14 +417,14 @@ def small_kernel(
     _commit(lane)
     _commit(lane)  # an empty group, where the loop has that of a chunk
 
-    codes_lane = 512 * BITS + gid * 16 + tid // 2 * 4 - lane * 16
-    halves_lane = 512 * BITS + 128 + gid * 8 + tid // 2 * 2 - lane * 16
-    tops_lane = 512 * BITS + 192 + tid * 8 - lane * 16
-    rotation = 2 + tid % 2 * 20
     rows = gid * 0x10001000
     unknown = none + (batch >> 30)
     for_lane = _lane_constants(unknown, BITS)
-    for_statistics = _statistics_constants(unknown, BITS)
+    if BILEVEL:
+        for_statistics = bilevel_constants(unknown, BITS)
+    else:
+        row0, row1 = _group_rows(first_piece * WARPS + warp, gid, out_features, groups)
+        direct_next = direct_of_chunk(GroupSc, GroupZp, row0, row1, first_chunk, groups, tid, BLOCKS_A_GROUP)
     zero = gl.zeros([THREADS], gl.float32, layout)
     flags = Partial.to(gl.pointer_type(gl.int64)) + gl.num_programs(0) * (SUMS * THREADS)
     now = 0
@@ -487,8 +443,9 @@ def small_kernel(
             _ask_x(x_then, x_at, none + following, chunks, none + (position + 1), x_ends, BATCH, WARPS)
             _commit(lane)
             _ask_weights_of(
-                own + then, words_at, stats_at, asked, stats_step, none + (position + (STAGES - 1)), lasts, stats_last, BITS
-            )
+                own + then, words_at, stats_at, stats_step, ask, asked, chunks, none + (position + (STAGES - 1)), lasts, lane,
+                BITS, BILEVEL, CHUNKS_A_SET,
+            )  # fmt: skip
             if KEPT > 0:
                 _ask_outliers_of(own + then, Outliers, low, high, lane, BITS, KEPT)
                 counts = counts + (high - low,)
@@ -506,22 +463,26 @@ def small_kernel(
             words = ()
             for k in gl.static_range(BITS):
                 words = words + (_load4(at + 512 * k),)
-            codes = gl.inline_asm_elementwise(
-                _CODES, "=&r,=&r,=&r,=&r,r,r,r", [at + codes_lane, at + halves_lane, rotation],
-                dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
-            )  # fmt: skip
+            if BILEVEL:
+                codes, tops = codes_of_chunk(at, lane, chunk, chunks, 512 * BITS, CHUNKS_A_SET)
+            else:  # read a chunk ahead
+                direct = direct_next
+                if chunk + 1 == chunks:
+                    row0, row1 = _group_rows((piece + 1) * WARPS + warp, gid, out_features, groups)
+                direct_next = direct_of_chunk(GroupSc, GroupZp, row0, row1, following, groups, tid, BLOCKS_A_GROUP)
             if KEPT > 0:
                 sums = sums[SUMS:] + gl.inline_asm_elementwise(
                     _FIRST[KEPT * 4 + TILES], _FIRST_REGISTERS[TILES], sums[:SUMS] + (outliers, x_now, rows),
                     dtype=_FLOATS[TILES], is_pure=False, pack=1,
                 )  # fmt: skip
-            tops = at + tops_lane
             x_lane = x_now + tid * 32
             for s in gl.static_range(4):
-                s0, o0, s1, o1 = gl.inline_asm_elementwise(
-                    _STATISTICS[BITS], _STATISTICS_REGISTERS, (codes[s], tops + 32 * s) + for_statistics,
-                    dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
-                )  # fmt: skip
+                if BILEVEL:
+                    s0, o0, s1, o1 = bilevel_statistics(codes[s], tops, s, for_statistics, BITS, CHUNKS_A_SET)
+                else:
+                    of_slot = direct[s * len(direct) // 4]
+                    s0, o0 = direct_statistics(of_slot[0], of_slot[1], BITS)
+                    s1, o1 = direct_statistics(of_slot[2], of_slot[3], BITS)
                 slot = ()
                 for k in gl.static_range(BITS):
                     slot = slot + (words[k][s],)
@@ -608,17 +569,17 @@ def small_kernel(
 
 @dataclass(frozen=True)
 class Small:
-    """How the kernel runs for a width, the rows of x that a program multiplies with."""
+    """How the kernel runs for a width, the rows of x that a program multiplies with: measured on an H200."""
 
     warps: int
-    registers: int | None  # the limit of a thread's
+    registers: int  # the limit of a thread's
     resident: int  # programs that a multiprocessor holds
     stages: int  # of chunks in shared memory
-    sets: int = 1
-    least: int = 4  # chunks of a program
+    sets: int  # of sums
+    least: int  # chunks of a program
 
 
-CHOICES = {8: Small(4, 96, 5, 3, 2), 16: Small(4, 96, 5, 3)}
+CHOICES = {8: Small(4, 96, 5, 2, 2, 3), 16: Small(4, 128, 4, 3, 1, 2)}
 WIDEST = max(CHOICES)
 
 
@@ -638,15 +599,21 @@ def outliers_of_a_chunk(layout: Layout) -> int:
     return next((kept for kept in KEPT[1:] if mean + 3 * mean**0.5 <= kept), KEPT[-1])
 
 
+@cache
+def _without_outliers(layout: Layout) -> tuple[Layout, int]:
+    """What the launches of a matrix are looked up by: its layout without outliers, as `outliers.without_outliers` has it, and
+    `outliers_of_a_chunk`."""
+    return outliers.without_outliers(layout)[0], outliers_of_a_chunk(layout)
+
+
 @lru_cache(REMEMBERED)
 def _launches(
-    layout: Layout, kept: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool,
-    choice: Small | None = None,
+    layout: Layout, kept: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool
 ) -> _Launches:  # fmt: skip
-    """layout: without outliers, and kept what `outliers_of_a_chunk` says. joined: whether the stored matrix is one tensor."""
+    """layout and kept: as `_without_outliers` has them. joined: whether the stored matrix is one tensor."""
     chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
     width = next(width for width in CHOICES if width >= batch)
-    choice = choice or CHOICES[width]
+    choice = CHOICES[width]
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     every = ceil_div(layout.tile_rows, choice.warps) * chunks
     programs = max(1, min(multiprocessors * choice.resident, every // choice.least))
@@ -665,21 +632,19 @@ def _launches(
     room = room_bytes(layout.weight_bits, kept, width, choice.warps, choice.stages)
     constants = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": width} | overlaps | constants_of(layout) | {
         "WARPS": choice.warps, "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets, "ROOM": room,
-        "num_warps": choice.warps,
-    } | ({"maxnreg": choice.registers} if choice.registers else {})  # fmt: skip
+        "num_warps": choice.warps, "maxnreg": choice.registers,
+    }  # fmt: skip
     product = Launch(small_kernel, (programs, 1), device, dtypes, integers, constants)
     return _Launches(prepare, product, programs * (2 * 16 * choice.warps * width + 2))
 
 
-def linear(
-    x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, choice: Small | None = None
-) -> Tensor:
+def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """x W^T + bias for x fp16 or bf16 [batch, in], batch at most WIDEST, contiguous, and checked operands of a layout of whole
     chunks, not permuted where it has outliers. Returns [batch, out] in x's dtype."""
     batch, dtype = x.shape[0], x.dtype
     given = None if bias is None else bias.dtype
-    shape, kept, joined = layout.with_outliers(0), outliers_of_a_chunk(layout), isinstance(tensors, Joined)
-    prepare, product, parts = _launches(shape, kept, batch, dtype, given, x.device, joined, choice)
+    shape, kept = _without_outliers(layout)
+    prepare, product, parts = _launches(shape, kept, batch, dtype, given, x.device, isinstance(tensors, Joined))
     y = torch.empty(batch, layout.out_features, dtype=dtype, device=x.device)
     added = y if bias is None else aligned(bias)
     scale = y  # where the kernels are told not to look

@@ -114,6 +114,15 @@ def lane_of_chunk(
 
 
 @gluon.jit
+def direct_statistics(scale, zero, BITS: gl.constexpr):
+    """Scale and offset, as half2, of a group: from what GroupSc (raw fp16) and GroupZp have of it, int32."""
+    middle = scale * 0 + _MIDDLE[BITS]
+    return gl.inline_asm_elementwise(
+        _DIRECT, "=&r,=&r,r,r,r", [scale, zero, middle], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def half_statistics(
     codes, tops, GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP: gl.constexpr, BITS: gl.constexpr,
     BILEVEL: gl.constexpr,
@@ -133,15 +142,8 @@ def half_statistics(
         group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
         at0 = gl.minimum(row0, out_features - 1).to(gl.int64) * groups + group
         at1 = gl.minimum(row1, out_features - 1).to(gl.int64) * groups + group
-        middle = none + _MIDDLE[BITS]
-        s0, o0 = gl.inline_asm_elementwise(
-            _DIRECT, "=&r,=&r,r,r,r", [gl.load(GroupSc + at0).to(gl.int32), gl.load(GroupZp + at0).to(gl.int32), middle],
-            dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-        s1, o1 = gl.inline_asm_elementwise(
-            _DIRECT, "=&r,=&r,r,r,r", [gl.load(GroupSc + at1).to(gl.int32), gl.load(GroupZp + at1).to(gl.int32), middle],
-            dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
+        s0, o0 = direct_statistics(gl.load(GroupSc + at0).to(gl.int32), gl.load(GroupZp + at0).to(gl.int32), BITS)
+        s1, o1 = direct_statistics(gl.load(GroupSc + at1).to(gl.int32), gl.load(GroupZp + at1).to(gl.int32), BITS)
         return s0, o0, s1, o1
 
 

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
+from spqr_kernels import small
 from spqr_kernels.compile_ahead import AMD, machine_code, usage, variants
 
 VARIANTS = {variant.name: variant for variant in variants()}
@@ -51,7 +52,20 @@ def test_no_sum_is_read_before_its_product_is_done(name):
     assert wait < leap
 
 
-@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if "DEPENDENT" in variant.kernel.arg_names])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("small")])
+def test_small_batches_keep_as_many_programs_on_a_multiprocessor_as_its_choice_says(name):
+    variant = VARIANTS[name]
+    used = usage(variant.compile(GPUTarget("cuda", 90, 32)))
+    choice = small.CHOICES[variant.constants["BATCH"]]
+    assert used.registers <= choice.registers
+    assert choice.resident * 32 * choice.warps * used.registers <= 65536
+    assert choice.resident * (variant.constants["ROOM"] + 1024) <= 228 * 1024  # the first KB of each is the system's
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name, variant in VARIANTS.items() if "DEPENDENT" in variant.kernel.arg_names and not name.startswith("small")],
+)
 def test_x_is_not_read_before_the_kernel_that_makes_it_has_ended(name):
     """x is read by loads of 2, 8 or 16 bytes, copies of 4 bytes or a tensor map; before the wait the matrix is by none of
     these. Kernels that read no matrix read nothing before it."""
@@ -65,6 +79,19 @@ def test_x_is_not_read_before_the_kernel_that_makes_it_has_ended(name):
 
     assert not any(reads_x(line) or "STG" in line for line in code[:wait])
     assert any(reads_x(line) for line in code[wait:])
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("small")])
+def test_small_batches_copy_x_behind_that_wait(name):
+    """x comes by copies of 16 bytes, as the matrix does: before the wait stand those of the matrix's first chunks."""
+    code = machine_code(VARIANTS[name].compile(GPUTarget("cuda", 90, 32)))
+    wait = next(i for i, line in enumerate(code) if "ACQBULK" in line)
+    constants = VARIANTS[name].constants
+    copies = [i for i, line in enumerate(code) if "LDGSTS" in line and "BYPASS.128" in line]
+    of_x = constants["BATCH"] // constants["WARPS"]
+    assert sum(i < wait for i in copies) == (constants["STAGES"] - 1) * (constants["BITS"] + 1)
+    assert sum(i > wait for i in copies) == of_x + (constants["BITS"] + 1 + of_x)  # the first chunk's, and those of the loop
+    assert not any("STG" in line for line in code[:wait])
 
 
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.portable])

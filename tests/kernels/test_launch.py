@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,15 +97,22 @@ def complete(launch: Launch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
-    from spqr_kernels import decode, gemm, grouped, matvec, outliers
+    from spqr_kernels import decode, gemm, grouped, matvec, outliers, small
 
     shape, entries, kept = outliers.without_outliers(layout)
     for bias in (None, torch.float32):
         complete(matvec._launch.__wrapped__(layout, dtype, bias, GPU, True))
         for batch in (1, 8, 33, 64):
             complete(decode._launch.__wrapped__(shape, entries, batch, dtype, bias, GPU))
-        for batch in (2, 16, 17, 64, 65, 300, 1024):
-            launches = gemm._launches.__wrapped__(shape, entries, batch, dtype, bias, GPU, batch != 16)
+        all_launches = [
+            gemm._launches.__wrapped__(shape, entries, batch, dtype, bias, GPU, batch != 16)
+            for batch in (9, 16, 17, 64, 65, 300, 1024)
+        ]
+        all_launches += [
+            small._launches.__wrapped__(*small._without_outliers(layout), batch, dtype, bias, GPU, batch != 8)
+            for batch in (2, 7, 8)
+        ]
+        for launches in all_launches:
             for launch in (launches.prepare, launches.product, launches.finish):
                 if launch is not None:
                     complete(launch)
@@ -116,14 +124,15 @@ def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
 
 def test_what_was_not_joined_does_not_overlap(hopper):
     """A kernel that has just made one of the tensors need not have ended."""
-    from spqr_kernels import gemm, matvec
+    from spqr_kernels import gemm, matvec, small
 
     for joined_, overlaps in ((True, True), (False, False)):
         launch = matvec._launch.__wrapped__(LAYOUTS[0], torch.float16, None, GPU, joined_)
-        product = gemm._launches.__wrapped__(LAYOUTS[0], 1, 8, torch.float16, None, GPU, joined_).product
+        few = small._launches.__wrapped__(LAYOUTS[0], 64, 8, torch.float16, None, GPU, joined_).product
+        product = gemm._launches.__wrapped__(LAYOUTS[0], 1, 16, torch.float16, None, GPU, joined_).product
         wide = gemm._launches.__wrapped__(LAYOUTS[0], 1, 512, torch.float16, None, GPU, joined_).product
-        found = [(it.constants["DEPENDENT"], it.constants["launch_pdl"]) for it in (launch, product, wide)]
-        assert found == [(overlaps, overlaps), (overlaps, overlaps), (False, False)]
+        found = [(it.constants["DEPENDENT"], it.constants["launch_pdl"]) for it in (launch, few, product, wide)]
+        assert found == [(overlaps, overlaps)] * 3 + [(False, False)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -138,3 +147,20 @@ def test_layers_that_differ_in_the_number_of_outliers_share_launches(layout):
         return
     assert (entries, kept) == (outliers_a_lane(layout), outliers_kept(layout))
     assert without_outliers(layout.with_outliers(layout.outliers - 1)) == (shape, entries, kept)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_small_batches_copy_nearly_all_outliers_of_a_chunk(layout):
+    pytest.importorskip("triton", reason="no Triton")
+    from spqr_kernels import small
+
+    shape, kept = small._without_outliers(layout)
+    assert shape == layout.with_outliers(0)
+    if not layout.outliers:
+        assert kept == 0
+        return
+    assert small._without_outliers(layout.with_outliers(layout.outliers - 1)) == (shape, kept)
+    rng = np.random.default_rng(0)
+    chunks = layout.tile_rows * (layout.blocks // 16)
+    in_each = np.bincount(rng.integers(chunks, size=layout.outliers), minlength=chunks)
+    assert (in_each > kept).mean() < 0.01

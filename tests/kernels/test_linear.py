@@ -112,8 +112,8 @@ def test_every_batch_on_cuda(random_matrix, kind):
         tensors = stored(matrix, "cuda")
         whole = joined.join(tensors, matrix.layout)  # of which products overlap
         exact = torch.from_numpy(matrix.dequantize()).double()
-        for batch in (1, 3, 8, 9, 17, 40, 65, 300, 1300):
-            for dtype in (torch.float16, torch.bfloat16)[: 2 if batch in (9, 300) else 1]:  # each is compiled anew
+        for batch in (1, 2, 5, 8, 9, 17, 40, 65, 300, 1300):
+            for dtype in (torch.float16, torch.bfloat16)[: 2 if batch in (5, 9, 300) else 1]:  # each is compiled anew
                 x = torch.randn(batch, columns).to(dtype)
                 y = linear(x.cuda(), tensors, matrix.layout)
                 assert relative_error(y, x.double() @ exact.T) < BOUND[dtype], (dtype, batch)
@@ -121,6 +121,62 @@ def test_every_batch_on_cuda(random_matrix, kind):
                 x = x.cuda()
                 for z in [torch.ops.spqr.linear(x, None, [whole], *ops.geometry(matrix.layout)) for _ in range(4)]:
                     assert torch.equal(z, y), (dtype, batch)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [*(kind for kind in KINDS if "permuted" not in kind), {"weight_bits": 3, "permuted": True, "outliers": 0.0},
+     {"weight_bits": 4, "group_size": 32}, {"weight_bits": 3, "outliers": 0.05},
+     {"weight_bits": 3, "statistics": "direct", "group_size": 48},
+     {"weight_bits": 2, "statistics": "direct", "group_size": 16}],
+    ids=lambda k: "-".join(map(str, k.values())),
+)  # fmt: skip
+@pytest.mark.gpu
+def test_batches_of_2_to_8_on_cuda(random_matrix, monkeypatch, kind):
+    """Which kernel is theirs, and all of its kinds: rows and columns that fill no program and no block, several programs, x as
+    it is and made anew, and products beside each other give the same bits."""
+    from spqr_kernels import small
+
+    taken = []
+    kernel = small.linear
+    monkeypatch.setattr(small, "linear", lambda x, *rest: taken.append(len(x)) or kernel(x, *rest))
+    for rows, columns in ((40, 250), (200, 2048 + 256), (1000, 4096 - 11)):
+        matrix = random_matrix(rows, columns, **kind)
+        tensors = stored(matrix, "cuda")
+        whole = joined.join(tensors, matrix.layout)
+        exact = torch.from_numpy(matrix.dequantize()).double()
+        bias = torch.randn(rows).bfloat16()
+        for batch, dtype in [(batch, torch.float16) for batch in range(2, 9)] + [(3, torch.bfloat16), (8, torch.bfloat16)]:
+            x = torch.randn(batch, columns).to(dtype)
+            added = bias if dtype == torch.bfloat16 else None  # each pair is compiled anew
+            expected = x.double() @ exact.T + (0 if added is None else added.double())
+            x, added = x.cuda(), None if added is None else added.cuda()
+            taken.clear()
+            y = linear(x, tensors, matrix.layout, added)
+            assert taken == [batch]
+            assert relative_error(y, expected) < BOUND[dtype], (rows, dtype, batch)
+            for z in [torch.ops.spqr.linear(x, added, [whole], *ops.geometry(matrix.layout)) for _ in range(4)]:
+                assert torch.equal(z, y), (rows, dtype, batch)
+
+
+@pytest.mark.gpu
+def test_an_infinite_activation_in_small_batches_on_cuda(random_matrix):
+    """It reaches its own row of y alone, and there gives no NaN where its column has no outlier: neither beside one nor in the
+    first column of a chunk."""
+    matrix = random_matrix(64, 1024, outliers=0.05)
+    tensors = stored(matrix, "cuda")
+    weight = torch.from_numpy(matrix.dequantize()).double()
+    plain = weight.abs() > 1e-3
+    plain[np.repeat(np.arange(64), np.diff(matrix.crow_indices)), matrix.col_indices] = False
+    for column in (0, 5, 256, 700):
+        x = torch.randn(4, 1024).half()
+        x[1, column], x[2, column] = float("inf"), -float("inf")
+        y = linear(x.cuda(), tensors, matrix.layout).double().cpu()
+        expected = x.double() @ weight.T
+        assert relative_error(y[::3], expected[::3]) < 1e-3
+        clear = plain[:, column]
+        assert clear.sum() > 30
+        assert torch.equal(y[1:3, clear], expected[1:3, clear])
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[4], KINDS[6]], ids=lambda k: "-".join(map(str, k.values())))
@@ -147,7 +203,7 @@ WIDE = [
 
 
 @pytest.mark.parametrize("kind", WIDE, ids=lambda k: "-".join(map(str, k.values())))
-@pytest.mark.parametrize("kernel", ["one-row", "gemm", "decode", "unpack"])
+@pytest.mark.parametrize("kernel", ["one-row", "small", "gemm", "decode", "unpack"])
 @pytest.mark.gpu
 def test_groups_of_several_blocks_on_cuda(random_matrix, kernel, kind):
     """Sets of statistics codes that cover several chunks: full ones alone, with one behind them that is not, or only that."""
@@ -160,7 +216,7 @@ def test_groups_of_several_blocks_on_cuda(random_matrix, kernel, kind):
         exact = torch.from_numpy(matrix.dequantize())
         if kernel == "unpack":
             assert torch.equal(dequantize(tensors, matrix.layout, torch.float16).cpu(), exact.half()), chunks
-        for batch in {"one-row": (1,), "gemm": (3, 16, 40, 300), "decode": (2, 33), "unpack": ()}[kernel]:
+        for batch in {"one-row": (1,), "small": (2, 3, 8), "gemm": (9, 40, 300), "decode": (2, 33), "unpack": ()}[kernel]:
             x = torch.randn(batch, columns).half()
             product = decode.linear if kernel == "decode" else linear  # on Hopper nothing dispatches to it
             y = product(x.cuda(), tensors, matrix.layout, None)
@@ -175,6 +231,33 @@ def test_which_matrices_the_tensor_core_kernels_take():
     assert not any(taken(2816, group) for group in (48, 128, 256))
     assert taken(2816, 48, "direct")
     assert not any(taken(240, group, kind) for group in (16, 32) for kind in ("bilevel", "direct"))
+
+
+def test_which_kernel_a_batch_takes(random_matrix, monkeypatch):
+    pytest.importorskip("triton", reason="no Triton")
+    from spqr_kernels import decode, gemm, matvec, small
+
+    for module in (matvec, small, gemm, decode):
+        name = module.__name__.split(".")[-1]
+        monkeypatch.setattr(module, "linear", lambda x, *rest, name=name: taken.append(name) or torch.zeros(len(x), 32))
+    monkeypatch.setattr(dispatch, "has_tensor_cores", lambda device: True)
+    batches = (1, 2, dispatch.SMALL_BATCH, dispatch.SMALL_BATCH + 1, dispatch.GEMM_BATCH)
+    for hopper, expected in (
+        (True, ["matvec", "small", "small", "gemm", "gemm"]),
+        (False, ["matvec", "decode", "decode", "decode"]),
+    ):
+        monkeypatch.setattr(dispatch, "has_wgmma", lambda device, hopper=hopper: hopper)
+        taken: list[str] = []
+        for permuted in (False, True):
+            matrix = random_matrix(32, 256, permuted=permuted, outliers=0.0)
+            for batch in batches:
+                linear(torch.zeros(batch, 256).half(), stored(matrix, "cpu"), matrix.layout)
+        assert taken == 2 * expected
+        taken.clear()
+        permuted_outliers = random_matrix(32, 256, permuted=True, outliers=0.1)
+        linear(torch.zeros(2, 256).half(), stored(permuted_outliers, "cpu"), permuted_outliers.layout)
+        assert taken == []
+    assert dispatch.SMALL_BATCH <= small.WIDEST
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -195,7 +278,7 @@ def test_crowded_outliers(random_matrix, device):
     tensors = stored(matrix, device)
     assert torch.equal(dequantize(tensors, matrix.layout, torch.float16).cpu(), torch.from_numpy(matrix.dequantize()).half())
     exact = torch.from_numpy(matrix.dequantize()).double()
-    for batch in (1, 3, 20, 40, 100) if device == "cuda" else (1, 3, 20):
+    for batch in (1, 3, 8, 20, 40, 100) if device == "cuda" else (1, 3, 20):
         x = torch.randn(batch, 1024).half()
         assert relative_error(linear(x.to(device), tensors, matrix.layout), x.double() @ exact.T) < 1e-3, batch
 
@@ -264,19 +347,22 @@ def test_the_ops_pass_torch_opcheck(random_matrix, device):
         torch.library.opcheck(torch.ops.spqr.dequantize, (stack, *ops.geometry(matrix.layout), torch.float16))
 
 
+@pytest.mark.parametrize("batch", [1, 5, 20])
 @pytest.mark.gpu
-def test_decode_runs_in_a_cuda_graph(random_matrix):
+def test_products_run_in_a_cuda_graph(random_matrix, batch):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    matrix = random_matrix(256, 512)
+    matrix = random_matrix(256, 4096)  # of which several programs share the columns
     tensors = stored(matrix, "cuda")
-    x = torch.randn(1, 512, device="cuda").half()
+    x = torch.randn(batch, 4096, device="cuda").half()
     expected = linear(x, tensors, matrix.layout)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = linear(x, tensors, matrix.layout)
-    graph.replay()
-    assert torch.equal(y, expected)
+    for _ in range(3):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)
 
 
 BROKEN = {
