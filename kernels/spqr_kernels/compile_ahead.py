@@ -163,7 +163,7 @@ def _small(title: str, kind: dict[str, Any], operands: dict[str, str], sizes: di
     found = []
     operands = operands | {"Partial": "*fp32"} | sizes | {"base": "i32", "extra": "i32"}
     for width, kept in ((8, 64), (16, 64), (8, 0)) if title == "3-bit bilevel" else ((8, 64), (16, 64)):
-        choice = small.CHOICES[width]
+        choice = small.choice_for(width, kind["BILEVEL"])
         constants = kind | {
             "HAS_BIAS": False, "SCALED": False, "BATCH": width, "WARPS": choice.warps, "STAGES": choice.stages, "KEPT": kept,
             "SETS": choice.sets, "ROOM": small.room_bytes(kind["BITS"], kept, width, choice.warps, choice.stages),

@@ -11,8 +11,9 @@ is that of what the outlier was added to.
 Shared memory is read and written in PTX, for which the compiler puts no barriers: words and statistics are read by the warp
 that copied them, and x, which the whole program reads, needs one barrier a chunk.
 
-Programs have equal shares of the chunks of all pieces of Y, as many as run at once. Where a piece is shared, the program that has
-its last chunk adds up the parts of the others: it waits for programs before it alone, which have begun. Every sum has one fixed order, so results repeat bit for bit.
+Programs, as many as run at once, have equal shares of the chunks of all pieces of Y. Where a piece is shared, the program that
+has its last chunk adds up the parts of the others: it waits for programs before it alone, and those began before it. Every sum
+has one fixed order, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -569,7 +570,7 @@ def small_kernel(
 
 @dataclass(frozen=True)
 class Small:
-    """How the kernel runs for a width, the rows of x that a program multiplies with: measured on an H200."""
+    """How the kernel runs for a width, the rows of x that a program multiplies with."""
 
     warps: int
     registers: int  # the limit of a thread's
@@ -579,7 +580,9 @@ class Small:
     least: int  # chunks of a program
 
 
-CHOICES = {8: Small(4, 96, 5, 2, 2, 3), 16: Small(4, 128, 4, 3, 1, 2)}
+CHOICES = {8: Small(4, 96, 5, 2, 2, 3), 16: Small(4, 128, 4, 3, 1, 2)}  # measured on an H200
+# Not measured: direct statistics wait in registers for a chunk, and with fewer the loop would spill.
+DIRECT_CHOICES = CHOICES | {8: Small(4, 112, 4, 2, 2, 3)}
 WIDEST = max(CHOICES)
 
 
@@ -589,6 +592,11 @@ class _Launches(NamedTuple):
     prepare: Launch | None
     product: Launch
     parts: int
+
+
+def choice_for(width: int, bilevel: bool) -> Small:
+    """The choice for statistics of a kind."""
+    return (CHOICES if bilevel else DIRECT_CHOICES)[width]
 
 
 def outliers_of_a_chunk(layout: Layout) -> int:
@@ -613,7 +621,7 @@ def _launches(
     """layout and kept: as `_without_outliers` has them. joined: whether the stored matrix is one tensor."""
     chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
     width = next(width for width in CHOICES if width >= batch)
-    choice = CHOICES[width]
+    choice = choice_for(width, layout.statistics == "bilevel")
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     every = ceil_div(layout.tile_rows, choice.warps) * chunks
     programs = max(1, min(multiprocessors * choice.resident, every // choice.least))

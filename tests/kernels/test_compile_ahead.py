@@ -26,6 +26,8 @@ def spills(name: str) -> int:
         return 100 if name.endswith(" 256") else 16
     if name.startswith("decode"):
         return 16
+    if name.startswith("small"):
+        return 24
     return 2 if name.startswith("matvec") and name.endswith("bf16") else 0
 
 
@@ -56,10 +58,19 @@ def test_no_sum_is_read_before_its_product_is_done(name):
 def test_small_batches_keep_as_many_programs_on_a_multiprocessor_as_its_choice_says(name):
     variant = VARIANTS[name]
     used = usage(variant.compile(GPUTarget("cuda", 90, 32)))
-    choice = small.CHOICES[variant.constants["BATCH"]]
+    choice = small.choice_for(variant.constants["BATCH"], variant.constants["BILEVEL"])
     assert used.registers <= choice.registers
     assert choice.resident * 32 * choice.warps * used.registers <= 65536
     assert choice.resident * (variant.constants["ROOM"] + 1024) <= 228 * 1024  # the first KB of each is the system's
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("small")])
+def test_small_batches_spill_nothing_within_the_loop_over_the_chunks(name):
+    code = machine_code(VARIANTS[name].compile(GPUTarget("cuda", 90, 32)))
+    begin = next(i for i, line in enumerate(code) if line.startswith("DEPBAR"))  # the wait for a chunk's copies
+    end = max(i for i, line in enumerate(code) if line.startswith("HMMA"))
+    assert end - begin > 300
+    assert not any("LDL" in line or "STL" in line for line in code[begin:end])
 
 
 @pytest.mark.parametrize(

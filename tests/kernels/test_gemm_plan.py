@@ -32,9 +32,9 @@ def test_every_row_and_chunk_is_covered_once(batch, tile_rows, chunks, multiproc
 
 
 def test_pieces_that_do_not_fill_the_gpu_are_split():
-    few = plan_for(16, 16, 64, 132)  # 4 pieces
+    few = plan_for(32, 16, 64, 132)  # 4 pieces
     assert few.programs > 40
     many = plan_for(512, 1792, 32, 132)  # 3.4 pieces a multiprocessor: the last 0.4 are split
     assert many.whole == 3 * 132
     assert many.splits > 1
-    assert plan_for(16, 16, 1, 132).programs == 4
+    assert plan_for(32, 16, 1, 132).programs == 4

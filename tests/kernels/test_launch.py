@@ -105,16 +105,16 @@ def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
         for batch in (1, 8, 33, 64):
             complete(decode._launch.__wrapped__(shape, entries, batch, dtype, bias, GPU))
         all_launches = [
-            gemm._launches.__wrapped__(shape, entries, batch, dtype, bias, GPU, batch != 16)
-            for batch in (9, 16, 17, 64, 65, 300, 1024)
+            gemm._launches.__wrapped__(shape, entries, batch, dtype, bias, GPU, batch != 17)
+            for batch in (17, 32, 33, 64, 65, 300, 1024)
         ]
         all_launches += [
             small._launches.__wrapped__(*small._without_outliers(layout), batch, dtype, bias, GPU, batch != 8)
-            for batch in (2, 7, 8)
+            for batch in (2, 7, 8, 9, 16)
         ]
         for launches in all_launches:
-            for launch in (launches.prepare, launches.product, launches.finish):
-                if launch is not None:
+            for launch in launches:
+                if isinstance(launch, Launch):
                     complete(launch)
         other = Layout(**{**layout.as_dict(), "out_features": 17, "outliers": 0})
         for layouts in ((layout, other), (other, layout, layout)):
@@ -129,7 +129,7 @@ def test_what_was_not_joined_does_not_overlap(hopper):
     for joined_, overlaps in ((True, True), (False, False)):
         launch = matvec._launch.__wrapped__(LAYOUTS[0], torch.float16, None, GPU, joined_)
         few = small._launches.__wrapped__(LAYOUTS[0], 64, 8, torch.float16, None, GPU, joined_).product
-        product = gemm._launches.__wrapped__(LAYOUTS[0], 1, 16, torch.float16, None, GPU, joined_).product
+        product = gemm._launches.__wrapped__(LAYOUTS[0], 1, 32, torch.float16, None, GPU, joined_).product
         wide = gemm._launches.__wrapped__(LAYOUTS[0], 1, 512, torch.float16, None, GPU, joined_).product
         found = [(it.constants["DEPENDENT"], it.constants["launch_pdl"]) for it in (launch, few, product, wide)]
         assert found == [(overlaps, overlaps)] * 3 + [(False, False)]
@@ -164,3 +164,21 @@ def test_small_batches_copy_nearly_all_outliers_of_a_chunk(layout):
     chunks = layout.tile_rows * (layout.blocks // 16)
     in_each = np.bincount(rng.integers(chunks, size=layout.outliers), minlength=chunks)
     assert (in_each > kept).mean() < 0.01
+
+
+@pytest.mark.parametrize("batch", [8, 16])
+@pytest.mark.parametrize("shape", [(16, 256), (48, 768), (4096, 11008), (28672, 8192)], ids=str)
+def test_small_batches_share_all_chunks_evenly(hopper, shape, batch):
+    from spqr_kernels import small
+
+    layout = Layout(*shape)
+    choice = small.choice_for(batch, True)
+    launches = small._launches.__wrapped__(*small._without_outliers(layout), batch, torch.float16, None, GPU, True)
+    product, width = launches.product, 16 * choice.warps
+    programs = product.grid[0]
+    base, extra = product.integers[-2:]
+    pieces = -(-layout.out_features // width)
+    assert 0 <= extra < programs <= 132 * choice.resident
+    assert programs * base + extra == pieces * (layout.in_features // 256)
+    assert programs == 1 or base >= choice.least
+    assert launches.parts >= programs * (2 * width * batch + 2)  # two parts, and a flag of 8 bytes

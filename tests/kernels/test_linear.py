@@ -112,8 +112,8 @@ def test_every_batch_on_cuda(random_matrix, kind):
         tensors = stored(matrix, "cuda")
         whole = joined.join(tensors, matrix.layout)  # of which products overlap
         exact = torch.from_numpy(matrix.dequantize()).double()
-        for batch in (1, 2, 5, 8, 9, 17, 40, 65, 300, 1300):
-            for dtype in (torch.float16, torch.bfloat16)[: 2 if batch in (5, 9, 300) else 1]:  # each is compiled anew
+        for batch in (1, 2, 5, 8, 9, 16, 17, 40, 65, 300, 1300):
+            for dtype in (torch.float16, torch.bfloat16)[: 2 if batch in (5, 9, 17, 300) else 1]:  # each is compiled anew
                 x = torch.randn(batch, columns).to(dtype)
                 y = linear(x.cuda(), tensors, matrix.layout)
                 assert relative_error(y, x.double() @ exact.T) < BOUND[dtype], (dtype, batch)
@@ -132,7 +132,7 @@ def test_every_batch_on_cuda(random_matrix, kind):
     ids=lambda k: "-".join(map(str, k.values())),
 )  # fmt: skip
 @pytest.mark.gpu
-def test_batches_of_2_to_8_on_cuda(random_matrix, monkeypatch, kind):
+def test_batches_of_2_to_16_on_cuda(random_matrix, monkeypatch, kind):
     """Which kernel is theirs, and all of its kinds: rows and columns that fill no program and no block, several programs, x as
     it is and made anew, and products beside each other give the same bits."""
     from spqr_kernels import small
@@ -146,7 +146,8 @@ def test_batches_of_2_to_8_on_cuda(random_matrix, monkeypatch, kind):
         whole = joined.join(tensors, matrix.layout)
         exact = torch.from_numpy(matrix.dequantize()).double()
         bias = torch.randn(rows).bfloat16()
-        for batch, dtype in [(batch, torch.float16) for batch in range(2, 9)] + [(3, torch.bfloat16), (8, torch.bfloat16)]:
+        half = [(batch, torch.float16) for batch in (*range(2, 10), 12, 15, 16)]
+        for batch, dtype in [*half, *((batch, torch.bfloat16) for batch in (3, 8, 9, 16))]:
             x = torch.randn(batch, columns).to(dtype)
             added = bias if dtype == torch.bfloat16 else None  # each pair is compiled anew
             expected = x.double() @ exact.T + (0 if added is None else added.double())
@@ -216,7 +217,7 @@ def test_groups_of_several_blocks_on_cuda(random_matrix, kernel, kind):
         exact = torch.from_numpy(matrix.dequantize())
         if kernel == "unpack":
             assert torch.equal(dequantize(tensors, matrix.layout, torch.float16).cpu(), exact.half()), chunks
-        for batch in {"one-row": (1,), "small": (2, 3, 8), "gemm": (9, 40, 300), "decode": (2, 33), "unpack": ()}[kernel]:
+        for batch in {"one-row": (1,), "small": (2, 3, 8, 13), "gemm": (17, 40, 300), "decode": (2, 33), "unpack": ()}[kernel]:
             x = torch.randn(batch, columns).half()
             product = decode.linear if kernel == "decode" else linear  # on Hopper nothing dispatches to it
             y = product(x.cuda(), tensors, matrix.layout, None)
@@ -278,7 +279,7 @@ def test_crowded_outliers(random_matrix, device):
     tensors = stored(matrix, device)
     assert torch.equal(dequantize(tensors, matrix.layout, torch.float16).cpu(), torch.from_numpy(matrix.dequantize()).half())
     exact = torch.from_numpy(matrix.dequantize()).double()
-    for batch in (1, 3, 8, 20, 40, 100) if device == "cuda" else (1, 3, 20):
+    for batch in (1, 3, 8, 12, 20, 40, 100) if device == "cuda" else (1, 3, 20):
         x = torch.randn(batch, 1024).half()
         assert relative_error(linear(x.to(device), tensors, matrix.layout), x.double() @ exact.T) < 1e-3, batch
 
@@ -347,7 +348,7 @@ def test_the_ops_pass_torch_opcheck(random_matrix, device):
         torch.library.opcheck(torch.ops.spqr.dequantize, (stack, *ops.geometry(matrix.layout), torch.float16))
 
 
-@pytest.mark.parametrize("batch", [1, 5, 20])
+@pytest.mark.parametrize("batch", [1, 5, 16, 20])
 @pytest.mark.gpu
 def test_products_run_in_a_cuda_graph(random_matrix, batch):
     if not torch.cuda.is_available():
