@@ -326,12 +326,11 @@ def product_of_tile(
     undo = none + _UNDO_OR
 
     if OUTLIERS:  # first of all, because what they point to waits for it
-        pointers = Pointers + (tile64 * (2 * chunks) + 2 * warp)  # of each warp's chunk
+        pointers = Pointers + tile64 * (2 * chunks)
         sparse_chunks = chunks
         if SOME:
             sparse_chunks = gl.where(all_outliers > 0, chunks, 0)
         begin, end = outliers.bounds(pointers, warp, sparse_chunks)
-        pointers += 2 * WARPS
 
     words_at = Weight + (tile64 * chunks * (128 * BITS) + (warp * (128 * BITS) + lane * 4))
     statistics_at = words_at
@@ -342,7 +341,8 @@ def product_of_tile(
     ring = room_for_ring(warp, lane, BITS, BILEVEL, WARPS, STAGES)
     ahead = warp
     for j in gl.static_range(STAGES - 1):
-        copy_chunk(ring + j * STAGE, lane, words_at, statistics_at, (ahead < chunks).to(gl.int32), has_statistics, BITS, BILEVEL)
+        copied = (ahead < chunks).to(gl.int32)
+        copy_chunk(ring + j * STAGE, lane, words_at, statistics_at, copied, has_statistics, BITS, BILEVEL)
         words_at += WARPS * 128 * BITS
         ahead += WARPS
         if BILEVEL:
@@ -353,7 +353,6 @@ def product_of_tile(
     if OUTLIERS:
         sums = outliers.room_for_sums(warp, lane)
         words_before = outliers.no_words(lane, ENTRIES)
-        columns_before = warp * 512
 
     # Lanes gid % 4 = tid bring x of block gid, the others zeros.
     zeros_at = Zeros.to(gl.pointer_type(gl.int32)) + none
@@ -389,7 +388,7 @@ def product_of_tile(
                 statistics_at, has_statistics = _statistics_at(StatCodes, TileStats, tile, ahead, chunks, lane, CHUNKS_A_SET)
         if OUTLIERS:
             words, begin, end = outliers.fetch_chunk(
-                Outliers, begin, end, pointers, chunk + WARPS, sparse_chunks, sums, X, columns_before, lane, ENTRIES, BF
+                Outliers, begin, end, pointers, chunk, WARPS, sparse_chunks, sums, X, lane, ENTRIES, BF
             )
         stage = ring + now
         then = now
@@ -443,14 +442,12 @@ def product_of_tile(
                 y1 += scale1 * (dot1 - gl.load(GroupZp + place1).to(gl.float32) * x_sums[n])
         chunk += WARPS
         if OUTLIERS:
-            outliers.add_products(sums, words_before, X, columns_before - 512 * WARPS, lane, ENTRIES, BF)
+            outliers.add_products(sums, words_before, X, chunk - 2 * WARPS, lane, ENTRIES, BF)
             words_before = words
-            columns_before += 512 * WARPS
-            pointers += 2 * WARPS
 
     wait_for_chunk(lane, 0)
     if OUTLIERS:
-        outliers.add_products(sums, words_before, X, columns_before - 512 * WARPS, lane, ENTRIES, BF)
+        outliers.add_products(sums, words_before, X, chunk - WARPS, lane, ENTRIES, BF)
         sum0, sum1 = outliers.sums_of_rows(sums, lane)
         y0 += sum0 * (1.0 / _UNIT[FLAVOR])
         y1 += sum1 * (1.0 / _UNIT[FLAVOR])

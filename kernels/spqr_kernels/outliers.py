@@ -197,9 +197,9 @@ def _fetch_chunk(bfloat: bool, entries: int) -> str:
     """PTX: fetches a lane's outliers of the chunk whose bounds are known, and the bounds of the chunk after it; and adds the
     products of those outliers of the chunk for which there are no registers, one a lane after the other.
 
-    Outputs: words of `entries` outliers, 0 where there are none; first place of the chunk after it and its end, 0 and 0 where
-    there is none. Inputs: first place and end, the lane, all outliers, where the bounds are to be read, and their chunk's number
-    and all chunks; sums, x and the bytes before the chunk as `_product` has them."""
+    Outputs: words of `entries` outliers, 0 where there are none; first place of the chunk after it and its end, 0 and 0
+    where there is none. Inputs: first place and end, the lane, all outliers, where the bounds are to be read, and their
+    chunk's number and all chunks; sums, x and the bytes before the chunk as `_product` has them."""
     words = [f"${n}" for n in range(entries)]
     begin, end, lane, outliers, at, chunk, chunks, sums, x, before = (f"${entries + 2 + i}" for i in range(10))
     first, last = f"${entries}", f"${entries + 1}"
@@ -257,10 +257,11 @@ def room_for_sums(warp, lane):
 
 @gluon.jit
 def bounds(pointers, chunk, chunks):
-    """Where the outliers of a chunk begin and end, 0 and 0 where `chunk` is not below `chunks`. pointers: to that of its first
-    cell, of which it has two."""
+    """Where the outliers of a chunk begin and end, 0 and 0 where `chunk` is not below `chunks`. pointers: of the tile's cells, of
+    which a chunk has two."""
     there = chunk < chunks
-    return gl.load(pointers, mask=there, other=0), gl.load(pointers + 2, mask=there, other=0)
+    at = pointers + 2 * chunk
+    return gl.load(at, mask=there, other=0), gl.load(at + 2, mask=there, other=0)
 
 
 @gluon.jit
@@ -274,15 +275,15 @@ def no_words(lane, ENTRIES: gl.constexpr):
 
 @gluon.jit
 def fetch_chunk(
-    Outliers, begin, end, pointers, next_chunk, chunks, sums, X, before, lane, ENTRIES: gl.constexpr, BF: gl.constexpr
+    Outliers, begin, end, pointers, chunk, step, chunks, sums, X, lane, ENTRIES: gl.constexpr, BF: gl.constexpr
 ):  # fmt: skip
-    """A lane's words of the chunk's outliers begin .. end - 1, for `add_products`, and the bounds of next_chunk, to whose cells
-    `pointers` points. A lane fetches ENTRIES of them; if there are more, their products with x are added to the sums here.
-    before: bytes of X before the chunk's first column."""
+    """A lane's words of the chunk's outliers begin .. end - 1, for `add_products`, and the `bounds` of the chunk `step` behind
+    it. A lane fetches ENTRIES of them; if there are more, their products with x are added to the sums here."""
     none = lane * 0
+    later = chunk + step
     found = gl.inline_asm_elementwise(
         _FETCH_CHUNK[(BF, ENTRIES)], _FETCH_CHUNK_REGISTERS[ENTRIES],
-        [begin, end, lane, Outliers + none, pointers + none, next_chunk + none, none + chunks, sums, X + none, before],
+        [begin, end, lane, Outliers + none, pointers + 2 * later, later, none + chunks, sums, X + none, chunk * 512],
         dtype=(gl.int32,) * (ENTRIES + 2), is_pure=False, pack=1,
     )  # fmt: skip
     words = ()
@@ -292,10 +293,10 @@ def fetch_chunk(
 
 
 @gluon.jit
-def add_products(sums, words, X, before, lane, ENTRIES: gl.constexpr, BF: gl.constexpr):
-    """The outliers of a chunk that `fetch_chunk` fetched times x, added to the lane's sums. before: as there."""
+def add_products(sums, words, X, chunk, lane, ENTRIES: gl.constexpr, BF: gl.constexpr):
+    """The outliers of a chunk that `fetch_chunk` fetched times x, added to the lane's sums."""
     gl.inline_asm_elementwise(
-        _ADD_PRODUCTS[(BF, ENTRIES)], _ADD_PRODUCTS_REGISTERS[ENTRIES], (sums, X + lane * 0, before) + words,
+        _ADD_PRODUCTS[(BF, ENTRIES)], _ADD_PRODUCTS_REGISTERS[ENTRIES], (sums, X + lane * 0, chunk * 512) + words,
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 

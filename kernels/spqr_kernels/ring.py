@@ -74,7 +74,8 @@ def room_for_ring(warp, lane, BITS: gl.constexpr, BILEVEL: gl.constexpr, WARPS: 
 def copy_chunk(stage, lane, words_at, statistics_at, there, has_statistics, BITS: gl.constexpr, BILEVEL: gl.constexpr):
     """Begins the copies of a chunk to `stage`, an address for each warp, and commits them; zeros where not `there`.
 
-    words_at: of each lane's first four words. statistics_at: of the 16 bytes of statistics of lanes that `has_statistics`, which follow each other."""
+    words_at: of each lane's first four words. statistics_at: of the 16 bytes of statistics of those lanes that
+    `has_statistics`, which follow each other."""
     gl.inline_asm_elementwise(
         _COPY[(BITS, BILEVEL)], "=r,r,l,l,r,r",
         [stage + lane * 16, words_at, statistics_at, lane * 0 + there, lane * 0 + has_statistics],

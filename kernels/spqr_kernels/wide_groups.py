@@ -42,7 +42,7 @@ def group_pairs(codes, chunk, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr):
 
 @gluon.jit
 def pairs_of(own, half, chunk, CHUNKS_A_SET: gl.constexpr):
-    """What `group_pairs` has, of words 4 gid .. 4 gid + 3 of a set and those with their half words, 32 + 2 gid and 33 + 2 gid."""
+    """What `group_pairs` has, of words 4 gid .. 4 gid + 3 of a set and of 32 + 2 gid and 33 + 2 gid, with their half words."""
     own0, own1, own2, own3 = own
     half0, half1 = half
     # Of the upper eight groups the high byte of a word goes on in a half word; of the lower eight all is in the word.
