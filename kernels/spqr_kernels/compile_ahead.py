@@ -36,7 +36,7 @@ _UNALIGNED = (
     *(f"{name}{i}" for name in ("out_features", "outliers") for i in range(TOGETHER)),
 )  # fmt: skip
 _FIT = ("search_kernel", "tile_start_kernel", "round_kernel", "residual_kernel")
-_ROW = {"BF": 0, "OUTLIERS": True, "WHOLE": True, "WARPS": 4, "STAGES": 2, "KEPT": 2048}  # of one row of x
+_ROW = {"BF": 0, "OUTLIERS": True, "WHOLE": True, "WARPS": 4, "STAGES": 2, "ENTRIES": 2}  # of one row of x
 _OUTLIERS = {"Pointers": "*i32", "Outliers": "*i32"}
 
 
@@ -85,7 +85,7 @@ def variants() -> list[Variant]:
         for flavor, dtype in ((0, "*fp16"), (matvec.BF16, "*bf16")):
             operands = {"X": dtype, "XDense": dtype, "Zeros": "*u8"} | _STORED | _OUTLIERS | {"Bias": dtype, "Y": dtype}
             sizes = {"out_features": "i32", "chunks": "i32", "groups": "i32", "all_outliers": "i32"}
-            constants = kind | sparse | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2, "KEPT": 2048}
+            constants = kind | sparse | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2, "ENTRIES": 2}
             found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4))
         found += [_siblings(title, kind), _experts(title, kind)]
         operands = {"X": "*fp16", "Scale": "*fp32"} | _STORED | _OUTLIERS | {"Bias": "*fp16", "Y": "*fp16"}

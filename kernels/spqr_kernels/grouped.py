@@ -31,7 +31,7 @@ from .overlap import await_previous
 def _product_in(
     Joined, tile, X, Zeros, Bias, Y, at_scales, at_zeros, at_pointers, at_outliers, out_features, chunks, groups, all_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, ENTRIES: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """`product_of_tile` of the matrix that lies in `Joined`, its statistics and outliers at these words of it."""
@@ -41,7 +41,7 @@ def _product_in(
         tile, X, X, Zeros, Joined, scales, zero_points.to(gl.pointer_type(gl.int16)), scales.to(gl.pointer_type(gl.int16)),
         zero_points.to(gl.pointer_type(gl.uint8)), Joined + at_pointers, Joined + at_outliers, Bias, Y,
         out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, True, HAS_BIAS, WHOLE, WARPS,
-        STAGES, KEPT, DEPENDENT,
+        STAGES, ENTRIES, DEPENDENT,
     )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def siblings_kernel(
     at_scales1, at_zeros1, at_pointers1, at_outliers1, out_features1, outliers1,
     at_scales2, at_zeros2, at_pointers2, at_outliers2, out_features2, outliers2,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, ENTRIES: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y0, Y1 and Y2 from one X [chunks * 256]; programs from first1 and from first2 on are those of the second and the third
@@ -73,7 +73,7 @@ def siblings_kernel(
     all_outliers = gl.where(third, outliers2, gl.where(second, outliers1, outliers0))
     _product_in(
         joined, tile, X, Zeros, bias, y, at_scales, at_zeros, at_pointers, at_outliers, out_features, chunks, groups,
-        all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, HAS_BIAS, WHOLE, WARPS, STAGES, KEPT, DEPENDENT,
+        all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, HAS_BIAS, WHOLE, WARPS, STAGES, ENTRIES, DEPENDENT,
     )  # fmt: skip
 
 
@@ -94,8 +94,8 @@ def _siblings(layouts: tuple[Layout, ...], dtype: torch.dtype, bias: torch.dtype
     integers = [first.blocks // CHUNK, first.groups, tiles[0], tiles[0] + tiles[1]]
     for layout in (*layouts, *[layouts[-1]] * (TOGETHER - len(layouts))):
         integers += [*_words(layout), layout.out_features, layout.outliers]
-    kept = max(outliers.without_outliers(layout)[2] for layout in layouts)
-    constants = {"HAS_BIAS": bias is not None, **row_constants(first, kept, sum(tiles), dtype), **overlap.options(device)}
+    entries = max(outliers.without_outliers(layout)[2] for layout in layouts)
+    constants = {"HAS_BIAS": bias is not None, **row_constants(first, entries, sum(tiles), dtype), **overlap.options(device)}
     return Launch(siblings_kernel, (sum(tiles), 1), device, dtypes, integers, constants)
 
 
@@ -124,7 +124,7 @@ def experts_kernel(
     X, Ids, Table, Zeros, Stored, Y,
     chunks, groups, tiles, out_features, experts, parts, pairs_a_row, at_scales, at_zeros, at_pointers, at_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+    WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, ENTRIES: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y[pair, part, o] = sum_i W[Ids[pair], part][o, i] X[pair // pairs_a_row, i] where Table has that matrix; NaN
@@ -148,7 +148,7 @@ def experts_kernel(
         _product_in(
             Stored + gl.multiple_of(begin, 32), tile, X + row * (chunks * 256), Zeros, y, y, at_scales, at_zeros, at_pointers,
             at_outliers, out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, False, WHOLE,
-            WARPS, STAGES, KEPT, DEPENDENT,
+            WARPS, STAGES, ENTRIES, DEPENDENT,
         )  # fmt: skip
     if not known:
         row_of_y = tile * 16 + gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
@@ -158,14 +158,14 @@ def experts_kernel(
 
 @lru_cache(REMEMBERED)
 def _experts(
-    layout: Layout, kept: int, number: int, parts: int, pairs: int, rows: int, dtype: torch.dtype, device: torch.device
+    layout: Layout, entries: int, number: int, parts: int, pairs: int, rows: int, dtype: torch.dtype, device: torch.device
 ) -> Launch:
-    """layout and kept: as `outliers.without_outliers` has them."""
+    """layout and entries: as `outliers.without_outliers` has them."""
     tiles = layout.tile_rows
     dtypes = (dtype, torch.int64, torch.int64, torch.uint8, torch.int32, dtype)
-    words = _words(layout.with_outliers(int(kept > 0)))
+    words = _words(layout.with_outliers(int(entries > 0)))
     integers = (layout.blocks // CHUNK, layout.groups, tiles, layout.out_features, number, parts, pairs // rows, *words)
-    constants = row_constants(layout, kept, tiles * parts * pairs, dtype) | overlap.options(device)
+    constants = row_constants(layout, entries, tiles * parts * pairs, dtype) | overlap.options(device)
     return Launch(experts_kernel, (tiles * parts, pairs), device, dtypes, integers, constants)
 
 
@@ -183,8 +183,8 @@ def experts(x: Tensor, ids: Tensor, stored: Tensor, tables: Sequence[Table]) -> 
     pairs = ids.numel()
     y = torch.empty(pairs, parts * layout.out_features, dtype=x.dtype, device=x.device)
     for table in tables:
-        shape, _, kept = outliers.without_outliers(table.layout)
-        launch = _experts(shape, kept, len(table.begins), parts, pairs, x.shape[0], x.dtype, x.device)
+        shape, _, entries = outliers.without_outliers(table.layout)
+        launch = _experts(shape, entries, len(table.begins), parts, pairs, x.shape[0], x.dtype, x.device)
         launch(
             x.data_ptr(), ids.data_ptr(), table.begins.data_ptr(), zeros(x.device).data_ptr(), stored.data_ptr(), y.data_ptr()
         )

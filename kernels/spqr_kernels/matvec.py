@@ -1,7 +1,7 @@
 """Matrix-vector kernel for NVIDIA GPUs (sm_80 and newer): y = W x for batch 1, exact codes on tensor cores, outliers fused.
 
-A program takes one tile of 16 rows; its warps take the chunks of 256 columns in turn. Chunks arrive in shared memory by
-asynchronous copies, a ring of STAGES ahead, because bytes in flight in registers cost the warps that hide latency.
+A program takes one tile of 16 rows; its warps take the chunks of 256 columns in turn, each at its own pace. Chunks arrive in
+shared memory by asynchronous copies (`ring`), because bytes in flight in registers cost the warps that hide latency.
 
 A lane's words become exact codes in floating point by one mask each, and are the A fragment of `mma.m16n8k16` as they
 stand. At batch 1 seven of the eight columns of B would idle; instead each holds x of another block of 16 columns (B is block
@@ -29,23 +29,23 @@ from spqr_format.packing import FIELDS, is_spread
 from . import outliers, overlap, ptx
 from .checks import aligned
 from .joined import Joined
-from .lanes import (
-    chunk_bytes,
-    chunks_at,
-    codes_step,
-    commit_copies,
-    copy_chunks,
-    for_all_rows,
-    load2,
-    load4,
-    room_for_chunks,
-    wait_copies,
-    warp_bases,
-    words_of_chunk,
-)
+from .lanes import load2, load4
 from .launch import LEAVES, Launch, addresses, constants_of
 from .overlap import await_previous, let_next_begin
-from .wide_groups import group_pairs, with_last_groups
+from .ring import (
+    bytes_of_stage,
+    copy_chunk,
+    read1,
+    read2,
+    read2_long,
+    read4,
+    read_long,
+    read_words,
+    room_for_ring,
+    stage_bytes,
+    wait_for_chunk,
+)
+from .wide_groups import pairs_of, with_last_groups
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
 
@@ -192,87 +192,56 @@ def _scale(dot, n: gl.constexpr, FLAVOR: gl.constexpr):
 
 
 @gluon.jit
-def _half_of_x(at0, at1, FLAVOR: gl.constexpr, PART: gl.constexpr):
-    """The 16-byte half of x of every block that couples 2 PART and 2 PART + 1 of the order need."""
-    offset: gl.constexpr = _ORDER[FLAVOR][2 * PART] // 2 * 4
-    return load4(at0 + offset), load4(at1 + offset), load4(at0 + (64 + offset)), load4(at1 + (64 + offset))
-
-
-@gluon.jit
-def _couple_of_both(slots, x, first, second, undo, couple: gl.constexpr, n: gl.constexpr, BITS: gl.constexpr, BF: gl.constexpr):
-    """Couple n of the order in both chains."""
+def _couple_of_all(slots, x, dots, undo, couple: gl.constexpr, n: gl.constexpr, BITS: gl.constexpr, BF: gl.constexpr):
+    """Couple n of the order in all four chains."""
     i: gl.constexpr = couple % 2 * 2
-    first = _couple(slots[0], x[0][i], x[0][i + 1], first, couple, undo, BITS, BF)
-    second = _couple(slots[2], x[2][i], x[2][i + 1], second, couple, undo, BITS, BF)
-    first = _couple(slots[1], x[1][i], x[1][i + 1], first, couple, undo, BITS, BF)
-    second = _couple(slots[3], x[3][i], x[3][i + 1], second, couple, undo, BITS, BF)
-    return _scale(first, n, BITS + BF), _scale(second, n, BITS + BF)
+    near = x[couple // 2]
+    far = x[2 + couple // 2]
+    return (
+        _scale(_couple(slots[0], near[i], near[i + 1], dots[0], couple, undo, BITS, BF), n, BITS + BF),
+        _scale(_couple(slots[1], near[i], near[i + 1], dots[1], couple, undo, BITS, BF), n, BITS + BF),
+        _scale(_couple(slots[2], far[i], far[i + 1], dots[2], couple, undo, BITS, BF), n, BITS + BF),
+        _scale(_couple(slots[3], far[i], far[i + 1], dots[3], couple, undo, BITS, BF), n, BITS + BF),
+    )  # fmt: skip
 
 
 @gluon.jit
-def _two_products(slots, at0, at1, zero, undo, BITS: gl.constexpr, BF: gl.constexpr):
-    """sum(q x) of the chunk's groups 0..7 and 8..15: D fragments of two chains, side by side for the latency of each.
+def _products(slots, at, tid, zero, undo, BITS: gl.constexpr, BF: gl.constexpr):
+    """sum(q x) of the chunk's groups 0..7 and 8..15, as D fragments: lanes have those of groups 2 tid, 2 tid + 1.
 
-    at0, at1: where lanes gid = tid and gid = tid + 4 find x of block gid (the other lanes: zeros).
+    at: where lanes gid % 4 = tid find x of block gid (the other lanes: zeros). Slots 2 h and 2 h + 1 are multiplied with the
+    same B, which has x of blocks 8 h .. 8 h + 7 in its columns: of the first, columns 0..3 are the sums, of the second 4..7.
+    Four chains of products side by side, for the latency of each.
     """
     F: gl.constexpr = BITS + BF
-    first = (zero, zero, zero, zero)
-    second = (zero, zero, zero, zero)
-    x = _half_of_x(at0, at1, F, 0)
-    first, second = _couple_of_both(slots, x, first, second, undo, _ORDER[F][0], 0, BITS, BF)
-    later = _half_of_x(at0, at1, F, 1)
-    first, second = _couple_of_both(slots, x, first, second, undo, _ORDER[F][1], 1, BITS, BF)
-    first, second = _couple_of_both(slots, later, first, second, undo, _ORDER[F][2], 2, BITS, BF)
-    return _couple_of_both(slots, later, first, second, undo, _ORDER[F][3], 3, BITS, BF)
-
-
-@gluon.constexpr_function
-def _groups_read(warps, groups):
-    """Layout in which `_four_groups` takes [warps, groups]."""
-    if groups == 16:
-        registers, lanes = [[0, 1], [0, 8]], [[0, 2], [0, 4]]
-    else:
-        registers, lanes = [[0, groups // 2]], [[0, step * groups // 8] for step in (1, 2)]
-    return gl.DistributedLinearLayout(registers, [*lanes, [0, 0], [0, 0], [0, 0]], warp_bases(warps), [], [warps, groups])
+    none = (zero, zero, zero, zero)
+    dots = (none, none, none, none)
+    x = (load4(at), load4(at + 4), load4(at + 64), load4(at + 68))
+    dots = _couple_of_all(slots, x, dots, undo, _ORDER[F][0], 0, BITS, BF)
+    dots = _couple_of_all(slots, x, dots, undo, _ORDER[F][1], 1, BITS, BF)
+    dots = _couple_of_all(slots, x, dots, undo, _ORDER[F][2], 2, BITS, BF)
+    dots = _couple_of_all(slots, x, dots, undo, _ORDER[F][3], 3, BITS, BF)
+    return _chosen(tid < 2, dots[0], dots[1]), _chosen(tid < 2, dots[2], dots[3])
 
 
 @gluon.jit
-def _four_groups(tile, layout: gl.constexpr):
-    """[WARPS, groups of a chunk] to four [32 * WARPS]: those of blocks 2 tid, 2 tid + 1, 8 + 2 tid, 9 + 2 tid."""
-    if tile.shape[1] == 16:
-        even, odd = gl.split(gl.permute(gl.reshape(tile, [tile.shape[0], 2, 4, 2]), [0, 2, 1, 3]))
-        w0, w2 = gl.split(even)
-        w1, w3 = gl.split(odd)
-        return for_all_rows(w0, layout), for_all_rows(w1, layout), for_all_rows(w2, layout), for_all_rows(w3, layout)
-    else:
-        near, far = gl.split(gl.permute(gl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), [0, 2, 1]))
-        near = for_all_rows(near, layout)
-        far = for_all_rows(far, layout)
-        return near, near, far, far
+def _chosen(first, a, b):
+    return gl.where(first, a[0], b[0]), gl.where(first, a[1], b[1]), gl.where(first, a[2], b[2]), gl.where(first, a[3], b[3])
 
 
 @gluon.jit
-def _set_of_codes(codes, lane, layout: gl.constexpr):
-    """Words of spec 4.3 [WARPS, 64] to four [32 * WARPS] with the codes of those groups at STATISTICS_PLACES."""
-    WARPS: gl.constexpr = codes.shape[0]
-    bases: gl.constexpr = warp_bases(WARPS)
-    words: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
-    halves: gl.constexpr = gl.DistributedLinearLayout([], [[0, 0], [0, 1], [0, 2], [0, 4], [0, 8]], bases, [], [WARPS, 16])
-    twice: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 16, 2], [WARPS, 1, 1], [2, 1, 0])
-    own = gl.reshape(codes.slice(0, 32, 1).load(words), [32 * WARPS])
-    own = gl.convert_layout(own, layout, assert_trivial=True)
-    half = gl.reshape(codes.slice(32, 16, 1).load(halves), [WARPS, 16, 1])
-    half = gl.convert_layout(half, twice, assert_trivial=True) + gl.zeros([WARPS, 16, 2], gl.int32, twice)
-    half = gl.convert_layout(gl.reshape(half, [32 * WARPS]), layout, assert_trivial=True) >> (lane % 2 * 16)
+def _set_of_codes(codes, lane):
+    """The codes of four groups at STATISTICS_PLACES, those of blocks 2 tid, 2 tid + 1, 8 + 2 tid and 9 + 2 tid. codes: where
+    the words of spec 4.3 are, of each lane's warp."""
+    own = read1(codes + lane * 4)
+    half = read1(codes + (128 + lane // 2 * 4)) >> (lane % 2 * 16)
     return own << 11, own >> 1, (half << 19) + ((own >> 13) & 0x7FFFF), half << 7
 
 
 @gluon.jit
-def _wide_codes(
-    codes, StatCodes, tile, chunk, last, chunks, groups, gid, tid, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr
-):
+def _wide_codes(codes, StatCodes, tile, chunk, last, chunks, groups, gid, tid, CHUNKS_A_SET: gl.constexpr):
     """The same where a set covers several chunks, of which this is number `chunk` [32 * WARPS], and `last` the largest one."""
-    pairs = group_pairs(codes, chunk, layout, CHUNKS_A_SET)
+    pairs = pairs_of(read4(codes + gid * 16), read2(codes + (128 + gid * 8)), chunk, CHUNKS_A_SET)
     if CHUNKS_A_SET == 2:
         near = gl.where(tid < 2, pairs[0], pairs[1]) >> tid % 2 * 12
         far = gl.where(tid < 2, pairs[2], pairs[3]) >> tid % 2 * 12
@@ -288,10 +257,37 @@ def _wide_codes(
 
 
 @gluon.jit
+def _tops(tops, tid, CHUNKS_A_SET: gl.constexpr):
+    """Tile statistics of the groups of the same four blocks, eight bytes each. tops: where those of a chunk are."""
+    if CHUNKS_A_SET == 1:
+        near = read2_long(tops + tid * 16)
+        far = read2_long(tops + (64 + tid * 16))
+        return near[0], near[1], far[0], far[1]
+    else:
+        near = read_long(tops + 2 * tid // CHUNKS_A_SET * 8)
+        far = read_long(tops + (2 * tid // CHUNKS_A_SET * 8 + 64 // CHUNKS_A_SET))
+        return near, near, far, far
+
+
+@gluon.jit
 def _statistic(t, exponent, offset, P: gl.constexpr):
     """code - offset', where the code is at bit P of t and offset is offset' + 2**(23 - P)."""
     code = gl.inline_asm_elementwise(_CODE[P], "=f,r,r", [t, exponent], dtype=gl.float32, is_pure=True, pack=1)
     return code - offset
+
+
+@gluon.jit
+def _statistics_at(StatCodes, TileStats, tile, chunk, chunks, lane, CHUNKS_A_SET: gl.constexpr):
+    """Which 16 bytes of a chunk's statistics a lane copies, those of the codes up to lane 11 and then those of the tiles; and
+    whether there are any. Where a set of codes covers several chunks, it is copied whole."""
+    code = chunk // CHUNKS_A_SET * 48 + lane * 4
+    codes_at = StatCodes + tile.to(gl.int64) * (chunks * (48 // CHUNKS_A_SET)) + code
+    tops_at = TileStats.to(gl.pointer_type(gl.int32)) + tile.to(gl.int64) * (chunks * (32 // CHUNKS_A_SET))
+    tops_at += chunk * (32 // CHUNKS_A_SET) + (lane - 12) * 4
+    there = lane < 12 + 8 // CHUNKS_A_SET
+    if CHUNKS_A_SET > 1:
+        there = there & ((lane >= 12) | (code < chunks * (48 // CHUNKS_A_SET)))
+    return gl.where(lane < 12, codes_at, tops_at), there.to(gl.int32)
 
 
 @gluon.jit
@@ -300,21 +296,23 @@ def product_of_tile(
     out_features, chunks, groups, all_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     SOME: gl.constexpr, HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
-    KEPT: gl.constexpr, DEPENDENT: gl.constexpr,
+    ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y[o] = sum_i W[o, i] X[i] (+ Bias[o]) for the 16 rows o of a tile.
 
     X [in] is read by the outliers, XDense [chunks * 256], permuted where need be, by the codes; both fp16, or bf16 where BF is
     8. Zeros: 512 bytes of 0. Y [out]. Statistics: direct, or bilevel with groups of 16, 32 or 64. SOME: the matrix has no
-    outliers, and no pointers to them, where all_outliers is 0. WHOLE: chunks is a multiple of WARPS * STAGES.
+    outliers, and no pointers to them, where all_outliers is 0. WHOLE: chunks is a multiple of WARPS. ENTRIES: see
+    `outliers.entries_of_chunk`.
     """
     FLAVOR: gl.constexpr = BITS + BF
     CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
+    STAGE: gl.constexpr = bytes_of_stage(BITS, BILEVEL)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    tops_read: gl.constexpr = _groups_read(WARPS, 16 // CHUNKS_A_SET)
     spread: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])  # warp, lane, row half
     inner: gl.constexpr = gl.SliceLayout(0, spread)
-    thread = gl.arange(0, 32 * WARPS, layout=layout)
+    # The compiler would compute what it knows of a thread again in every chunk. What is added is 0, which it cannot know.
+    thread = gl.arange(0, 32 * WARPS, layout=layout) + (chunks >> 30)
     lane = thread % 32
     warp = thread // 32
     gid = lane // 4
@@ -327,47 +325,42 @@ def product_of_tile(
     ones = none + _ONES[FLAVOR]
     undo = none + _UNDO_OR
 
-    if OUTLIERS:  # first of all, because their copies wait for it
-        cells = 2 * chunks
+    if OUTLIERS:  # first of all, because what they point to waits for it
+        pointers = Pointers + tile64 * (2 * chunks)
+        sparse_chunks = chunks
         if SOME:
-            cells = gl.where(all_outliers > 0, cells, 0)
-            first_outlier = gl.load(Pointers + tile64 * cells, mask=all_outliers > 0, other=0)
-            last_outlier = gl.load(Pointers + (tile64 + 1) * cells, mask=all_outliers > 0, other=0)
-        else:
-            first_outlier = gl.load(Pointers + tile64 * cells)
-            last_outlier = gl.load(Pointers + (tile64 + 1) * cells)
+            sparse_chunks = gl.where(all_outliers > 0, chunks, 0)
+        begin, end = outliers.bounds(pointers, warp, sparse_chunks)
 
-    words_at, codes_at, tops_at, words_chunk, codes_chunk, tops_chunk, codes_lane = chunks_at(
-        Weight, StatCodes, TileStats, tile, tile + 1, chunks, 0, BITS, CHUNKS_A_SET, WARPS, 1
-    )
-
-    ring = ()
-    for _ in gl.static_range(STAGES):
-        ring = ring + (room_for_chunks(BITS, BILEVEL, CHUNKS_A_SET, WARPS),)
+    words_at = Weight + (tile64 * chunks * (128 * BITS) + (warp * (128 * BITS) + lane * 4))
+    statistics_at = words_at
+    has_statistics = none
+    if BILEVEL:
+        statistics_at, has_statistics = _statistics_at(StatCodes, TileStats, tile, warp, chunks, lane, CHUNKS_A_SET)
+    statistics_step = gl.where(lane < 12, 48 * WARPS, 32 * WARPS)
+    ring = room_for_ring(warp, lane, BITS, BILEVEL, WARPS, STAGES)
+    ahead = warp
     for j in gl.static_range(STAGES - 1):
-        copy_chunks(
-            ring[j], words_at, codes_at, tops_at, codes_lane, WARPS * j + words_chunk < chunks,
-            WARPS * j + codes_chunk < chunks, WARPS * j + tops_chunk < chunks, WARPS * j + codes_chunk, chunks, BITS, BILEVEL,
-            CHUNKS_A_SET,
-        )  # fmt: skip
-        commit_copies()
+        copied = (ahead < chunks).to(gl.int32)
+        copy_chunk(ring + j * STAGE, lane, words_at, statistics_at, copied, has_statistics, BITS, BILEVEL)
         words_at += WARPS * 128 * BITS
-        codes_at += codes_step(WARPS, CHUNKS_A_SET)
-        tops_at += WARPS * (16 // CHUNKS_A_SET)
-
+        ahead += WARPS
+        if BILEVEL:
+            if CHUNKS_A_SET == 1:
+                statistics_at += statistics_step
+            else:
+                statistics_at, has_statistics = _statistics_at(StatCodes, TileStats, tile, ahead, chunks, lane, CHUNKS_A_SET)
     if OUTLIERS:
-        room = outliers.room_for_products(STAGES * WARPS * chunk_bytes(BITS, BILEVEL, CHUNKS_A_SET), thread, KEPT)
-        room = outliers.ask(room, Outliers, first_outlier, last_outlier, all_outliers, thread, KEPT)
+        sums = outliers.room_for_sums(warp, lane)
+        words_before = outliers.no_words(lane, ENTRIES)
 
-    # Lane gid = tid (for the second four blocks of a half chunk, gid = tid + 4) brings x of block gid, the others zeros.
+    # Lanes gid % 4 = tid bring x of block gid, the others zeros.
     zeros_at = Zeros.to(gl.pointer_type(gl.int32)) + none
     x_at = XDense.to(gl.pointer_type(gl.int32)) + (warp * 128 + gid * 8)
     if DEPENDENT:  # x, unlike the matrix, comes from the kernel before
         x_at = await_previous(x_at)
-    diagonal0 = gl.where(gid == tid, x_at, zeros_at)
-    diagonal1 = gl.where(gid == tid + 4, x_at, zeros_at)
-    step0 = gl.where(gid == tid, 128 * WARPS, 0)
-    step1 = gl.where(gid == tid + 4, 128 * WARPS, 0)
+    diagonal = gl.where(gid % 4 == tid, x_at, zeros_at)
+    diagonal_step = gl.where(gid % 4 == tid, 128 * WARPS, 0)
     sums_at = x_at + tid * 2
 
     exponent11 = none + _EXPONENT[11]
@@ -377,84 +370,85 @@ def product_of_tile(
     y0 = zero
     y1 = zero
     chunk = warp
-    for begin in range(0, chunks, WARPS * STAGES):
-        for j in gl.static_range(STAGES):
-            wait_copies(STAGES - 2)
-            now = ring[j]
-            then = ring[(j + STAGES - 1) % STAGES]
-            ahead = begin + WARPS * (j + STAGES - 1)
-            if WHOLE:
-                more = ahead < chunks
-                copy_chunks(
-                    then, words_at, codes_at, tops_at, codes_lane, more, more, more, ahead + codes_chunk, chunks, BITS, BILEVEL,
-                    CHUNKS_A_SET,
-                )  # fmt: skip
+    now = 0
+    then = (STAGES - 1) * STAGE
+    for first in range(0, chunks, WARPS):
+        wait_for_chunk(lane, STAGES - 2)
+        if WHOLE:
+            copied = none + (first + WARPS * (STAGES - 1) < chunks).to(gl.int32)
+        else:
+            copied = (ahead < chunks).to(gl.int32)
+        copy_chunk(ring + then, lane, words_at, statistics_at, copied, has_statistics, BITS, BILEVEL)
+        words_at += WARPS * 128 * BITS
+        ahead += WARPS
+        if BILEVEL:
+            if CHUNKS_A_SET == 1:
+                statistics_at += statistics_step
             else:
-                copy_chunks(
-                    then, words_at, codes_at, tops_at, codes_lane, ahead + words_chunk < chunks, ahead + codes_chunk < chunks,
-                    ahead + tops_chunk < chunks, ahead + codes_chunk, chunks, BITS, BILEVEL, CHUNKS_A_SET,
-                )  # fmt: skip
-            commit_copies()
-            words_at += WARPS * 128 * BITS
-            codes_at += codes_step(WARPS, CHUNKS_A_SET)
-            tops_at += WARPS * (16 // CHUNKS_A_SET)
-            if WHOLE:
-                at0 = diagonal0
-                at1 = diagonal1
-                at2 = sums_at
-            else:  # past the end the words are zeros, and so must x be
-                at0 = gl.where(chunk < chunks, diagonal0, zeros_at)
-                at1 = gl.where(chunk < chunks, diagonal1, zeros_at)
-                at2 = gl.where(chunk < chunks, sums_at, zeros_at)
-            diagonal0 += step0
-            diagonal1 += step1
-            sums_at += 128 * WARPS
-            if CHUNKS_A_SET > 1:  # before the products, whose sums would be held over the condition
-                codes = _wide_codes(
-                    now[BITS], StatCodes, tile, chunk, begin + WARPS * (j + 1) - 1, chunks, groups, gid, tid, layout,
-                    CHUNKS_A_SET,
-                )  # fmt: skip
-            # B with x of block gid in column gid and A of ones: sum(x) of groups 2 tid and 2 tid + 1 in each row of D
-            natural0 = load2(at2)
-            natural1 = load2(at2 + 64)
-            slots = words_of_chunk(now, layout, BITS, WARPS)
-            dots = _two_products(slots, at0, at1, zero, undo, BITS, BF)
-            blank = (zero, zero, zero, zero)
-            sums0 = _mma(ones, ones, ones, ones, natural0[0], natural0[1], blank, BF)
-            sums1 = _mma(ones, ones, ones, ones, natural1[0], natural1[1], blank, BF)
-            sums = (sums0[0], sums0[1], sums1[0], sums1[1])
+                statistics_at, has_statistics = _statistics_at(StatCodes, TileStats, tile, ahead, chunks, lane, CHUNKS_A_SET)
+        if OUTLIERS:
+            words, begin, end = outliers.fetch_chunk(
+                Outliers, begin, end, pointers, chunk, WARPS, sparse_chunks, sums, X, lane, ENTRIES, BF
+            )
+        stage = ring + now
+        then = now
+        now = gl.where(now == (STAGES - 1) * STAGE, 0, now + STAGE)
+        if WHOLE:
+            at = diagonal
+            ones_at = sums_at
+        else:  # past the end the words are zeros, and so must x be
+            at = gl.where(chunk < chunks, diagonal, zeros_at)
+            ones_at = gl.where(chunk < chunks, sums_at, zeros_at)
+        diagonal += diagonal_step
+        sums_at += 128 * WARPS
+        if CHUNKS_A_SET > 1:  # before the products, whose sums would be held over the condition
+            codes = _wide_codes(
+                stage + 512 * BITS, StatCodes, tile, chunk, first + (WARPS - 1), chunks, groups, gid, tid, CHUNKS_A_SET
+            )
+        # B with x of block gid in column gid and A of ones: sum(x) of groups 2 tid and 2 tid + 1 in each row of D
+        natural0 = load2(ones_at)
+        natural1 = load2(ones_at + 64)
+        dots = _products(read_words(stage, lane, BITS), at, tid, zero, undo, BITS, BF)
+        blank = (zero, zero, zero, zero)
+        sums0 = _mma(ones, ones, ones, ones, natural0[0], natural0[1], blank, BF)
+        sums1 = _mma(ones, ones, ones, ones, natural1[0], natural1[1], blank, BF)
+        x_sums = (sums0[0], sums0[1], sums1[0], sums1[1])
+        if BILEVEL:
+            if CHUNKS_A_SET == 1:
+                codes = _set_of_codes(stage + 512 * BITS, lane)
+            tops = _tops(stage + (512 * BITS + 192), tid, CHUNKS_A_SET)
+        for n in gl.static_range(4):
+            dot0 = dots[n // 2][n % 2]
+            dot1 = dots[n // 2][2 + n % 2]
             if BILEVEL:
-                if CHUNKS_A_SET == 1:
-                    codes = _set_of_codes(now[BITS], lane, layout)
-                tops = _four_groups(now[BITS + 1].load(tops_read), layout)
-            for n in gl.static_range(4):
-                dot0 = dots[n // 2][n % 2]
-                dot1 = dots[n // 2][2 + n % 2]
-                if BILEVEL:
-                    t = codes[n]
-                    ss, sz, zs, zz = gl.inline_asm_elementwise(
-                        _FOUR_HALVES, "=f,=f,=f,=f,l", [tops[n]], dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
-                        is_pure=True, pack=1,
-                    )  # fmt: skip
-                    a = zs * sums[n]
-                    t0 = dot0 - _statistic(t, exponent14, zz + _OFFSET[14], 14) * a
-                    t1 = dot1 - _statistic(t, exponent20, zz + _OFFSET[20], 20) * a
-                    y0 += ss * (_statistic(t, exponent11, sz + _OFFSET[11], 11) * t0)
-                    y1 += ss * (_statistic(t, exponent17, sz + _OFFSET[17], 17) * t1)
-                else:
-                    block = chunk * 16 + (8 * (n // 2) + n % 2) + 2 * tid
-                    group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
-                    place0 = gl.minimum(row0, out_features - 1).to(gl.int64) * groups + group
-                    place1 = gl.minimum(row1, out_features - 1).to(gl.int64) * groups + group
-                    scale0 = gl.load(GroupSc + place0).to(gl.float16, bitcast=True).to(gl.float32)
-                    scale1 = gl.load(GroupSc + place1).to(gl.float16, bitcast=True).to(gl.float32)
-                    y0 += scale0 * (dot0 - gl.load(GroupZp + place0).to(gl.float32) * sums[n])
-                    y1 += scale1 * (dot1 - gl.load(GroupZp + place1).to(gl.float32) * sums[n])
-            chunk += WARPS
+                t = codes[n]
+                ss, sz, zs, zz = gl.inline_asm_elementwise(
+                    _FOUR_HALVES, "=f,=f,=f,=f,l", [tops[n]], dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
+                    is_pure=True, pack=1,
+                )  # fmt: skip
+                a = zs * x_sums[n]
+                t0 = dot0 - _statistic(t, exponent14, zz + _OFFSET[14], 14) * a
+                t1 = dot1 - _statistic(t, exponent20, zz + _OFFSET[20], 20) * a
+                y0 += ss * (_statistic(t, exponent11, sz + _OFFSET[11], 11) * t0)
+                y1 += ss * (_statistic(t, exponent17, sz + _OFFSET[17], 17) * t1)
+            else:
+                block = chunk * 16 + (8 * (n // 2) + n % 2) + 2 * tid
+                group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
+                place0 = gl.minimum(row0, out_features - 1).to(gl.int64) * groups + group
+                place1 = gl.minimum(row1, out_features - 1).to(gl.int64) * groups + group
+                scale0 = gl.load(GroupSc + place0).to(gl.float16, bitcast=True).to(gl.float32)
+                scale1 = gl.load(GroupSc + place1).to(gl.float16, bitcast=True).to(gl.float32)
+                y0 += scale0 * (dot0 - gl.load(GroupZp + place0).to(gl.float32) * x_sums[n])
+                y1 += scale1 * (dot1 - gl.load(GroupZp + place1).to(gl.float32) * x_sums[n])
+        chunk += WARPS
+        if OUTLIERS:
+            outliers.add_products(sums, words_before, X, chunk - 2 * WARPS, lane, ENTRIES, BF)
+            words_before = words
 
-    wait_copies(0)
+    wait_for_chunk(lane, 0)
     if OUTLIERS:
-        sum0, sum1 = outliers.products(room, Pointers, Outliers, X, tile, cells, first_outlier, all_outliers, thread, KEPT, BF)
+        outliers.add_products(sums, words_before, X, chunk - WARPS, lane, ENTRIES, BF)
+        sum0, sum1 = outliers.sums_of_rows(sums, lane)
         y0 += sum0 * (1.0 / _UNIT[FLAVOR])
         y1 += sum1 * (1.0 / _UNIT[FLAVOR])
     if DEPENDENT:
@@ -476,14 +470,14 @@ def matvec_kernel(
     X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
     out_features, chunks, groups, all_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, ENTRIES: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """`product_of_tile` for every tile of a matrix, a program each."""
     product_of_tile(
         gl.program_id(0), X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
         out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, False, HAS_BIAS, WHOLE, WARPS,
-        STAGES, KEPT, DEPENDENT,
+        STAGES, ENTRIES, DEPENDENT,
     )  # fmt: skip
 
 
@@ -513,10 +507,10 @@ def zeros(device: torch.device) -> Tensor:
 def _launch(layout: Layout, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool) -> Launch:
     dtypes = (dtype, dtype, torch.uint8, *LEAVES.values(), bias or dtype, dtype)
     integers = (layout.out_features, layout.blocks // CHUNK, layout.groups, layout.outliers)
-    _, _, kept = outliers.without_outliers(layout)
+    _, _, entries = outliers.without_outliers(layout)
     constants = {
         "HAS_BIAS": bias is not None,
-        **row_constants(layout, kept, layout.tile_rows, dtype),
+        **row_constants(layout, entries, layout.tile_rows, dtype),
         **overlap.options(device, joined),
     }
     return Launch(matvec_kernel, (layout.tile_rows, 1), device, dtypes, integers, constants)
@@ -541,20 +535,25 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     return y
 
 
-def row_constants(layout: Layout, kept: int, tiles: int, dtype: torch.dtype) -> dict[str, int | bool]:
+def row_constants(layout: Layout, entries: int, tiles: int, dtype: torch.dtype) -> dict[str, int | bool]:
     """What `product_of_tile` is compiled with for x of this dtype and a launch of so many tiles, and the warps of a program.
-    kept: as `outliers.without_outliers` has it."""
-    warps, stages = warps_for(tiles, layout.blocks), 2
+    entries: of outliers, as `outliers.without_outliers` has it."""
+    warps = warps_for(tiles, layout)
     return constants_of(layout) | {
-        "BF": BF16 if dtype == torch.bfloat16 else 0, "OUTLIERS": kept > 0, "WARPS": warps, "STAGES": stages,
-        "WHOLE": layout.blocks // CHUNK % (warps * stages) == 0, "KEPT": kept or outliers.KEPT[0], "num_warps": warps,
+        "BF": BF16 if dtype == torch.bfloat16 else 0, "OUTLIERS": entries > 0, "WARPS": warps, "STAGES": STAGES,
+        "WHOLE": layout.blocks // CHUNK % warps == 0, "ENTRIES": max(entries, 1), "num_warps": warps,
     }  # fmt: skip
 
 
-def warps_for(tile_rows: int, blocks: int) -> int:
-    """Warps that share a tile: 4, or 8 where the tiles of a launch are so few that an H200 would not be full (measured)."""
-    most = max(1, blocks // CHUNK)
-    warps = 8 if tile_rows < 512 else 4
+STAGES = 2  # 3 were slower nearly everywhere
+_SHARED_BYTES = 48 << 10  # of a program, without asking for more
+
+
+def warps_for(tiles: int, layout: Layout) -> int:
+    """Warps that share a tile: 4, or 8 where the tiles of a launch are so few that an H200 would not be full."""
+    most = max(1, layout.blocks // CHUNK)
+    a_warp = STAGES * stage_bytes(layout.weight_bits, layout.statistics == "bilevel") + outliers.SUMS_BYTES + 256  # for sums
+    warps = 8 if tiles < 256 and 8 * a_warp <= _SHARED_BYTES else 4
     while warps > most:
         warps //= 2
     return warps

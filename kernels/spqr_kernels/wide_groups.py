@@ -37,6 +37,14 @@ def group_pairs(codes, chunk, layout: gl.constexpr, CHUNKS_A_SET: gl.constexpr):
     half0, half1 = gl.split(gl.reshape(codes.slice(32, 16, 1).load(halves), [WARPS, 8, 2]))
     half0 = for_lane_groups(half0, layout)
     half1 = for_lane_groups(half1, layout)
+    return pairs_of((own0, own1, own2, own3), (half0, half1), chunk, CHUNKS_A_SET)
+
+
+@gluon.jit
+def pairs_of(own, half, chunk, CHUNKS_A_SET: gl.constexpr):
+    """What `group_pairs` has, of words 4 gid .. 4 gid + 3 of a set and of 32 + 2 gid and 33 + 2 gid, with their half words."""
+    own0, own1, own2, own3 = own
+    half0, half1 = half
     # Of the upper eight groups the high byte of a word goes on in a half word; of the lower eight all is in the word.
     behind = own0 * 0 + chunk % CHUNKS_A_SET // (CHUNKS_A_SET // 2) * 24
     if CHUNKS_A_SET == 2:
