@@ -29,10 +29,10 @@ def read(raw: np.ndarray, kind: str) -> np.ndarray:
     if kind in ("pred", "b1"):
         return (raw & np.uint64(1)) > 0
     bits = raw.astype(f"u{size_of(kind) // 8}")
-    if kind[0] in "bus" and not kind.startswith("bf"):
-        return bits.view(f"i{bits.itemsize}") if kind[0] == "s" else bits
     if kind.endswith("x2"):
         return read(bits.view(np.uint16).astype(np.uint64), kind[:-2]).reshape(-1, 2)
+    if kind[0] in "bus" and kind != "bf16":
+        return bits.view(f"i{bits.itemsize}") if kind[0] == "s" else bits
     if kind == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
     return bits.view(f"f{bits.itemsize}").astype(np.float64)
@@ -168,7 +168,7 @@ def arithmetic(name: str) -> tuple[Callable[..., np.ndarray], str, tuple[str, ..
     stem, _, kind = name.rpartition(".")
     floating = re.fullmatch(r"f32|f64|f16|bf16|f16x2", kind) is not None
     stem = stem.removesuffix(".rn") if floating else stem
-    if stem not in _OPERATIONS or not (floating or re.fullmatch(r"[bus](8|16|32|64)|pred", kind)):
+    if stem not in _OPERATIONS or not (floating or re.fullmatch(r"[bus](8|16|32|64)|[us]16x2|pred", kind)):
         return None
     if (floating and stem in _INTEGERS) or (stem in _OF_32_BITS and size_of(kind) != 32):
         return None
