@@ -67,6 +67,10 @@ def _remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a - _divide(a, b) * b
 
 
+def _selected(a: np.ndarray, b: np.ndarray, first: np.ndarray) -> np.ndarray:
+    return np.where(first, a, b)
+
+
 def _shifted(shift: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     return lambda a, by: shift(a, np.minimum(by, 64).astype(a.dtype))  # numpy shifts all bits out, as PTX does
 
@@ -139,7 +143,7 @@ _OPERATIONS: dict[str, tuple[Callable[..., np.ndarray], str, str]] = {
     "lop3": (_logic, "t", "t t t u32"),
     "prmt": (_permute, "t", "t t u32"),
     "bfe": (_field, "t", "t u32 u32"),
-    "selp": (lambda a, b, p: np.where(p, a, b), "b", "b b pred"),
+    "selp": (_selected, "b", "b b pred"),
     "setp.eq": (np.equal, "pred", "t t"),
     "setp.ne": (np.not_equal, "pred", "t t"),
     "setp.lt": (np.less, "pred", "t t"),

@@ -46,6 +46,7 @@ class Instruction:
 _TOKEN = re.compile(r"\s*(?:(\{)|(\})|([\w$]+):(?!:)|([^;{}]*(?:\{[^{};]*\}[^;{}]*)*);)")
 _STATEMENT = re.compile(r"(?:@(!?)(\S+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+")
+_NAME = re.compile(r"%(tid|n?ctaid)\.|-?\d|\w+_param_\d+$")  # of what nobody declares
 _ADDRESS = re.compile(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
 
 
@@ -67,7 +68,7 @@ class Kernel:
         names: list[dict[str, str]] = [{}]  # of each open scope: what a name stands for
         labels: dict[str, int] = {}
         found: list[tuple[str, list[dict[str, str]]]] = []
-        scopes, position = 0, 0
+        position = 0
         while names:
             token = _TOKEN.match(body, position)
             if token is None:
@@ -75,24 +76,23 @@ class Kernel:
             position = token.end()
             opens, closes, label, statement = token.groups()
             if opens:
-                scopes += 1
                 names.append({})
             elif closes:
                 names.pop()
             elif label:
-                names[-1][label] = f"{label}@{scopes}"
+                names[-1][label] = f"{label} {len(found)}"
                 labels[names[-1][label]] = len(found)
             elif statement.startswith((".reg", ".shared")):
-                self._declare(statement, names[-1], f"@{scopes}" if len(names) > 1 else "")
+                self._declare(statement, names[-1])
             elif statement and not statement.startswith("."):
                 found.append((statement, list(names)))
         for statement, scope in found:
             self.instructions.append(self._instruction(statement, scope, labels))
 
-    def _declare(self, statement: str, scope: dict[str, str], suffix: str) -> None:
+    def _declare(self, statement: str, scope: dict[str, str]) -> None:
         if statement.startswith(".shared"):
             name, size = re.findall(r"(\w+)\[(\d+)\]", statement)[0]
-            scope[name] = name + suffix
+            scope[name] = f"{name} {len(self.shared)}"
             begin = max([1024, *(first + length for first, length in self.shared)])
             begin = -(-begin // 128) * 128 + 128  # a gap that nobody may touch
             self._symbols[scope[name]] = begin
@@ -102,16 +102,16 @@ class Kernel:
         for part in rest.split(","):
             stem, count = re.findall(r"([^\s<]+)(?:<(\d+)>)?", part)[0]
             for name in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
-                scope[name] = name + suffix
-                number = self.registers.setdefault(scope[name], len(self.registers))
+                number = len(self.registers)
+                scope[name] = f"{name} {number}"
+                self.registers[scope[name]] = number
                 if kind == ".pred":
                     self.predicates.add(number)
 
     def _instruction(self, statement: str, scopes: list[dict[str, str]], labels: dict[str, int]) -> Instruction:
         def register(name: str) -> int:
             meant = next((scope[name] for scope in reversed(scopes) if name in scope), name)
-            known = meant in self.registers or meant in self._symbols or re.match(r"%(tid|n?ctaid)\.|-?\d|\w+_param_\d+$", meant)
-            if not known:
+            if not (meant in self.registers or meant in self._symbols or _NAME.match(meant)):
                 raise PtxError(f"unknown name {name}: {statement}")
             return self.registers.setdefault(meant, len(self.registers))
 
@@ -235,8 +235,8 @@ class _Copy:
 
 @dataclass
 class Program:
-    """One run of a kernel. arguments: of all its parameters, those missing in the end 0. late: an asynchronous copy takes effect
-    when it is waited for, else at once; a right program gives the same result."""
+    """One run of a kernel. arguments: of all its parameters, 0 where the last ones are missing. late: asynchronous copies take
+    effect when they are waited for, else at once; a right program gives the same result."""
 
     kernel: Kernel
     memory: Memory
@@ -339,8 +339,8 @@ class Program:
                 self.registers[register, on] = read(self.registers[source, on] >> np.uint64(width * i), f"b{width}")
         elif isinstance(source, tuple):
             width = size // len(source)
-            parts = [self._of(register, on, f"b{width}").astype(np.uint64) << np.uint64(width * i) for i, register in enumerate(source)]
-            self.registers[to, on] = np.bitwise_or.reduce(parts)
+            parts = [self._of(register, on, f"b{width}").astype(np.uint64) for register in source]
+            self.registers[to, on] = sum(part << np.uint64(width * i) for i, part in enumerate(parts))
         else:
             self.registers[to, on] = self._of(source, on, f"b{size}")
 
@@ -416,8 +416,9 @@ class Program:
 
     def _mma(self, name: str, operands: list, on: np.ndarray) -> None:
         self._warps(on)
-        kind = name.split(".")[-2]
-        a, b, c = ([self._of(register, on, k) for register in part] for part, k in zip(operands[1:], (f"{kind}x2", f"{kind}x2", "f32"), strict=True))
+        pair = name.split(".")[-2] + "x2"
+        fragments = zip(operands[1:], (pair, pair, "f32"), strict=True)
+        a, b, c = ([self._of(register, on, kind) for register in part] for part, kind in fragments)
         for register, values in zip(operands[0], matrix_product(a, b, c), strict=True):
             self.registers[register, on] = write(values, "f32")
 

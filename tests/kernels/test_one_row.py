@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +225,7 @@ def test_siblings(random_matrix, kind, rows, columns, dtype):
     added = [0 if bias is None else memory.add(bits(bias)) for bias in biases]
     results = [memory.add(empty(out, dtype), writable=True) for out in rows]
     of_three = [[*each, each[-1]][:3] for each in (stored, added, results)]
-    run(launch, memory, [memory.add(bits(dense)), memory.add(np.zeros(512, np.uint8)), *sum(of_three, [])])
+    run(launch, memory, [memory.add(bits(dense)), memory.add(np.zeros(512, np.uint8)), *chain(*of_three)])
     for matrix, bias, y in zip(found, biases, results, strict=True):
         check(torch.from_numpy(memory.array(y).copy()).view(dtype), matrix.dequantize(), x, bias)
 
@@ -241,7 +241,7 @@ def test_experts(random_matrix, dtype):
     layouts = [[matrix.layout for matrix in its] for its in found]
     begins, end = experts.arrange(layouts)
     stored = torch.zeros(end, dtype=torch.int32)
-    for matrix, begin in zip(sum(found, []), sum(begins, []), strict=True):
+    for matrix, begin in zip(chain(*found), chain(*begins), strict=True):
         whole = join(matrix)
         stored[begin : begin + len(whole)] = whole
     x = torch.stack([row(columns, dtype), torch.full((columns,), float("inf")).to(dtype)])
