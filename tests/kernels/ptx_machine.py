@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-
 from ptx_arithmetic import PtxError, arithmetic, matrix_product, read, size_of, write
 
 NOTHING = np.uint64(2**64 - 1)  # what no instruction has written: NaN in every format, and no address

@@ -247,7 +247,9 @@ def test_a_copy_for_which_nobody_waits_may_come_late():
         np.testing.assert_array_equal(outcome(body, late=False), np.arange(64))
 
 
-NEIGHBOUR = "xor.b32 %r4, %r0, {0}; shl.b32 %r4, %r4, 2; add.s32 %r4, %r4, %r8; ld.shared.b32 %r3, [%r4]; st.global.b32 [%rd3], %r3;"
+NEIGHBOUR = (
+    "xor.b32 %r4, %r0, {0}; shl.b32 %r4, %r4, 2; add.s32 %r4, %r4, %r8; ld.shared.b32 %r3, [%r4]; st.global.b32 [%rd3], %r3;"
+)
 
 
 @pytest.mark.parametrize(("distance", "barrier"), [(1, "bar.warp.sync -1;"), (1, "bar.sync 0;"), (32, "bar.sync 0;")])
