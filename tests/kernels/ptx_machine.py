@@ -1,0 +1,440 @@
+"""A machine for the PTX that Triton makes of a kernel: the threads of one program (a CTA) run on numpy arrays, without a GPU.
+
+What it checks is what a compiled kernel computes and touches, lane by lane: addresses, alignment and bounds of every access,
+branches within a warp, barriers, asynchronous copies, fragments of products. It does not know how long anything takes, adds
+the products of an `mma` in float64, and rounds `fma.rn.f32` twice in the rare cases where float64 is not exact.
+
+Of all threads those that are furthest behind go next, together with all that stand at the same instruction, so the threads of
+a warp that took different branches meet again where these do. A result could hide a missing barrier, and so shared memory
+remembers which thread wrote and which last read each byte: another one that comes without a barrier between is an error.
+Registers and shared memory begin as NaN, memory that no array covers must not be touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from ptx_arithmetic import PtxError, arithmetic, matrix_product, read, size_of, write
+
+NOTHING = np.uint64(2**64 - 1)  # what no instruction has written: NaN in every format, and no address
+MOST_STEPS = 1_000_000  # a loop that does not end is an error
+
+
+class Address(NamedTuple):
+    """[register + offset]."""
+
+    base: int
+    offset: np.uint64
+
+
+@dataclass
+class Instruction:
+    """guard: register of the predicate and the value that it must have. operands: numbers of registers, tuples of them,
+    addresses; of a branch the instruction that it leads to."""
+
+    name: str
+    guard: tuple[int, bool] | None
+    operands: list[Any]
+    text: str
+
+
+_TOKEN = re.compile(r"\s*(?:(\{)|(\})|([\w$]+):(?!:)|([^;{}]*(?:\{[^{};]*\}[^;{}]*)*);)")
+_STATEMENT = re.compile(r"(?:@(!?)(\S+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
+_OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+")
+_NAME = re.compile(r"%(tid|n?ctaid)\.|-?\d|\w+_param_\d+$")  # of what nobody declares
+_ADDRESS = re.compile(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
+
+
+class Kernel:
+    """The one kernel of a PTX text, read. `dynamic`: bytes of shared memory that its launch asks for."""
+
+    def __init__(self, ptx: str, dynamic: int = 0) -> None:
+        header, body = ptx[ptx.index(".entry") :].split("{", 1)
+        self.parameters = len(re.findall(r"^\s*\.param", header, re.MULTILINE))
+        self.threads = int(re.findall(r"\.reqntid (\d+)", header)[0])
+        self.registers: dict[str, int] = {}  # number by name; constants, special registers and symbols are registers too
+        self.predicates: set[int] = set()
+        self.instructions: list[Instruction] = []
+        self.shared = [(1024, dynamic)] if dynamic else []  # begin and bytes of each array
+        self._symbols = {"global_smem": 1024}
+        self._read(re.sub(r"//[^\n]*|^\s*\.(loc|file|section)\b[^\n]*", "", body, flags=re.MULTILINE))
+
+    def _read(self, body: str) -> None:
+        names: list[dict[str, str]] = [{}]  # of each open scope: what a name stands for
+        labels: dict[str, int] = {}
+        found: list[tuple[str, list[dict[str, str]]]] = []
+        position = 0
+        while names:
+            token = _TOKEN.match(body, position)
+            if token is None:
+                raise PtxError(f"not read: {body[position : position + 80]!r}")
+            position = token.end()
+            opens, closes, label, statement = token.groups()
+            if opens:
+                names.append({})
+            elif closes:
+                names.pop()
+            elif label:
+                names[-1][label] = f"{label} {len(found)}"
+                labels[names[-1][label]] = len(found)
+            elif statement.startswith((".reg", ".shared")):
+                self._declare(statement, names[-1])
+            elif statement and not statement.startswith("."):
+                found.append((statement, list(names)))
+        for statement, scope in found:
+            self.instructions.append(self._instruction(statement, scope, labels))
+
+    def _declare(self, statement: str, scope: dict[str, str]) -> None:
+        if statement.startswith(".shared"):
+            name, size = re.findall(r"(\w+)\[(\d+)\]", statement)[0]
+            scope[name] = f"{name} {len(self.shared)}"
+            begin = max([1024, *(first + length for first, length in self.shared)])
+            begin = -(-begin // 128) * 128 + 128  # a gap that nobody may touch
+            self._symbols[scope[name]] = begin
+            self.shared.append((begin, int(size)))
+            return
+        _, kind, rest = statement.split(None, 2)
+        for part in rest.split(","):
+            stem, count = re.findall(r"([^\s<]+)(?:<(\d+)>)?", part)[0]
+            for name in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
+                number = len(self.registers)
+                scope[name] = f"{name} {number}"
+                self.registers[scope[name]] = number
+                if kind == ".pred":
+                    self.predicates.add(number)
+
+    def _instruction(self, statement: str, scopes: list[dict[str, str]], labels: dict[str, int]) -> Instruction:
+        def register(name: str) -> int:
+            meant = next((scope[name] for scope in reversed(scopes) if name in scope), name)
+            if not (meant in self.registers or meant in self._symbols or _NAME.match(meant)):
+                raise PtxError(f"unknown name {name}: {statement}")
+            return self.registers.setdefault(meant, len(self.registers))
+
+        def operand(text: str) -> Any:
+            if text.startswith("{"):
+                return tuple(register(name) for name in re.findall(r"[^\s,{}]+", text))
+            address = _ADDRESS.fullmatch(text)
+            if address:
+                return Address(register(address[1]), np.uint64(int(address[2] or "0", 0) % 2**64))
+            return register(text)
+
+        parts = _STATEMENT.fullmatch(statement)
+        if parts is None:
+            raise PtxError(f"not read: {statement}")
+        negated, guard, name, rest = parts.groups()
+        if name in ("bra", "bra.uni"):
+            operands = [labels[next(scope[rest] for scope in reversed(scopes) if rest in scope)]]
+        else:
+            operands = [operand(text) for text in _OPERAND.findall(rest)]
+        return Instruction(name, (register(guard), not negated) if guard else None, operands, statement)
+
+    def value(self, name: str, arguments: Sequence[int], program: Sequence[int], grid: Sequence[int]) -> Any:
+        """What a register holds when the program begins."""
+        if name in self._symbols:
+            return self._symbols[name]
+        if name == "%tid.x":
+            return np.arange(self.threads)
+        special = re.fullmatch(r"%(n?ctaid)\.([xyz])", name)
+        if special:
+            return (program if special[1] == "ctaid" else grid)["xyz".index(special[2])]
+        parameter = re.fullmatch(r"\w+_param_(\d+)", name)
+        if parameter:
+            return arguments[int(parameter[1])] % 2**64
+        if re.fullmatch(r"0[fFdD][0-9A-Fa-f]+", name):
+            return int(name[2:], 16)
+        return int(name, 0) % 2**64 if re.fullmatch(r"-?\d\w*", name) else NOTHING
+
+
+class Memory:
+    """Bytes of which each belongs to an array or to nobody."""
+
+    def __init__(self) -> None:
+        self.bytes = np.zeros(1 << 12, np.uint8)  # address 0 and its neighbours are nobody's
+        self.owner = np.zeros(1 << 12, np.int32)  # 0: nobody, else the number of the array, negative where it is only read
+        self._places: list[tuple[int, Any, Any]] = []
+
+    def add(self, array: np.ndarray, writable: bool = False) -> int:
+        """The address, a multiple of 128, of a copy of the array, which lies between bytes of nobody."""
+        self._places.append((len(self.bytes), array.dtype, array.shape))
+        number = len(self._places) if writable else -len(self._places)
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        room = -(-len(raw) // 128) * 128 + 128
+        self.bytes = np.concatenate([self.bytes, raw, np.full(room - len(raw), 255, np.uint8)])
+        self.owner = np.concatenate([self.owner, np.full(len(raw), number), np.zeros(room - len(raw), np.int32)])
+        return self._places[-1][0]
+
+    def array(self, address: int) -> np.ndarray:
+        """What stands now where `add` put an array."""
+        begin, dtype, shape = next(place for place in self._places if place[0] == address)
+        return self.bytes[begin : begin + dtype.itemsize * int(np.prod(shape))].view(dtype).reshape(shape)
+
+    def bytes_at(self, addresses: np.ndarray, size: int, writes: bool = False) -> np.ndarray:
+        """Places [lanes, size] of accesses of so many bytes, once they were checked."""
+        if (addresses % np.uint64(size)).any():
+            raise PtxError(f"not aligned to {size} bytes: {addresses}")
+        if (addresses >= np.uint64(len(self.bytes) - size)).any():
+            raise PtxError(f"outside of all arrays: {addresses}")
+        places = addresses.astype(np.int64)[:, None] + np.arange(size)
+        owners = self.owner[places]
+        if (owners == 0).any() or (owners != owners[:, :1]).any():
+            raise PtxError(f"outside of all arrays: {addresses[(owners == 0).any(1)]}")
+        if writes and (owners < 0).any():
+            raise PtxError(f"writes to what is only read: {addresses}")
+        return places
+
+
+class SharedMemory(Memory):
+    """Of one program. Remembers of each byte the last write and the last read: the thread, and what `now` was."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        end = max([1024, *(begin + size for begin, size in kernel.shared)]) + 128
+        self.bytes, self.owner = np.full(end, 255, np.uint8), np.zeros(end, np.int32)
+        for number, (begin, size) in enumerate(kernel.shared):
+            self.owner[begin : begin + size] = number + 1
+        self.barriers = np.zeros(kernel.threads, np.int64)  # that each thread's warp has passed
+        self.common = 0  # barriers of all threads
+        self._last = {what: np.full((3, end), -1, np.int64) for what in ("write", "read")}  # thread, barriers, common
+
+    def touch(self, threads: np.ndarray, addresses: np.ndarray, size: int, writes: bool = False) -> np.ndarray:
+        """`bytes_at`, where no other thread's access without a barrier between conflicts."""
+        places = self.bytes_at(addresses, size, writes)
+        mine, passed = threads[:, None], self.barriers[threads][:, None]
+        for what in ("write", "read") if writes else ("write",):
+            thread, barriers, common = (row[places] for row in self._last[what])
+            ordered = (thread < 0) | (thread == mine) | (common < self.common)
+            ordered |= (thread // 32 == mine // 32) & (barriers < passed)
+            if not ordered.all():
+                raise PtxError(f"no barrier between a {what} of thread {thread[~ordered][0]} and this access")
+        for row, value in zip(self._last["write" if writes else "read"], (mine, passed, self.common), strict=True):
+            row[places] = value
+        return places
+
+    def put(self, threads: np.ndarray, addresses: np.ndarray, raw: np.ndarray) -> None:
+        """Writes bytes [threads, size]."""
+        places = self.touch(threads, addresses, raw.shape[1], True)
+        self.bytes[places] = raw
+        if (self.bytes[places] != raw).any():
+            raise PtxError("two threads write the same byte at once, and not the same")
+
+
+@dataclass
+class _Copy:
+    """An asynchronous copy of some threads that has begun. group: how many groups each had committed before."""
+
+    threads: np.ndarray
+    to: np.ndarray
+    data: np.ndarray
+    group: np.ndarray
+
+
+@dataclass
+class Program:
+    """One run of a kernel. arguments: of all its parameters, 0 where the last ones are missing. late: asynchronous copies take
+    effect when they are waited for, else at once; a right program gives the same result."""
+
+    kernel: Kernel
+    memory: Memory
+    arguments: Sequence[int]
+    program: tuple[int, int, int] = (0, 0, 0)
+    grid: tuple[int, int, int] = (1, 1, 1)
+    late: bool = True
+    steps: int = field(default=0, init=False)
+
+    def run(self) -> None:
+        """From the first instruction until all threads have ended."""
+        kernel, threads = self.kernel, self.kernel.threads
+        arguments = [*self.arguments, *[0] * (kernel.parameters - len(self.arguments))]
+        self.registers = np.empty((len(kernel.registers), threads), np.uint64)
+        for name, number in kernel.registers.items():
+            self.registers[number] = kernel.value(name, arguments, self.program, self.grid)
+        self.shared = SharedMemory(kernel)
+        self.copies: list[_Copy] = []
+        self.committed = np.zeros(threads, np.int64)
+        self.at = np.zeros(threads, np.int64)  # the next instruction of each thread
+        self.ended, self.waits = np.zeros(threads, bool), np.zeros(threads, bool)
+        while not self.ended.all():
+            free = ~(self.ended | self.waits)
+            if not free.any():  # all have come to the barrier
+                self.waits[:] = False
+                self.shared.barriers += 1
+                self.shared.common += 1
+                continue
+            first = self.at[free].min()
+            later = self.at[free & (self.at > first)]
+            self._straight(np.flatnonzero(free & (self.at == first)), int(first), int(later.min()) if len(later) else 1 << 62)
+
+    def _straight(self, threads: np.ndarray, at: int, until: int) -> None:
+        """These threads from an instruction on, until they branch, wait, end or meet others."""
+        while at < until:
+            instruction = self.kernel.instructions[at]
+            on = threads
+            if instruction.guard:
+                register, wanted = instruction.guard
+                on = threads[(self.registers[register, threads] & np.uint64(1)) == wanted]
+            at += 1
+            self.at[threads] = at
+            self.steps += 1
+            if self.steps > MOST_STEPS:
+                raise PtxError(f"no end after {MOST_STEPS} instructions")
+            if len(on) == 0:
+                continue
+            try:
+                leaves = self._execute(instruction, on)
+            except PtxError as error:
+                raise PtxError(f"{error}\nin {instruction.text}\nof program {self.program}") from None
+            if leaves:
+                return
+
+    def _execute(self, instruction: Instruction, on: np.ndarray) -> bool:
+        """One instruction of the threads `on`. True where they do not simply go on."""
+        name, operands = instruction.name, instruction.operands
+        if name in ("bra", "bra.uni"):
+            self.at[on] = operands[0]
+        elif name == "ret":
+            self.ended[on] = True
+        elif name == "bar.sync":
+            self.waits[on] = True
+        else:
+            known = next((do for pattern, do in _BESIDE.items() if re.fullmatch(pattern, name)), None)
+            if known:
+                known(self, name, operands, on)
+            else:
+                made = arithmetic(name)
+                if made is None:
+                    raise PtxError(f"unknown instruction {name}")
+                self._arithmetic(made, operands, on)
+            return False
+        return True
+
+    def _of(self, register: int, on: np.ndarray, kind: str) -> np.ndarray:
+        return read(self.registers[register, on], kind)
+
+    def _arithmetic(self, made: tuple[Callable[..., np.ndarray], str, tuple[str, ...]], operands: list, on: np.ndarray) -> None:
+        compute, result, kinds = made
+        target, *sources = operands
+        with np.errstate(all="ignore"):
+            values = compute(*(self._of(s, on, kind) for s, kind in zip(sources, kinds, strict=True)))
+        self.registers[target, on] = write(values, result)
+
+    def _warps(self, on: np.ndarray) -> None:
+        if len(on) % 32 or (on.reshape(-1, 32) != on[::32, None] // 32 * 32 + np.arange(32)).any():
+            raise PtxError("not all threads of a warp are here")
+
+    def _addresses(self, address: Address, on: np.ndarray) -> np.ndarray:
+        return self.registers[address.base, on] + address.offset
+
+    def _move(self, name: str, operands: list, on: np.ndarray) -> None:
+        """mov, to or from parts of a word too."""
+        to, source = operands
+        size = size_of(name.split(".")[-1])
+        if isinstance(to, tuple):
+            width = size // len(to)
+            for i, register in enumerate(to):
+                self.registers[register, on] = read(self.registers[source, on] >> np.uint64(width * i), f"b{width}")
+        elif isinstance(source, tuple):
+            width = size // len(source)
+            parts = [self._of(register, on, f"b{width}").astype(np.uint64) for register in source]
+            self.registers[to, on] = sum(part << np.uint64(width * i) for i, part in enumerate(parts))
+        else:
+            self.registers[to, on] = self._of(source, on, f"b{size}")
+
+    def _parameter(self, name: str, operands: list, on: np.ndarray) -> None:
+        self.registers[operands[0], on] = self._of(operands[1].base, on, f"b{size_of(name.split('.')[-1])}")
+
+    def _load(self, name: str, operands: list, on: np.ndarray) -> None:
+        to = operands[0] if isinstance(operands[0], tuple) else (operands[0],)
+        size = size_of(name.split(".")[-1]) // 8
+        addresses = self._addresses(operands[1], on)
+        if ".shared" in name:
+            raw = self.shared.bytes[self.shared.touch(on, addresses, size * len(to))]
+        else:
+            raw = self.memory.bytes[self.memory.bytes_at(addresses, size * len(to))]
+        for register, values in zip(to, raw.view(f"u{size}").T, strict=True):
+            self.registers[register, on] = values
+
+    def _store(self, name: str, operands: list, on: np.ndarray) -> None:
+        source = operands[1] if isinstance(operands[1], tuple) else (operands[1],)
+        bits = size_of(name.split(".")[-1])
+        raw = np.stack([self._of(register, on, f"b{bits}") for register in source], 1).view(np.uint8)
+        addresses = self._addresses(operands[0], on)
+        if ".shared" in name:
+            self.shared.put(on, addresses, raw)
+        else:
+            self.memory.bytes[self.memory.bytes_at(addresses, raw.shape[1], True)] = raw
+
+    def _copy(self, name: str, operands: list, on: np.ndarray) -> None:
+        """cp.async. A fourth operand is how many bytes are read, the others become 0; or whether none is."""
+        to, source = self._addresses(operands[0], on), self._addresses(operands[1], on)
+        size = int(self.registers[operands[2], on[0]])
+        if ((to | source) % np.uint64(size)).any():
+            raise PtxError(f"not aligned to {size} bytes")
+        there = np.ones(len(on), bool)
+        if len(operands) > 3:
+            given = self.registers[operands[3], on]
+            if operands[3] in self.kernel.predicates:
+                there = given == 0
+            else:
+                there = given > 0
+                if (given[there] != size).any():
+                    raise PtxError("part of a copy")
+        data = np.zeros((len(on), size), np.uint8)
+        data[there] = self.memory.bytes[self.memory.bytes_at(source[there], size)]
+        if self.late:
+            self.copies.append(_Copy(on, to, data, self.committed[on]))
+        else:
+            self.shared.put(on, to, data)
+
+    def _commit(self, name: str, operands: list, on: np.ndarray) -> None:
+        self.committed[on] += 1
+
+    def _wait(self, name: str, operands: list, on: np.ndarray) -> None:
+        left = -1 if name.endswith("all") else int(self.registers[operands[0], on[0]])
+        copies, self.copies = self.copies, []
+        for copy in copies:
+            done = np.isin(copy.threads, on) & (copy.group < self.committed[copy.threads] - left)
+            self.shared.put(copy.threads[done], copy.to[done], copy.data[done])
+            if not done.all():
+                self.copies.append(_Copy(*(part[~done] for part in (copy.threads, copy.to, copy.data, copy.group))))
+
+    def _warp_barrier(self, name: str, operands: list, on: np.ndarray) -> None:
+        self._warps(on)
+        self.shared.barriers[on] += 1
+
+    def _butterfly(self, name: str, operands: list, on: np.ndarray) -> None:
+        self._warps(on)
+        to, source, distance, *rest = operands
+        if [int(self.registers[register, 0]) % 2**32 for register in rest] != [31, 2**32 - 1]:
+            raise PtxError("a shuffle of part of a warp")
+        partner = np.arange(len(on)) ^ self.registers[distance, on].astype(np.int64)
+        self.registers[to, on] = self._of(source, on, "b32")[partner]
+
+    def _mma(self, name: str, operands: list, on: np.ndarray) -> None:
+        self._warps(on)
+        pair = name.split(".")[-2] + "x2"
+        fragments = zip(operands[1:], (pair, pair, "f32"), strict=True)
+        a, b, c = ([self._of(register, on, kind) for register in part] for part, kind in fragments)
+        for register, values in zip(operands[0], matrix_product(a, b, c), strict=True):
+            self.registers[register, on] = write(values, "f32")
+
+    def _nothing(self, name: str, operands: list, on: np.ndarray) -> None:
+        """Kernels before and after are not there."""
+
+
+_BESIDE: dict[str, Callable[[Program, str, list, np.ndarray], None]] = {  # arithmetic
+    r"mov\.(pred|[bufs]\d+)": Program._move,
+    r"ld\.param\.[bus]\d+": Program._parameter,
+    r"ld\.(global(\.nc)?|shared)(\.v[24])?\.[buf]\d+": Program._load,
+    r"st\.(global|shared)(\.v[24])?\.[buf]\d+": Program._store,
+    r"cp\.async\.c[ag]\.shared\.global": Program._copy,
+    r"cp\.async\.commit_group": Program._commit,
+    r"cp\.async\.wait_(group|all)": Program._wait,
+    r"bar\.warp\.sync": Program._warp_barrier,
+    r"shfl\.sync\.bfly\.b32": Program._butterfly,
+    r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32": Program._mma,
+    r"griddepcontrol\.(wait|launch_dependents)": Program._nothing,
+}

@@ -1,0 +1,271 @@
+"""The kernels for one row as Triton compiles them, run by `ptx_machine`, against float64 of the matrix before it was packed."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+
+from spqr_format import SpqrMatrix
+from spqr_kernels import experts, grouped, joined, matvec, outliers, overlap
+from spqr_kernels.compile_ahead import Variant
+from spqr_kernels.launch import LEAVES
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ptx_machine import Kernel, Memory, Program  # beside this file, not part of a package
+
+CPU = torch.device("cpu")
+POINTERS = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32",
+    torch.int64: "*i64",
+}  # fmt: skip
+HALF_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative rounding error of y
+
+
+@functools.cache
+def compiled(kernel, signature, constants, warps):
+    variant = Variant("one row", kernel, dict(signature), dict(constants), warps)
+    made = variant.compile(GPUTarget("cuda", 90, 32))
+    return Kernel(made.asm["ptx"], made.metadata.shared)
+
+
+def run(launch, memory, addresses, modes=(True, False), **forced):
+    """All programs of a launch, asynchronous copies late and at once. forced: constants that are other than the launch's."""
+    constants = dict(launch.constants) | forced
+    constants.pop("launch_pdl", None)
+    warps = constants.pop("num_warps")
+    kinds = [POINTERS[dtype] for dtype in launch.dtypes] + ["i32"] * len(launch.integers)
+    signature = tuple(zip(launch.kernel.arg_names, kinds, strict=False))
+    kernel = compiled(launch.kernel, signature, tuple(constants.items()), warps)
+    results = []
+    for late in modes:
+        before = memory.bytes.copy()
+        for y in range(launch.grid[1]):
+            for x in range(launch.grid[0]):
+                Program(kernel, memory, [*addresses, *launch.integers], (x, y, 0), launch.grid, late).run()
+        results.append(memory.bytes)
+        memory.bytes = before
+    memory.bytes = results[0]
+    assert all(np.array_equal(results[0], other) for other in results[1:])
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.int16).numpy()
+
+
+def empty(count, dtype):
+    return np.full(count, bits(torch.tensor([float("nan")], dtype=dtype))[0])
+
+
+def product(matrix, x, bias=None, x_of_outliers=None, modes=(True, False), **forced):
+    """W x + bias [out] of `matvec_kernel` for x [in]. x_of_outliers: what these are multiplied with, where that is not x."""
+    layout, memory, packed = matrix.layout, Memory(), matrix.pack()
+    launch = matvec._launch.__wrapped__(layout, x.dtype, None if bias is None else bias.dtype, CPU, False)
+    dense = x if matrix.perm is None else x[torch.from_numpy(matrix.perm).long()]
+    dense = torch.nn.functional.pad(dense, (0, layout.blocks * 16 - layout.in_features))
+    y = memory.add(empty(layout.out_features, x.dtype), writable=True)
+    addresses = [
+        memory.add(bits(x if x_of_outliers is None else x_of_outliers)), memory.add(bits(dense)),
+        memory.add(np.zeros(512, np.uint8)), *(memory.add(packed[leaf]) if leaf in packed else 0 for leaf in LEAVES),
+        0 if bias is None else memory.add(bits(bias)), y,
+    ]  # fmt: skip
+    run(launch, memory, addresses, modes, **forced)
+    return torch.from_numpy(memory.array(y).copy()).view(x.dtype)
+
+
+def row(columns, dtype=torch.float16, seed=1):
+    return torch.randn(columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(y, dense, x, bias=None):
+    """Each element of y [out] against W x + bias in float64, W = dense [out, in]."""
+    dense, exact_x = torch.from_numpy(np.asarray(dense)).double(), x.double()
+    expected = dense @ exact_x + (0 if bias is None else bias.double())
+    error = (y.double() - expected).abs()
+    assert torch.isfinite(y).all()
+    assert (error <= HALF_UNIT[x.dtype] * expected.abs() + 2e-6 * (dense.abs() @ exact_x.abs()) + 1e-7).all(), error.max()
+
+
+def with_outliers(matrix, share, seed=5):
+    """The same matrix with other outliers. share [out, in]: how probable one is."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random(share.shape) < share
+    count = int(mask.sum())
+    return SpqrMatrix(
+        matrix.layout.with_outliers(count), matrix.codes, tile_stats=matrix.tile_stats, scale_codes=matrix.scale_codes,
+        zero_codes=matrix.zero_codes, crow_indices=np.concatenate([[0], mask.sum(1).cumsum()]), col_indices=np.nonzero(mask)[1],
+        values=rng.uniform(0.05, 0.2, count).astype(np.float16),
+    )  # fmt: skip
+
+
+FP16, BF16 = torch.float16, torch.bfloat16
+KINDS = [
+    ({"weight_bits": 3, "group_size": 16}, FP16, 40, 1280, True),
+    ({"weight_bits": 3, "group_size": 16}, BF16, 40, 1280, True),
+    ({"weight_bits": 3, "group_size": 16, "permuted": True, "outliers": 0.03}, FP16, 17, 768, False),
+    ({"weight_bits": 3, "group_size": 16, "outliers": 0.0}, FP16, 40, 512, False),
+    ({"weight_bits": 3, "group_size": 32}, BF16, 24, 1536, False),
+    ({"weight_bits": 3, "group_size": 64}, BF16, 24, 2304, False),
+    ({"weight_bits": 3, "group_size": 64, "statistics": "direct"}, FP16, 24, 250, False),
+    ({"weight_bits": 2, "group_size": 16}, FP16, 40, 250, False),
+    ({"weight_bits": 2, "group_size": 16}, BF16, 3, 1280, False),
+    ({"weight_bits": 2, "group_size": 64, "outliers": 0.002}, FP16, 24, 2290, False),
+    ({"weight_bits": 4, "group_size": 16}, FP16, 24, 768, False),
+    ({"weight_bits": 4, "group_size": 16, "outliers": 0.0}, BF16, 24, 768, False),
+    ({"weight_bits": 4, "group_size": 128, "statistics": "direct"}, FP16, 40, 1280, True),
+    ({"weight_bits": 4, "group_size": 48, "statistics": "direct"}, BF16, 24, 512, False),
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "rows", "columns", "biased"), KINDS, ids=lambda k: str(k).replace(" ", ""))
+def test_every_kind_of_matrix(random_matrix, kind, dtype, rows, columns, biased):
+    """Rows that do not fill a tile, columns that do not fill a block, in launches as they are."""
+    matrix = random_matrix(rows, columns, **kind)
+    x, bias = row(columns, dtype), row(rows, dtype, 2) if biased else None
+    check(product(matrix, x, bias), matrix.dequantize(), x, bias)
+
+
+@pytest.mark.parametrize("warps", [1, 2, 4, 8])
+@pytest.mark.parametrize("group_size", [16, 32, 64])
+@pytest.mark.parametrize(
+    "chunks", [(1, 2, 3, 5, 8, 9), pytest.param((4, 6, 7, 10, 11, 12, 16), marks=pytest.mark.slow)], ids=["some", "others"]
+)
+def test_warps_share_chunks(random_matrix, group_size, warps, chunks):
+    """As many as the warps, more and fewer; sets of statistics that are full, behind full ones, or alone."""
+    for count in chunks:
+        matrix = random_matrix(24, 256 * count, group_size=group_size, seed=count)
+        x = row(256 * count)
+        whole = {"WARPS": warps, "num_warps": warps, "WHOLE": count % warps == 0, "ENTRIES": 2}
+        check(product(matrix, x, modes=(True,), **whole), matrix.dequantize(), x)
+
+
+@pytest.mark.parametrize("stages", [pytest.param(3, marks=pytest.mark.slow)])
+def test_more_stages(random_matrix, stages):
+    for count in (1, 4, 9):
+        matrix = random_matrix(24, 256 * count)
+        x = row(256 * count)
+        check(product(matrix, x, STAGES=stages), matrix.dequantize(), x)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize("entries", outliers.ENTRIES)
+def test_crowded_outliers(random_matrix, entries, dtype):
+    """Chunks with none, as many as lanes fetch at once, one more, and all their weights."""
+    matrix = random_matrix(40, 1280, outliers=0.0)
+    share = np.zeros((40, 1280))
+    share[:16, :256] = 1  # 4096
+    share[0, 256 : 256 + 32 * entries] = 1
+    share[3, 512 : 512 + 32 * entries] = share[15, 767] = 1
+    share[16:32] = 0.01
+    share[20:24, 1000:1200] = 0.7
+    share[39, 1279] = 1
+    matrix = with_outliers(matrix, share)
+    x = row(1280, dtype)
+    check(product(matrix, x, ENTRIES=entries), matrix.dequantize(), x)
+
+
+def test_an_infinite_x_is_multiplied_with_the_outliers_of_its_column_alone(random_matrix):
+    share = np.zeros((40, 1280))
+    share[:, ::9] = 1  # of each chunk more than a lane fetches
+    share[5, 300], share[39, 700] = 1, 1
+    share[20:, 9] = 0
+    matrix = with_outliers(random_matrix(40, 1280, outliers=0.0), share)
+    x = row(1280)
+    infinite = x.clone()
+    infinite[[300, 700, 9]] = float("inf")
+    y = product(matrix, x, x_of_outliers=infinite)
+    hit = (share[:, [300, 700, 9]] > 0).any(1)
+    assert (y[hit] == float("inf")).all()  # all outliers are positive
+    check(y[~hit], matrix.dequantize()[~hit], x)
+
+
+def test_an_infinite_x_gives_no_finite_y(random_matrix):
+    matrix = random_matrix(24, 1280)
+    for dtype in (FP16, BF16):
+        x = row(1280, dtype)
+        x[777] = float("inf")
+        assert not torch.isfinite(product(matrix, x, modes=(True,))).any()
+
+
+@pytest.fixture
+def _overlapping(monkeypatch):
+    monkeypatch.setattr(overlap, "options", lambda *_: {"DEPENDENT": True, "launch_pdl": True})
+
+
+def join(matrix):
+    return joined.join({leaf: torch.from_numpy(part.copy()) for leaf, part in matrix.pack().items()}, matrix.layout)
+
+
+@pytest.mark.usefixtures("_overlapping")
+@pytest.mark.parametrize(
+    ("kind", "rows", "columns", "dtype"),
+    [
+        ({}, (40, 17, 33), 1280, FP16),
+        ({"group_size": 32}, (3, 40), 768, BF16),
+        ({"weight_bits": 4, "statistics": "direct", "group_size": 128}, (24, 40), 250, FP16),
+    ],
+    ids=str,
+)
+def test_siblings(random_matrix, kind, rows, columns, dtype):
+    """Two or three matrices and one x; the second one has no outliers."""
+    found = [random_matrix(out, columns, seed=i, **kind | {"outliers": 0.01 * (i != 1)}) for i, out in enumerate(rows)]
+    layouts, x, memory = tuple(matrix.layout for matrix in found), row(columns, dtype), Memory()
+    dense = torch.nn.functional.pad(x, (0, layouts[0].blocks * 16 - columns))
+    launch = grouped._siblings.__wrapped__(layouts, dtype, dtype if len(rows) > 2 else None, CPU)
+    biases = [row(out, dtype, 7 + i) for i, out in enumerate(rows)] if len(rows) > 2 else [None] * len(rows)
+    stored = [memory.add(join(matrix).numpy()) for matrix in found]
+    added = [0 if bias is None else memory.add(bits(bias)) for bias in biases]
+    results = [memory.add(empty(out, dtype), writable=True) for out in rows]
+    of_three = [[*each, each[-1]][:3] for each in (stored, added, results)]
+    run(launch, memory, [memory.add(bits(dense)), memory.add(np.zeros(512, np.uint8)), *chain(*of_three)])
+    for matrix, bias, y in zip(found, biases, results, strict=True):
+        check(torch.from_numpy(memory.array(y).copy()).view(dtype), matrix.dequantize(), x, bias)
+
+
+@pytest.mark.usefixtures("_overlapping")
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+def test_experts(random_matrix, dtype):
+    """Of three experts with two matrices each one has no outliers and one is of another kind, which its own launch multiplies;
+    ids that are no expert give NaN. The second row of x is infinite."""
+    kinds = [{"outliers": 0.01}, {"weight_bits": 2}, {"outliers": 0.0}]
+    ids, number, parts, out, columns = [2, 0, 3, 1, 0, -1, 2, 2], len(kinds), 2, 24, 768
+    found = [[random_matrix(out, columns, seed=10 * e + p, **kind) for p in range(parts)] for e, kind in enumerate(kinds)]
+    layouts = [[matrix.layout for matrix in its] for its in found]
+    begins, end = experts.arrange(layouts)
+    stored = torch.zeros(end, dtype=torch.int32)
+    for matrix, begin in zip(chain(*found), chain(*begins), strict=True):
+        whole = join(matrix)
+        stored[begin : begin + len(whole)] = whole
+    x = torch.stack([row(columns, dtype), torch.full((columns,), float("inf")).to(dtype)])
+    memory = Memory()
+    table_of = {table.layout.weight_bits: table for table in experts.tables(layouts, begins)}
+    y = memory.add(bits(torch.full((len(ids), parts * out), 7.0, dtype=dtype)), writable=True)
+    x_at, ids_at, zeros_at, stored_at = (
+        memory.add(array) for array in (bits(x), np.array(ids), np.zeros(512, np.uint8), stored.numpy())
+    )
+
+    def multiply(table):
+        layout, _, entries = outliers.without_outliers(table.layout)
+        launch = grouped._experts.__wrapped__(layout, entries, number, parts, len(ids), len(x), dtype, CPU)
+        run(launch, memory, [x_at, ids_at, memory.add(table.begins.numpy()), zeros_at, stored_at, y], modes=(True,))
+        return torch.from_numpy(memory.array(y).copy()).view(dtype).reshape(len(ids), parts, out)
+
+    result = multiply(table_of[3])
+    assert (result[3] == 7).all(), "of the other kind, and left alone"
+    result = multiply(table_of[2])
+    for pair, expert in enumerate(ids):
+        for part in range(parts):
+            if not 0 <= expert < number:
+                assert torch.isnan(result[pair, part]).all()
+            elif pair < 4:
+                check(result[pair, part], found[expert][part].dequantize(), x[0])
+            else:
+                assert not torch.isfinite(result[pair, part]).any()
