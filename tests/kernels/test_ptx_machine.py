@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ptx_arithmetic import PtxError, arithmetic, read, write  # beside this file, not part of a package
-from ptx_machine import Kernel, Memory, Program
+from ptx_machine import Program
+from ptx_memory import Memory
+from ptx_text import Kernel
 
 HEAD = """
 .visible .entry f(
