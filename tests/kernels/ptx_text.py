@@ -79,10 +79,10 @@ class Kernel:
 
     def _declare(self, statement: str, scope: dict[str, str]) -> None:
         if statement.startswith(".shared"):
-            name, size = re.findall(r"(\w+)\[(\d+)\]", statement)[0]
+            align, name, size = re.findall(r"\.align (\d+) \.b8 (\w+)\[(\d+)\]", statement)[0]
             scope[name] = f"{name} {len(self.shared)}"
-            begin = max([1024, *(first + length for first, length in self.shared)])
-            begin = -(-begin // 128) * 128 + 128  # a gap that nobody may touch
+            end = max([1024, *(first + length for first, length in self.shared)]) + 128  # a gap that nobody may touch
+            begin = -(-end // (2 * int(align))) * 2 * int(align) + int(align)  # aligned as it says, and not better
             self._symbols[scope[name]] = begin
             self.shared.append((begin, int(size)))
             return
