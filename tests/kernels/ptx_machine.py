@@ -207,13 +207,24 @@ class Program:
         self._warps(on)
         self.shared.barriers[on] += 1
 
+    def _all_lanes(self, registers: list[int], wanted: list[int]) -> None:
+        if [int(self.registers[register, 0]) % 2**32 for register in registers] != wanted:
+            raise PtxError("of part of a warp")
+
     def _butterfly(self, name: str, operands: list, on: np.ndarray) -> None:
         self._warps(on)
         to, source, distance, *rest = operands
-        if [int(self.registers[register, 0]) % 2**32 for register in rest] != [31, 2**32 - 1]:
-            raise PtxError("a shuffle of part of a warp")
+        self._all_lanes(rest, [31, 2**32 - 1])
         partner = np.arange(len(on)) ^ self.registers[distance, on].astype(np.int64)
         self.registers[to, on] = self._of(source, on, "b32")[partner]
+
+    def _reduce(self, name: str, operands: list, on: np.ndarray) -> None:
+        self._warps(on)
+        to, source, mask = operands
+        self._all_lanes([mask], [2**32 - 1])
+        _, _, how, kind = name.split(".")
+        best = (np.min if how == "min" else np.max)(self._of(source, on, kind).reshape(-1, 32), axis=1)
+        self.registers[to, on] = np.repeat(write(best, kind), 32)
 
     def _mma(self, name: str, operands: list, on: np.ndarray) -> None:
         self._warps(on)
@@ -237,6 +248,7 @@ _BESIDE: dict[str, Callable[[Program, str, list, np.ndarray], None]] = {  # arit
     r"cp\.async\.wait_(group|all)": Program._wait,
     r"bar\.warp\.sync": Program._warp_barrier,
     r"shfl\.sync\.bfly\.b32": Program._butterfly,
+    r"redux\.sync\.(min|max)\.[su]32": Program._reduce,
     r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32": Program._mma,
     r"griddepcontrol\.(wait|launch_dependents)": Program._nothing,
 }

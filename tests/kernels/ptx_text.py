@@ -34,7 +34,7 @@ class Instruction:
 _TOKEN = re.compile(r"\s*(?:(\{)|(\})|([\w$]+):(?!:)|([^;{}]*(?:\{[^{};]*\}[^;{}]*)*);)")
 _STATEMENT = re.compile(r"(?:@(!?)(\S+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+")
-_NAME = re.compile(r"%(tid|n?ctaid)\.|-?\d|\w+_param_\d+$")  # of what nobody declares
+_NAME = re.compile(r"_$|%(tid|n?ctaid)\.|-?\d|\w+_param_\d+$")  # of what nobody declares
 _ADDRESS = re.compile(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
 
 
