@@ -27,9 +27,9 @@ ENTRIES = (1, 2, 4)  # outliers that a lane may fetch at once
 
 _CELL_BYTES = gl.constexpr(CELL_BYTES)
 _SUMS_BYTES = gl.constexpr(SUMS_BYTES)
-# Shared memory, by its size in bytes. $0 its address; $1 is not read.
+# Shared memory, by its size in bytes, aligned for `_AT`. $0 its address; $1 is not read.
 _ROOMS = gl.constexpr({
-    size: f"{{ .shared .align 16 .b8 room[{size}]; mov.u32 $0, room; }}"
+    size: f"{{ .shared .align 32 .b8 room[{size}]; mov.u32 $0, room; }}"
     for warps in (1, 2, 4, 8) for size in (CELL_BYTES * warps, SUMS_BYTES * warps)
 })  # fmt: skip
 # Bytes, a power of two, that are more than so many KB and the rest of one.

@@ -165,8 +165,8 @@ def arithmetic(name: str) -> tuple[Callable[..., np.ndarray], str, tuple[str, ..
     if conversion:
         _, to, source = conversion.groups()
         return None if to[0] in "us" and source[0] not in "us" else (np.asarray, to, (source,))
-    if name == "cvt.rn.f16x2.f32":
-        return lambda high, low: np.stack([low, high], 1), "f16x2", ("f32", "f32")
+    if name in ("cvt.rn.f16x2.f32", "cvt.rn.bf16x2.f32"):
+        return lambda high, low: np.stack([low, high], 1), name.split(".")[2], ("f32", "f32")
     if name == "set.eq.u32.f16x2":
         return lambda a, b: np.where(a == b, 0xFFFF, 0) @ [1, 1 << 16], "u32", ("f16x2", "f16x2")
     stem, _, kind = name.rpartition(".")

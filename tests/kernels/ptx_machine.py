@@ -15,211 +15,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 import numpy as np
 from ptx_arithmetic import PtxError, arithmetic, matrix_product, read, size_of, write
+from ptx_memory import Memory, SharedMemory
+from ptx_text import Address, Instruction, Kernel
 
-NOTHING = np.uint64(2**64 - 1)  # what no instruction has written: NaN in every format, and no address
 MOST_STEPS = 1_000_000  # a loop that does not end is an error
-
-
-class Address(NamedTuple):
-    """[register + offset]."""
-
-    base: int
-    offset: np.uint64
-
-
-@dataclass
-class Instruction:
-    """guard: register of the predicate and the value that it must have. operands: numbers of registers, tuples of them,
-    addresses; of a branch the instruction that it leads to."""
-
-    name: str
-    guard: tuple[int, bool] | None
-    operands: list[Any]
-    text: str
-
-
-_TOKEN = re.compile(r"\s*(?:(\{)|(\})|([\w$]+):(?!:)|([^;{}]*(?:\{[^{};]*\}[^;{}]*)*);)")
-_STATEMENT = re.compile(r"(?:@(!?)(\S+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
-_OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+")
-_NAME = re.compile(r"%(tid|n?ctaid)\.|-?\d|\w+_param_\d+$")  # of what nobody declares
-_ADDRESS = re.compile(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
-
-
-class Kernel:
-    """The one kernel of a PTX text, read. `dynamic`: bytes of shared memory that its launch asks for."""
-
-    def __init__(self, ptx: str, dynamic: int = 0) -> None:
-        header, body = ptx[ptx.index(".entry") :].split("{", 1)
-        self.parameters = len(re.findall(r"^\s*\.param", header, re.MULTILINE))
-        self.threads = int(re.findall(r"\.reqntid (\d+)", header)[0])
-        self.registers: dict[str, int] = {}  # number by name; constants, special registers and symbols are registers too
-        self.predicates: set[int] = set()
-        self.instructions: list[Instruction] = []
-        self.shared = [(1024, dynamic)] if dynamic else []  # begin and bytes of each array
-        self._symbols = {"global_smem": 1024}
-        self._read(re.sub(r"//[^\n]*|^\s*\.(loc|file|section)\b[^\n]*", "", body, flags=re.MULTILINE))
-
-    def _read(self, body: str) -> None:
-        names: list[dict[str, str]] = [{}]  # of each open scope: what a name stands for
-        labels: dict[str, int] = {}
-        found: list[tuple[str, list[dict[str, str]]]] = []
-        position = 0
-        while names:
-            token = _TOKEN.match(body, position)
-            if token is None:
-                raise PtxError(f"not read: {body[position : position + 80]!r}")
-            position = token.end()
-            opens, closes, label, statement = token.groups()
-            if opens:
-                names.append({})
-            elif closes:
-                names.pop()
-            elif label:
-                names[-1][label] = f"{label} {len(found)}"
-                labels[names[-1][label]] = len(found)
-            elif statement.startswith((".reg", ".shared")):
-                self._declare(statement, names[-1])
-            elif statement and not statement.startswith("."):
-                found.append((statement, list(names)))
-        for statement, scope in found:
-            self.instructions.append(self._instruction(statement, scope, labels))
-
-    def _declare(self, statement: str, scope: dict[str, str]) -> None:
-        if statement.startswith(".shared"):
-            name, size = re.findall(r"(\w+)\[(\d+)\]", statement)[0]
-            scope[name] = f"{name} {len(self.shared)}"
-            begin = max([1024, *(first + length for first, length in self.shared)])
-            begin = -(-begin // 128) * 128 + 128  # a gap that nobody may touch
-            self._symbols[scope[name]] = begin
-            self.shared.append((begin, int(size)))
-            return
-        _, kind, rest = statement.split(None, 2)
-        for part in rest.split(","):
-            stem, count = re.findall(r"([^\s<]+)(?:<(\d+)>)?", part)[0]
-            for name in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
-                number = len(self.registers)
-                scope[name] = f"{name} {number}"
-                self.registers[scope[name]] = number
-                if kind == ".pred":
-                    self.predicates.add(number)
-
-    def _instruction(self, statement: str, scopes: list[dict[str, str]], labels: dict[str, int]) -> Instruction:
-        def register(name: str) -> int:
-            meant = next((scope[name] for scope in reversed(scopes) if name in scope), name)
-            if not (meant in self.registers or meant in self._symbols or _NAME.match(meant)):
-                raise PtxError(f"unknown name {name}: {statement}")
-            return self.registers.setdefault(meant, len(self.registers))
-
-        def operand(text: str) -> Any:
-            if text.startswith("{"):
-                return tuple(register(name) for name in re.findall(r"[^\s,{}]+", text))
-            address = _ADDRESS.fullmatch(text)
-            if address:
-                return Address(register(address[1]), np.uint64(int(address[2] or "0", 0) % 2**64))
-            return register(text)
-
-        parts = _STATEMENT.fullmatch(statement)
-        if parts is None:
-            raise PtxError(f"not read: {statement}")
-        negated, guard, name, rest = parts.groups()
-        if name in ("bra", "bra.uni"):
-            operands = [labels[next(scope[rest] for scope in reversed(scopes) if rest in scope)]]
-        else:
-            operands = [operand(text) for text in _OPERAND.findall(rest)]
-        return Instruction(name, (register(guard), not negated) if guard else None, operands, statement)
-
-    def value(self, name: str, arguments: Sequence[int], program: Sequence[int], grid: Sequence[int]) -> Any:
-        """What a register holds when the program begins."""
-        if name in self._symbols:
-            return self._symbols[name]
-        if name == "%tid.x":
-            return np.arange(self.threads)
-        special = re.fullmatch(r"%(n?ctaid)\.([xyz])", name)
-        if special:
-            return (program if special[1] == "ctaid" else grid)["xyz".index(special[2])]
-        parameter = re.fullmatch(r"\w+_param_(\d+)", name)
-        if parameter:
-            return arguments[int(parameter[1])] % 2**64
-        if re.fullmatch(r"0[fFdD][0-9A-Fa-f]+", name):
-            return int(name[2:], 16)
-        return int(name, 0) % 2**64 if re.fullmatch(r"-?\d\w*", name) else NOTHING
-
-
-class Memory:
-    """Bytes of which each belongs to an array or to nobody."""
-
-    def __init__(self) -> None:
-        self.bytes = np.zeros(1 << 12, np.uint8)  # address 0 and its neighbours are nobody's
-        self.owner = np.zeros(1 << 12, np.int32)  # 0: nobody, else the number of the array, negative where it is only read
-        self._places: list[tuple[int, Any, Any]] = []
-
-    def add(self, array: np.ndarray, writable: bool = False) -> int:
-        """The address, a multiple of 128, of a copy of the array, which lies between bytes of nobody."""
-        self._places.append((len(self.bytes), array.dtype, array.shape))
-        number = len(self._places) if writable else -len(self._places)
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        room = -(-len(raw) // 128) * 128 + 128
-        self.bytes = np.concatenate([self.bytes, raw, np.full(room - len(raw), 255, np.uint8)])
-        self.owner = np.concatenate([self.owner, np.full(len(raw), number), np.zeros(room - len(raw), np.int32)])
-        return self._places[-1][0]
-
-    def array(self, address: int) -> np.ndarray:
-        """What stands now where `add` put an array."""
-        begin, dtype, shape = next(place for place in self._places if place[0] == address)
-        return self.bytes[begin : begin + dtype.itemsize * int(np.prod(shape))].view(dtype).reshape(shape)
-
-    def bytes_at(self, addresses: np.ndarray, size: int, writes: bool = False) -> np.ndarray:
-        """Places [lanes, size] of accesses of so many bytes, once they were checked."""
-        if (addresses % np.uint64(size)).any():
-            raise PtxError(f"not aligned to {size} bytes: {addresses}")
-        if (addresses >= np.uint64(len(self.bytes) - size)).any():
-            raise PtxError(f"outside of all arrays: {addresses}")
-        places = addresses.astype(np.int64)[:, None] + np.arange(size)
-        owners = self.owner[places]
-        if (owners == 0).any() or (owners != owners[:, :1]).any():
-            raise PtxError(f"outside of all arrays: {addresses[(owners == 0).any(1)]}")
-        if writes and (owners < 0).any():
-            raise PtxError(f"writes to what is only read: {addresses}")
-        return places
-
-
-class SharedMemory(Memory):
-    """Of one program. Remembers of each byte the last write and the last read: the thread, and what `now` was."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        super().__init__()
-        end = max([1024, *(begin + size for begin, size in kernel.shared)]) + 128
-        self.bytes, self.owner = np.full(end, 255, np.uint8), np.zeros(end, np.int32)
-        for number, (begin, size) in enumerate(kernel.shared):
-            self.owner[begin : begin + size] = number + 1
-        self.barriers = np.zeros(kernel.threads, np.int64)  # that each thread's warp has passed
-        self.common = 0  # barriers of all threads
-        self._last = {what: np.full((3, end), -1, np.int64) for what in ("write", "read")}  # thread, barriers, common
-
-    def touch(self, threads: np.ndarray, addresses: np.ndarray, size: int, writes: bool = False) -> np.ndarray:
-        """`bytes_at`, where no other thread's access without a barrier between conflicts."""
-        places = self.bytes_at(addresses, size, writes)
-        mine, passed = threads[:, None], self.barriers[threads][:, None]
-        for what in ("write", "read") if writes else ("write",):
-            thread, barriers, common = (row[places] for row in self._last[what])
-            ordered = (thread < 0) | (thread == mine) | (common < self.common)
-            ordered |= (thread // 32 == mine // 32) & (barriers < passed)
-            if not ordered.all():
-                raise PtxError(f"no barrier between a {what} of thread {thread[~ordered][0]} and this access")
-        for row, value in zip(self._last["write" if writes else "read"], (mine, passed, self.common), strict=True):
-            row[places] = value
-        return places
-
-    def put(self, threads: np.ndarray, addresses: np.ndarray, raw: np.ndarray) -> None:
-        """Writes bytes [threads, size]."""
-        places = self.touch(threads, addresses, raw.shape[1], True)
-        self.bytes[places] = raw
-        if (self.bytes[places] != raw).any():
-            raise PtxError("two threads write the same byte at once, and not the same")
 
 
 @dataclass
@@ -405,13 +207,24 @@ class Program:
         self._warps(on)
         self.shared.barriers[on] += 1
 
+    def _all_lanes(self, registers: list[int], wanted: list[int]) -> None:
+        if [int(self.registers[register, 0]) % 2**32 for register in registers] != wanted:
+            raise PtxError("of part of a warp")
+
     def _butterfly(self, name: str, operands: list, on: np.ndarray) -> None:
         self._warps(on)
         to, source, distance, *rest = operands
-        if [int(self.registers[register, 0]) % 2**32 for register in rest] != [31, 2**32 - 1]:
-            raise PtxError("a shuffle of part of a warp")
+        self._all_lanes(rest, [31, 2**32 - 1])
         partner = np.arange(len(on)) ^ self.registers[distance, on].astype(np.int64)
         self.registers[to, on] = self._of(source, on, "b32")[partner]
+
+    def _reduce(self, name: str, operands: list, on: np.ndarray) -> None:
+        self._warps(on)
+        to, source, mask = operands
+        self._all_lanes([mask], [2**32 - 1])
+        _, _, how, kind = name.split(".")
+        best = (np.min if how == "min" else np.max)(self._of(source, on, kind).reshape(-1, 32), axis=1)
+        self.registers[to, on] = np.repeat(write(best, kind), 32)
 
     def _mma(self, name: str, operands: list, on: np.ndarray) -> None:
         self._warps(on)
@@ -435,6 +248,7 @@ _BESIDE: dict[str, Callable[[Program, str, list, np.ndarray], None]] = {  # arit
     r"cp\.async\.wait_(group|all)": Program._wait,
     r"bar\.warp\.sync": Program._warp_barrier,
     r"shfl\.sync\.bfly\.b32": Program._butterfly,
+    r"redux\.sync\.(min|max)\.[su]32": Program._reduce,
     r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32": Program._mma,
     r"griddepcontrol\.(wait|launch_dependents)": Program._nothing,
 }

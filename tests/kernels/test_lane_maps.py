@@ -1,4 +1,4 @@
-"""Which statistics each lane of the tensor-core kernels takes, against the matrix before it was packed."""
+"""Which statistics each lane of the tensor-core kernels for batches takes, against the matrix before it was packed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from spqr_kernels import lanes, matvec, weights
+from spqr_kernels import lanes, weights
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gluon_on_torch import Pointer, plain  # beside this file, not part of a package
@@ -90,21 +90,3 @@ class TestEachLaneTakesTheStatisticsOfItsBlocks:
             )  # fmt: skip
             for k in range(4):
                 program.check(matrix, chunk, 4 * k + np.arange(32) % 4, codes[k], tops[k])
-
-    @pytest.mark.parametrize("warps", [1, 2, 4])
-    def test_one_row(self, random_matrix, group_size, chunks, warps):
-        matrix = random_matrix(LAST_LINE, 256 * chunks, weight_bits=BITS, group_size=group_size)
-        program = Program(matrix, 2, warps, 1)
-        for chunk, last in program.steps():
-            if group_size == 16:
-                thread = torch.arange(32 * warps, dtype=torch.int32)
-                codes = plain(matvec._set_of_codes)(program.room[BITS], thread % 32, None)
-            else:
-                codes = plain(matvec._wide_codes)(
-                    program.room[BITS], program.stat_codes, 2, chunk, last, program.chunks, program.groups, program.gid,
-                    program.tid, None, program.chunks_a_set,
-                )  # fmt: skip
-            tops = plain(matvec._four_groups)(program.room[BITS + 1].load(None), None)
-            for n in range(4):
-                blocks = 8 * (n // 2) + n % 2 + 2 * (np.arange(32) % 4)
-                program.check(matrix, chunk, blocks, codes[n] >> 11, tops[n])

@@ -20,7 +20,9 @@ from spqr_kernels.compile_ahead import Variant
 from spqr_kernels.launch import LEAVES
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ptx_machine import Kernel, Memory, Program  # beside this file, not part of a package
+from ptx_machine import Program  # beside this file, not part of a package
+from ptx_memory import Memory
+from ptx_text import Kernel
 
 CPU = torch.device("cpu")
 POINTERS = {

@@ -1,4 +1,4 @@
-"""What a lane of the tensor-core kernels does with its words, run by a small interpreter of the PTX that they use.
+"""What a lane of the tensor-core kernels does with its words, computed with `ptx_arithmetic`.
 
 No GPU is needed: the strings are the ones that the kernels compile, and the oracle is numpy's decode of the same matrix.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import struct
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,25 +16,17 @@ import pytest
 from spqr_format.packing import SET, to_grid
 from spqr_kernels import ptx
 
-U32 = np.uint64(0xFFFFFFFF)
+sys.path.insert(0, str(Path(__file__).parent))
+from ptx_arithmetic import arithmetic, read, write  # beside this file, not part of a package
 
 
 def as_float(word: np.ndarray) -> np.ndarray:
     return word.astype(np.uint32).view(np.float32)
 
 
-def as_word(value: np.ndarray) -> np.ndarray:
-    return np.asarray(value, np.float32).view(np.uint32).astype(np.uint64)
-
-
 def halves(word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     raw = word.astype(np.uint32)
     return (raw & 0xFFFF).astype(np.uint16).view(np.float16), (raw >> 16).astype(np.uint16).view(np.float16)
-
-
-def paired(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    raw = [np.asarray(x, np.float16).view(np.uint16).astype(np.uint64) for x in (low, high)]
-    return raw[0] | raw[1] << np.uint64(16)
 
 
 def bfloat(value: np.ndarray) -> np.ndarray:
@@ -42,18 +36,15 @@ def bfloat(value: np.ndarray) -> np.ndarray:
 
 
 def run(program: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Registers after a straight-line program; registers are uint64 arrays that hold 32 bits (fp32 ones their pattern)."""
-    registers = dict(inputs)
+    """Registers after a straight-line program; registers are uint64 arrays of one shape, fp32 ones hold their pattern."""
+    shape = np.broadcast_shapes(*(np.shape(value) for value in inputs.values()))
+    registers = {name: np.broadcast_to(value, shape).reshape(-1) for name, value in inputs.items()}
 
     def get(name: str) -> np.ndarray:
-        if name.startswith("0f"):
-            return np.uint64(int(name[2:], 16))
-        if re.fullmatch(r"-?(0x)?[0-9a-fA-F]+", name) and name not in registers:
-            return np.uint64(int(name, 0) & 0xFFFFFFFF)
+        if name not in registers:
+            value = int(name[2:], 16) if name.startswith("0f") else int(name, 0) & 0xFFFFFFFF
+            return np.full(int(np.prod(shape)), value, np.uint64)
         return registers[name]
-
-    def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray, dtype: type) -> np.ndarray:
-        return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(dtype)
 
     text = re.sub(r"\{\s*(\w+)\s*,\s*(\w+)\s*\}", r"<\1:\2>", program)
     for line in re.split(r"[;{}\n]", text):
@@ -63,44 +54,15 @@ def run(program: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         op, target, *names = words
         if op == "mov.b32" and target.startswith("<"):
             low, high = target[1:-1].split(":")
-            value = get(names[0])
-            registers[low], registers[high] = value & np.uint64(0xFFFF), value >> np.uint64(16)
-            continue
-        a, *rest = [get(name) for name in names]
-        b = rest[0] if rest else a
-        c = rest[1] if len(rest) > 1 else a
-        if op in ("mov.b32", "mov.f32"):
-            result = a
-        elif op == "and.b32":
-            result = a & b
-        elif op == "shr.u32":
-            result = a >> b
-        elif op == "mad.lo.u32":
-            result = (a * b + c) & U32
-        elif op == "lop3.b32":
-            assert names[3] == "0xEA"
-            result = (a & b) | c
-        elif op == "shf.r.wrap.b32":
-            result = ((a | b << np.uint64(32)) >> (c & np.uint64(31))) & U32
-        elif op == "cvt.f32.f16":
-            result = as_word(a.astype(np.uint16).view(np.float16).astype(np.float32))
-        elif op == "cvt.rn.f16x2.f32":
-            result = paired(as_float(b).astype(np.float16), as_float(a).astype(np.float16))
-        elif op == "cvt.rn.bf16x2.f32":
-            result = bfloat(as_float(b)) | bfloat(as_float(a)) << np.uint64(16)
-        elif op == "fma.rn.f32":
-            result = as_word(fma(as_float(a), as_float(b), as_float(c), np.float32))
-        elif op == "sub.rn.f32":
-            result = as_word(as_float(a) - as_float(b))
-        elif op == "mul.rn.f32":
-            result = as_word(as_float(a) * as_float(b))
-        elif op == "fma.rn.f16x2":
-            parts = [halves(np.broadcast_to(x, np.shape(a))) for x in (a, b, c)]
-            result = paired(*(fma(*(part[h] for part in parts), np.float16) for h in range(2)))
+            registers[low], registers[high] = get(names[0]) & np.uint64(0xFFFF), get(names[0]) >> np.uint64(16)
+        elif op in ("mov.b32", "mov.f32"):
+            registers[target] = get(names[0])
         else:
-            raise AssertionError(f"the interpreter does not know {op}")
-        registers[target] = np.asarray(result, np.uint64)
-    return registers
+            made = arithmetic(op)
+            assert made is not None, f"no arithmetic for {op}"
+            compute, result, kinds = made
+            registers[target] = write(compute(*(read(get(n), kind) for n, kind in zip(names, kinds, strict=True))), result)
+    return {name: value.reshape(shape) for name, value in registers.items()}
 
 
 def lanes_of(matrix):

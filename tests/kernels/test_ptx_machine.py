@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ptx_arithmetic import PtxError, arithmetic, read, write  # beside this file, not part of a package
-from ptx_machine import Kernel, Memory, Program
+from ptx_machine import Program
+from ptx_memory import Memory
+from ptx_text import Kernel
 
 HEAD = """
 .visible .entry f(
@@ -225,6 +227,13 @@ def test_words_and_their_parts():
     st.global.b32 [%rd3], %r1;
     """
     np.testing.assert_array_equal(outcome(body), (np.arange(64) << 16) + 12)
+
+
+def test_largest_of_a_warp():
+    given = np.random.default_rng(0).integers(0, 2**32, 64, dtype=np.uint32)
+    body = "ld.global.b32 %r1, [%rd2]; redux.sync.{0} %r2, %r1, -1; st.global.b32 [%rd3], %r2;"
+    for name, found in (("max.u32", given.reshape(2, 32).max(1)), ("min.s32", given.view(np.int32).reshape(2, 32).min(1))):
+        np.testing.assert_array_equal(outcome(body.replace("{0}", name), given).view(found.dtype), np.repeat(found, 32))
 
 
 COPY = SHARED + "cp.async.ca.shared.global [%r9], [%rd2], 4{0}; cp.async.commit_group;\n"

@@ -1,0 +1,82 @@
+"""Global and shared memory in which every access is checked (for `ptx_machine`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from ptx_arithmetic import PtxError
+from ptx_text import Kernel
+
+
+class Memory:
+    """Bytes of which each belongs to an array or to nobody."""
+
+    def __init__(self) -> None:
+        self.bytes = np.zeros(1 << 12, np.uint8)  # address 0 and its neighbours are nobody's
+        self.owner = np.zeros(1 << 12, np.int32)  # 0: nobody, else the number of the array, negative where it is only read
+        self._places: list[tuple[int, Any, Any]] = []
+
+    def add(self, array: np.ndarray, writable: bool = False) -> int:
+        """The address, a multiple of 128, of a copy of the array, which lies between bytes of nobody."""
+        self._places.append((len(self.bytes), array.dtype, array.shape))
+        number = len(self._places) if writable else -len(self._places)
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        room = -(-len(raw) // 128) * 128 + 128
+        self.bytes = np.concatenate([self.bytes, raw, np.full(room - len(raw), 255, np.uint8)])
+        self.owner = np.concatenate([self.owner, np.full(len(raw), number), np.zeros(room - len(raw), np.int32)])
+        return self._places[-1][0]
+
+    def array(self, address: int) -> np.ndarray:
+        """What stands now where `add` put an array."""
+        begin, dtype, shape = next(place for place in self._places if place[0] == address)
+        return self.bytes[begin : begin + dtype.itemsize * int(np.prod(shape))].view(dtype).reshape(shape)
+
+    def bytes_at(self, addresses: np.ndarray, size: int, writes: bool = False) -> np.ndarray:
+        """Places [lanes, size] of accesses of so many bytes, once they were checked."""
+        if (addresses % np.uint64(size)).any():
+            raise PtxError(f"not aligned to {size} bytes: {addresses}")
+        if (addresses >= np.uint64(len(self.bytes) - size)).any():
+            raise PtxError(f"outside of all arrays: {addresses}")
+        places = addresses.astype(np.int64)[:, None] + np.arange(size)
+        owners = self.owner[places]
+        if (owners == 0).any() or (owners != owners[:, :1]).any():
+            raise PtxError(f"outside of all arrays: {addresses[(owners == 0).any(1)]}")
+        if writes and (owners < 0).any():
+            raise PtxError(f"writes to what is only read: {addresses}")
+        return places
+
+
+class SharedMemory(Memory):
+    """Of one program. Remembers of each byte the last write and the last read: the thread, and what `now` was."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        end = max([1024, *(begin + size for begin, size in kernel.shared)]) + 128
+        self.bytes, self.owner = np.full(end, 255, np.uint8), np.zeros(end, np.int32)
+        for number, (begin, size) in enumerate(kernel.shared):
+            self.owner[begin : begin + size] = number + 1
+        self.barriers = np.zeros(kernel.threads, np.int64)  # that each thread's warp has passed
+        self.common = 0  # barriers of all threads
+        self._last = {what: np.full((3, end), -1, np.int64) for what in ("write", "read")}  # thread, barriers, common
+
+    def touch(self, threads: np.ndarray, addresses: np.ndarray, size: int, writes: bool = False) -> np.ndarray:
+        """`bytes_at`, where no other thread's access without a barrier between conflicts."""
+        places = self.bytes_at(addresses, size, writes)
+        mine, passed = threads[:, None], self.barriers[threads][:, None]
+        for what in ("write", "read") if writes else ("write",):
+            thread, barriers, common = (row[places] for row in self._last[what])
+            ordered = (thread < 0) | (thread == mine) | (common < self.common)
+            ordered |= (thread // 32 == mine // 32) & (barriers < passed)
+            if not ordered.all():
+                raise PtxError(f"no barrier between a {what} of thread {thread[~ordered][0]} and this access")
+        for row, value in zip(self._last["write" if writes else "read"], (mine, passed, self.common), strict=True):
+            row[places] = value
+        return places
+
+    def put(self, threads: np.ndarray, addresses: np.ndarray, raw: np.ndarray) -> None:
+        """Writes bytes [threads, size]."""
+        places = self.touch(threads, addresses, raw.shape[1], True)
+        self.bytes[places] = raw
+        if (self.bytes[places] != raw).any():
+            raise PtxError("two threads write the same byte at once, and not the same")
