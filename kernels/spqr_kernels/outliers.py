@@ -4,9 +4,8 @@ Batches: a warp puts the outliers of a cell into zeros, each where the lane that
 lanes add what they find to their weights before the product: `fetch`, `put`, `add`, `clear`. This costs the same for any
 batch.
 
-Batch 1: a warp multiplies the outliers of each of its chunks, two cells, with x one chunk later (`fetch_chunk`,
-`add_products`): what points to them is asked for together with the chunk before, they themselves with the next one, and so
-nothing waits for them. Each lane has a sum of its own for each of the 16 rows, so that no two lanes meet, and the order
+Batch 1: a warp multiplies the outliers of each of its chunks, two cells, with x beside the chunk (`fetch_chunk`,
+`add_products`). They are asked for a chunk ahead, and what points to them two, so that nothing waits for them. Each lane has a sum of its own for each of the 16 rows, so that no two lanes meet, and the order
 of every sum is fixed.
 
 Gluon gives no address within shared memory, so this memory is declared in PTX; a warp uses its part alone, and waits for its
@@ -262,15 +261,6 @@ def bounds(pointers, chunk, chunks):
     there = chunk < chunks
     at = pointers + 2 * chunk
     return gl.load(at, mask=there, other=0), gl.load(at + 2, mask=there, other=0)
-
-
-@gluon.jit
-def no_words(lane, ENTRIES: gl.constexpr):
-    """What `fetch_chunk` has of a chunk without outliers."""
-    words = ()
-    for _ in gl.static_range(ENTRIES):
-        words = words + (lane * 0,)
-    return words
 
 
 @gluon.jit
