@@ -138,7 +138,7 @@ def test_every_kind_of_matrix(random_matrix, kind, dtype, rows, columns, biased)
 @pytest.mark.parametrize("warps", [1, 2, 4, 8])
 @pytest.mark.parametrize("group_size", [16, 32, 64])
 @pytest.mark.parametrize(
-    "chunks", [(1, 2, 3, 5, 8, 9), pytest.param((4, 6, 7, 10, 11, 12, 16), marks=pytest.mark.slow)], ids=["some", "others"]
+    "chunks", [(1, 3, 8, 9), pytest.param((2, 4, 5, 6, 7, 10, 11, 12, 16), marks=pytest.mark.slow)], ids=["some", "others"]
 )
 def test_warps_share_chunks(random_matrix, group_size, warps, chunks):
     """As many as the warps, more and fewer; sets of statistics that are full, behind full ones, or alone."""
