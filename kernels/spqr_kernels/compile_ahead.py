@@ -86,7 +86,8 @@ def variants() -> list[Variant]:
             operands = {"X": dtype, "XDense": dtype, "Zeros": "*u8"} | _STORED | _OUTLIERS | {"Bias": dtype, "Y": dtype}
             sizes = {"out_features": "i32", "chunks": "i32", "groups": "i32", "all_outliers": "i32"}
             constants = kind | sparse | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2, "ENTRIES": 2}
-            found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4))
+            registers = matvec.registers_for(constants)
+            found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4, registers))
         found += [_siblings(title, kind), _experts(title, kind)]
         operands = {"X": "*fp16", "Scale": "*fp32"} | _STORED | _OUTLIERS | {"Bias": "*fp16", "Y": "*fp16"}
         sizes = {"batch": "i32", "out_features": "i32", "tile_rows": "i32", "chunks": "i32", "groups": "i32"}
@@ -183,7 +184,8 @@ def _siblings(title: str, kind: dict[str, Any]) -> Variant:
         names = ("at_scales", "at_zeros", "at_pointers", "at_outliers", "out_features", "outliers")
         operands |= {f"{name}{i}": "i32" for name in names}
     constants = kind | _ROW | {"HAS_BIAS": False}
-    return Variant(f"siblings {title}", grouped.siblings_kernel, operands, constants, 4)
+    registers = matvec.registers_for(constants)
+    return Variant(f"siblings {title}", grouped.siblings_kernel, operands, constants, 4, registers)
 
 
 def _experts(title: str, kind: dict[str, Any]) -> Variant:
@@ -191,7 +193,7 @@ def _experts(title: str, kind: dict[str, Any]) -> Variant:
     operands = {"X": "*fp16", "Ids": "*i64", "Table": "*i64", "Zeros": "*u8", "Stored": "*i32", "Y": "*fp16"}
     sizes = ("chunks", "groups", "tiles", "out_features", "experts", "parts", "pairs_a_row")
     operands |= dict.fromkeys((*sizes, "at_scales", "at_zeros", "at_pointers", "at_outliers"), "i32")
-    return Variant(f"experts {title}", grouped.experts_kernel, operands, kind | _ROW, 4)
+    return Variant(f"experts {title}", grouped.experts_kernel, operands, kind | _ROW, 4, matvec.registers_for(kind | _ROW))
 
 
 def _fit_variants() -> list[Variant]:

@@ -541,22 +541,31 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
 def row_constants(layout: Layout, entries: int, tiles: int, dtype: torch.dtype) -> dict[str, int | bool]:
     """What `product_of_tile` is compiled with for x of this dtype and a launch of so many tiles, and the warps of a program.
     entries: of outliers, as `outliers.without_outliers` has it."""
-    warps = warps_for(tiles, layout)
-    return constants_of(layout) | {
+    warps = warps_for(tiles, layout, entries > 0)
+    constants = constants_of(layout) | {
         "BF": BF16 if dtype == torch.bfloat16 else 0, "OUTLIERS": entries > 0, "WARPS": warps, "STAGES": STAGES,
         "WHOLE": layout.blocks // CHUNK % warps == 0, "ENTRIES": max(entries, 1), "num_warps": warps,
     }  # fmt: skip
+    registers = registers_for(constants)
+    return constants | ({"maxnreg": registers} if registers else {})
+
+
+def registers_for(constants: Mapping[str, int | bool]) -> int | None:
+    """The limit of a thread's registers, where one was faster than the compiler's choice: 80 are 6 programs of 4 warps a
+    multiprocessor. The other kinds would spill, and need fewer without outliers."""
+    plain = constants["BILEVEL"] and constants["BLOCKS_A_GROUP"] == 1 and not constants["BF"]
+    return 80 if plain and constants["OUTLIERS"] else None
 
 
 STAGES = 2  # 3 were slower nearly everywhere
 _SHARED_BYTES = 48 << 10  # of a program, without asking for more
 
 
-def warps_for(tiles: int, layout: Layout) -> int:
-    """Warps that share a tile: 4, or 8 where the tiles of a launch are so few that an H200 would not be full."""
+def warps_for(tiles: int, layout: Layout, outliers_too: bool) -> int:
+    """Warps that share a tile: 4, or 8 where the tiles of a launch are so few that an H200 would not be full (measured)."""
     most = max(1, layout.blocks // CHUNK)
     a_warp = STAGES * stage_bytes(layout.weight_bits, layout.statistics == "bilevel") + outliers.SUMS_BYTES + 256  # for sums
-    warps = 8 if tiles < 256 and 8 * a_warp <= _SHARED_BYTES else 4
+    warps = 8 if tiles < (512 if outliers_too else 256) and 8 * a_warp <= _SHARED_BYTES else 4
     while warps > most:
         warps //= 2
     return warps
