@@ -330,7 +330,8 @@ def product_of_tile(
         sparse_chunks = chunks
         if SOME:
             sparse_chunks = gl.where(all_outliers > 0, chunks, 0)
-        begin, end = outliers.bounds(pointers, warp, sparse_chunks)
+        first_begin, first_end = outliers.bounds(pointers, warp, sparse_chunks)
+        begin, end = outliers.bounds(pointers, warp + WARPS, sparse_chunks)
 
     words_at = Weight + (tile64 * chunks * (128 * BITS) + (warp * (128 * BITS) + lane * 4))
     statistics_at = words_at
@@ -352,7 +353,6 @@ def product_of_tile(
                 statistics_at, has_statistics = _statistics_at(StatCodes, TileStats, tile, ahead, chunks, lane, CHUNKS_A_SET)
     if OUTLIERS:
         sums = outliers.room_for_sums(warp, lane)
-        words = outliers.no_words(lane, ENTRIES)
 
     # Lanes gid % 4 = tid bring x of block gid, the others zeros.
     zeros_at = Zeros.to(gl.pointer_type(gl.int32)) + none
@@ -372,6 +372,10 @@ def product_of_tile(
     chunk = warp
     now = 0
     then = (STAGES - 1) * STAGE
+    if OUTLIERS:
+        words, _, _ = outliers.fetch_chunk(
+            Outliers, first_begin, first_end, pointers, warp, WARPS, sparse_chunks, sums, X, lane, ENTRIES, BF
+        )
     for first in range(0, chunks, WARPS):
         wait_for_chunk(lane, STAGES - 2)
         if WHOLE:
@@ -387,10 +391,8 @@ def product_of_tile(
             else:
                 statistics_at, has_statistics = _statistics_at(StatCodes, TileStats, tile, ahead, chunks, lane, CHUNKS_A_SET)
         if OUTLIERS:
-            outliers.add_rest(sums, Outliers, begin, end, X, chunk, lane, ENTRIES, BF)
-            outliers.add_products(sums, words, X, chunk - WARPS, lane, ENTRIES, BF)
-            words, begin, end = outliers.fetch_chunk(
-                Outliers, begin, end, pointers, chunk + WARPS, sparse_chunks, lane, ENTRIES
+            words_ahead, begin, end = outliers.fetch_chunk(
+                Outliers, begin, end, pointers, chunk + WARPS, WARPS, sparse_chunks, sums, X, lane, ENTRIES, BF
             )
         stage = ring + now
         then = now
@@ -443,10 +445,12 @@ def product_of_tile(
                 y0 += scale0 * (dot0 - gl.load(GroupZp + place0).to(gl.float32) * x_sums[n])
                 y1 += scale1 * (dot1 - gl.load(GroupZp + place1).to(gl.float32) * x_sums[n])
         chunk += WARPS
+        if OUTLIERS:
+            outliers.add_products(sums, words, X, chunk - WARPS, lane, ENTRIES, BF)
+            words = words_ahead
 
     wait_for_chunk(lane, 0)
     if OUTLIERS:
-        outliers.add_products(sums, words, X, chunk - WARPS, lane, ENTRIES, BF)
         sum0, sum1 = outliers.sums_of_rows(sums, lane)
         y0 += sum0 * (1.0 / _UNIT[FLAVOR])
         y1 += sum1 * (1.0 / _UNIT[FLAVOR])

@@ -4,9 +4,8 @@ Batches: a warp puts the outliers of a cell into zeros, each where the lane that
 lanes add what they find to their weights before the product: `fetch`, `put`, `add`, `clear`. This costs the same for any
 batch.
 
-Batch 1: a warp multiplies the outliers of each of its chunks, two cells, with x a chunk later (`fetch_chunk`, `add_products`).
-What points to them is asked for with the copies of their chunk, and they themselves with those of the next one: one access
-waits for the other, and behind the copies that costs least. Each lane has a sum of its own for each of the 16 rows, so that no two lanes meet, and the order
+Batch 1: a warp multiplies the outliers of each of its chunks, two cells, with x beside the chunk (`fetch_chunk`,
+`add_products`). They are asked for a chunk ahead, and what points to them two, so that nothing waits for them. Each lane has a sum of its own for each of the 16 rows, so that no two lanes meet, and the order
 of every sum is fixed.
 
 Gluon gives no address within shared memory, so this memory is declared in PTX; a warp uses its part alone, and waits for its
@@ -193,35 +192,28 @@ def _registers(entries: int) -> list[str]:
     return lines + [f".reg .b32 w{n}; .reg .b16 x{n}; .reg .f32 v{n}, f{n}, s{n}; .reg .pred p{n};" for n in range(entries)]
 
 
-def _fetch_chunk(entries: int) -> str:
-    """PTX: a lane's outliers of the chunk whose bounds are known, and the bounds of the chunk after it.
+def _fetch_chunk(bfloat: bool, entries: int) -> str:
+    """PTX: fetches a lane's outliers of the chunk whose bounds are known, and the bounds of the chunk after it; and adds the
+    products of those outliers of the chunk for which there are no registers, one a lane after the other.
 
     Outputs: words of `entries` outliers, 0 where there are none; first place of the chunk after it and its end, 0 and 0
     where there is none. Inputs: first place and end, the lane, all outliers, where the bounds are to be read, and their
-    chunk's number and all chunks."""
+    chunk's number and all chunks; sums, x and the bytes before the chunk as `_product` has them."""
     words = [f"${n}" for n in range(entries)]
-    begin, end, lane, outliers, at, chunk, chunks = (f"${entries + 2 + i}" for i in range(7))
+    begin, end, lane, outliers, at, chunk, chunks, sums, x, before = (f"${entries + 2 + i}" for i in range(10))
     first, last = f"${entries}", f"${entries + 1}"
-    lines = [".reg .pred p;", ".reg .b32 n, i;", ".reg .b64 g;"]
+    ask, wait = _product(bfloat, 0, x, before, sums)
+    lines = [".reg .pred p;", ".reg .b32 n, i;", *_registers(1)]
     lines += [f"sub.s32 n, {end}, {begin};", f"add.s32 i, {begin}, {lane};", f"mad.wide.s32 g, i, 4, {outliers};"]
     for k, word in enumerate(words):
         lines += [f"mov.b32 {word}, 0;", f"setp.lt.s32 p, {lane}, n;", f"@p ld.global.nc.b32 {word}, [g+{128 * k}];"]
         lines.append("sub.s32 n, n, 32;")
     lines += [f"mov.b32 {first}, 0;", f"mov.b32 {last}, 0;", f"setp.lt.s32 p, {chunk}, {chunks};"]
     lines += [f"@p ld.global.nc.b32 {first}, [{at}];", f"@p ld.global.nc.b32 {last}, [{at}+8];"]
-    return "{\n" + "\n".join(lines) + "\n}"
-
-
-def _add_rest(bfloat: bool, entries: int) -> str:
-    """PTX: the products of those outliers of a chunk that `_fetch_chunk` has no registers for, one a lane after the other.
-    Inputs: $1 first place and $2 end, $3 the lane, $4 all outliers; $5 sums, $6 x and $7 the bytes before the chunk as
-    `_product` has them. $0 is $3."""
-    ask, wait = _product(bfloat, 0, "$6", "$7", "$5")
-    lines = [
-        ".reg .pred p;", ".reg .b32 i;", *_registers(1), f"add.s32 i, $1, {32 * entries};",
-        "setp.ge.s32 p, i, $2;", "@p bra DONE;", "add.s32 i, i, $3;",
-        "MORE:", "setp.ge.s32 p, i, $2;", "@p bra DONE;", "mad.wide.s32 g, i, 4, $4;", "ld.global.nc.b32 w0, [g];",
-        *ask, *wait, "add.s32 i, i, 32;", "bra MORE;", "DONE:", "mov.b32 $0, $3;",
+    lines += [
+        "setp.gt.s32 p, n, 0;", "@!p bra DONE;", f"add.s32 i, i, {32 * entries};",
+        "MORE:", f"setp.lt.s32 p, i, {end};", "@!p bra DONE;", f"mad.wide.s32 g, i, 4, {outliers};",
+        "ld.global.nc.b32 w0, [g];", *ask, *wait, "add.s32 i, i, 32;", "bra MORE;", "DONE:",
     ]  # fmt: skip
     return "{\n" + "\n".join(lines) + "\n}"
 
@@ -235,9 +227,8 @@ def _add_products(bfloat: bool, entries: int) -> str:
     return "{\n" + "\n".join([*lines, "mov.b32 $0, $1;"]) + "\n}"
 
 
-_FETCH_CHUNK = gl.constexpr({n: _fetch_chunk(n) for n in ENTRIES})
-_FETCH_CHUNK_REGISTERS = gl.constexpr({n: ",".join(["=&r"] * (n + 2) + list("rrrllrr")) for n in ENTRIES})
-_ADD_REST = gl.constexpr({(bf, n): _add_rest(bool(bf), n) for bf in (0, 8) for n in ENTRIES})
+_FETCH_CHUNK = gl.constexpr({(bf, n): _fetch_chunk(bool(bf), n) for bf in (0, 8) for n in ENTRIES})
+_FETCH_CHUNK_REGISTERS = gl.constexpr({n: ",".join(["=&r"] * (n + 2) + list("rrrllrrrlr")) for n in ENTRIES})
 _ADD_PRODUCTS = gl.constexpr({(bf, n): _add_products(bool(bf), n) for bf in (0, 8) for n in ENTRIES})
 _ADD_PRODUCTS_REGISTERS = gl.constexpr({n: ",".join(["=r", "r", "l", "r"] + ["r"] * n) for n in ENTRIES})
 # Sums of a warp over eight lanes: $0 of the row at $2, $1 of the row eight further. Lanes of the quad add to the sum of all.
@@ -273,38 +264,22 @@ def bounds(pointers, chunk, chunks):
 
 
 @gluon.jit
-def no_words(lane, ENTRIES: gl.constexpr):
-    """What `fetch_chunk` has of a chunk without outliers."""
-    words = ()
-    for _ in gl.static_range(ENTRIES):
-        words = words + (lane * 0,)
-    return words
-
-
-@gluon.jit
-def fetch_chunk(Outliers, begin, end, pointers, next_chunk, chunks, lane, ENTRIES: gl.constexpr):
-    """A lane's words of a chunk's outliers begin .. end - 1, of which ENTRIES a lane are fetched, and the `bounds` of
-    next_chunk."""
+def fetch_chunk(
+    Outliers, begin, end, pointers, chunk, step, chunks, sums, X, lane, ENTRIES: gl.constexpr, BF: gl.constexpr
+):  # fmt: skip
+    """A lane's words of the chunk's outliers begin .. end - 1, for `add_products`, and the `bounds` of the chunk `step` behind
+    it. A lane fetches ENTRIES of them; if there are more, their products with x are added to the sums here."""
     none = lane * 0
+    later = chunk + step
     found = gl.inline_asm_elementwise(
-        _FETCH_CHUNK[ENTRIES], _FETCH_CHUNK_REGISTERS[ENTRIES],
-        [begin, end, lane, Outliers + none, pointers + 2 * next_chunk, next_chunk, none + chunks],
+        _FETCH_CHUNK[(BF, ENTRIES)], _FETCH_CHUNK_REGISTERS[ENTRIES],
+        [begin, end, lane, Outliers + none, pointers + 2 * later, later, none + chunks, sums, X + none, chunk * 512],
         dtype=(gl.int32,) * (ENTRIES + 2), is_pure=False, pack=1,
     )  # fmt: skip
     words = ()
     for n in gl.static_range(ENTRIES):
         words = words + (found[n],)
     return words, found[ENTRIES], found[ENTRIES + 1]
-
-
-@gluon.jit
-def add_rest(sums, Outliers, begin, end, X, chunk, lane, ENTRIES: gl.constexpr, BF: gl.constexpr):
-    """Those outliers begin .. end - 1 of a chunk that `fetch_chunk` leaves times x, added to the lane's sums."""
-    none = lane * 0
-    gl.inline_asm_elementwise(
-        _ADD_REST[(BF, ENTRIES)], "=r,r,r,r,l,r,l,r", [begin, end, lane, Outliers + none, sums, X + none, chunk * 512],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit

@@ -33,8 +33,8 @@ HALF_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative round
 
 
 @functools.cache
-def compiled(kernel, signature, constants, warps):
-    variant = Variant("one row", kernel, dict(signature), dict(constants), warps)
+def compiled(kernel, signature, constants, warps, registers):
+    variant = Variant("one row", kernel, dict(signature), dict(constants), warps, registers)
     made = variant.compile(GPUTarget("cuda", 90, 32))
     return Kernel(made.asm["ptx"], made.metadata.shared)
 
@@ -43,10 +43,10 @@ def run(launch, memory, addresses, modes=(True, False), **forced):
     """All programs of a launch, asynchronous copies late and at once. forced: constants that are other than the launch's."""
     constants = dict(launch.constants) | forced
     constants.pop("launch_pdl", None)
-    warps = constants.pop("num_warps")
+    warps, registers = constants.pop("num_warps"), constants.pop("maxnreg", None)
     kinds = [POINTERS[dtype] for dtype in launch.dtypes] + ["i32"] * len(launch.integers)
     signature = tuple(zip(launch.kernel.arg_names, kinds, strict=False))
-    kernel = compiled(launch.kernel, signature, tuple(constants.items()), warps)
+    kernel = compiled(launch.kernel, signature, tuple(constants.items()), warps, registers)
     results = []
     for late in modes:
         before = memory.bytes.copy()
