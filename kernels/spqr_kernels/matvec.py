@@ -561,11 +561,16 @@ STAGES = 2  # 3 were slower nearly everywhere
 _SHARED_BYTES = 48 << 10  # of a program, without asking for more
 
 
+# Tiles of a launch up to which 8 warps share one: with more, an H200 is full of programs of 4. With outliers, where a warp has
+# more to wait for, up to what it holds of programs of 8: at 384 tiles 4 warps took 7 us, and 8 took 10.
+_FEW_TILES = {False: 255, True: 264}
+
+
 def warps_for(tiles: int, layout: Layout, outliers_too: bool) -> int:
-    """Warps that share a tile: 4, or 8 where the tiles of a launch are so few that an H200 would not be full (measured)."""
+    """Warps that share a tile, for a launch of so many (measured)."""
     most = max(1, layout.blocks // CHUNK)
     a_warp = STAGES * stage_bytes(layout.weight_bits, layout.statistics == "bilevel") + outliers.SUMS_BYTES + 256  # for sums
-    warps = 8 if tiles < (512 if outliers_too else 256) and 8 * a_warp <= _SHARED_BYTES else 4
+    warps = 8 if tiles <= _FEW_TILES[outliers_too] and 8 * a_warp <= _SHARED_BYTES else 4
     while warps > most:
         warps //= 2
     return warps

@@ -5,8 +5,8 @@ lanes add what they find to their weights before the product: `fetch`, `put`, `a
 batch.
 
 Batch 1: a warp multiplies the outliers of each of its chunks, two cells, with x beside the chunk (`fetch_chunk`,
-`add_products`). They are asked for a chunk ahead, and what points to them two, so that nothing waits for them. Each lane has a sum of its own for each of the 16 rows, so that no two lanes meet, and the order
-of every sum is fixed.
+`add_products`). They are asked for a chunk ahead, and what points to them two. Each lane has a sum of its own for each of
+the 16 rows, so that no two lanes meet, and the order of every sum is fixed.
 
 Gluon gives no address within shared memory, so this memory is declared in PTX; a warp uses its part alone, and waits for its
 own lanes only."""
