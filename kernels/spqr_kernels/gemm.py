@@ -1,4 +1,4 @@
-"""Batched kernel for NVIDIA Hopper (sm_90): y = x W^T with `wgmma`, outliers fused, from small batches to prefill.
+"""Batched kernel for NVIDIA Hopper (sm_90): y = x W^T with `wgmma`, outliers fused, from 17 rows of x to prefill.
 
 A warp group of 4 warps holds 4 tiles, 64 rows of W: a lane's words become fp16 weights in registers, and these are the A
 operand of `wgmma` as they stand; x is B, in shared memory, read once for the 64 rows. The next weights are made while the

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from spqr_format.layout import ceil_div
 
@@ -55,14 +53,12 @@ def _load(programs: int, multiprocessors: int, choice: Choice) -> float:
     return programs // slots * choice.resident + (rest * choice.resident) ** 0.5
 
 
-def plan_for(
-    batch: int, tile_rows: int, chunks: int, multiprocessors: int, choices: Mapping[int, Choice] = MappingProxyType(CHOICES)
-) -> Plan:
+def plan_for(batch: int, tile_rows: int, chunks: int, multiprocessors: int) -> Plan:
     """The plan of the least predicted time: pieces that do not fill all multiprocessors are split until they do."""
-    widest = next((n for n in choices if n >= batch), max(choices))
+    widest = next((n for n in CHOICES if n >= batch), max(CHOICES))
     plans = []
     for width in (widest, widest // 2) if widest > 128 else (widest,):
-        choice = choices[width]
+        choice = CHOICES[width]
         parts = ceil_div(batch, width)
         pieces = ceil_div(tile_rows, choice.warps) * parts
         slots = choice.resident * multiprocessors
