@@ -118,10 +118,10 @@ def variants() -> list[Variant]:
             constants = (
                 kind
                 | sparse
-                | {"SCALED": False, "SPLIT": True, "ORDERED": batch >= gemm.IN_ORDER, "BATCH": batch, "WARPS": choice.warps,
+                | {"SCALED": False, "SPLIT": True, "BATCH": batch, "WARPS": choice.warps,
                    "TURN": choice.turn, "ENTRIES": 2}
             )  # fmt: skip
-            x_map = f"tensordesc<fp16[{choice.turn}, {batch}, 64],{gemm.X_LAYOUT!r}>" if batch >= gemm.IN_ORDER else "*fp16"
+            x_map = f"tensordesc<fp16[{choice.turn}, {batch}, 64],{gemm.X_LAYOUT!r}>"
             given = {"X": "*fp16", "Map": x_map} | operands
             found.append(Variant(f"gemm {title} batch {batch}", gemm.gemm_kernel, given | sizes, constants, choice.warps,
                                  choice.registers, nvidia=(90,)))  # fmt: skip

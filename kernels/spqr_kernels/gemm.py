@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ from .lanes import (
     chunks_at,
     codes_step,
     commit_copies,
-    copy_async,
     copy_box,
     copy_chunks,
     reinterpret,
@@ -70,7 +69,7 @@ def _operand(a, A: gl.constexpr):
 @gluon.jit
 def _add_rest(
     Y, stride, X, Scale, Pointers, Outliers, tile, begin, end, first_row, batch, out_features, tile_rows, cells,
-    SCALED: gl.constexpr, ORDERED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, FETCHED: gl.constexpr,
+    SCALED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, FETCHED: gl.constexpr,
 ):  # fmt: skip
     """Y += Scale * x times those outliers of a tile's cells begin .. end - 1 that `fetch` left, one by one. Y points to the
     tile's first row in the first row of x, and from one row of x to the next it is `stride`."""
@@ -86,10 +85,7 @@ def _add_rest(
             for at in range(gl.load(own + cell) + FETCHED, gl.load(own + cell + 1)):
                 word = gl.load(Outliers + at)
                 column = word & 127
-                if ORDERED:
-                    column = (
-                        column // 64 * 64 + column % 16 // 4 * 16 + column % 4 // 2 * 8 + column % 64 // 16 * 2 + column % 2
-                    )
+                column = column // 64 * 64 + column % 16 // 4 * 16 + column % 4 // 2 * 8 + column % 64 // 16 * 2 + column % 2
                 x = gl.load(x_row + (cell * 128 + column), mask=n < batch, other=0).to(gl.float32)
                 value = (word >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
                 total += gl.where(row == ((word >> 12) & 15), value, 0.0)[:, None] * x[None, :]
@@ -126,7 +122,7 @@ def gemm_kernel(
     X, Map, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial,
     batch, out_features, tile_rows, chunks, groups, parts, whole, splits, a_split,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, SPLIT: gl.constexpr, ORDERED: gl.constexpr,
+    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, SPLIT: gl.constexpr,
     BATCH: gl.constexpr, WARPS: gl.constexpr, TURN: gl.constexpr, ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out].
@@ -134,18 +130,16 @@ def gemm_kernel(
     A piece of Y is BATCH of the n and 16 * WARPS of the o; pieces are counted along n first, in `parts`. The first `whole`
     programs make one piece each. Behind them, where SPLIT, `splits` programs share a piece: each writes its sum over a_split
     chunks to Partial fp32 [program - whole, BATCH, 16 * WARPS], for `finish_kernel`.
-    X fp16 [batch, chunks * 256]. Where ORDERED it has the order of `prepare_kernel`, and Map is its tensor map, by which it is
-    copied. TURN slots of 64 columns follow each other between two barriers.
+    X fp16 [batch, chunks * 256] in the order of `prepare_kernel`, and Map is its tensor map, by which it is copied. TURN
+    slots of 64 columns, 1 or 2, follow each other between two barriers.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    x_copy: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
-    x_words: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
     x_halves: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BATCH, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     # Slots of x in shared memory, and how many turns ahead they are asked for. The products of one slot may still read
     # when the next turn begins, where a turn is one slot.
-    RING: gl.constexpr = 8 if TURN == 4 else 4
+    RING: gl.constexpr = 4
     AHEAD: gl.constexpr = 2 if TURN == 1 else 1
     CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
     thread = gl.arange(0, 32 * WARPS, layout=layout)
@@ -173,10 +167,9 @@ def gemm_kernel(
     )
     ring = (room_for_chunks(BITS, BILEVEL, CHUNKS_A_SET, WARPS), room_for_chunks(BITS, BILEVEL, CHUNKS_A_SET, WARPS))
     # Memory of its own for all that is copied at once: the compiler puts a barrier between two copies to one.
-    SLOTS: gl.constexpr = TURN if ORDERED else 1
     x_ring = ()
-    for _ in gl.static_range(RING // SLOTS):
-        x_ring = x_ring + (gl.allocate_shared_memory(gl.float16, [SLOTS * BATCH, 64], x_halves),)
+    for _ in gl.static_range(RING // TURN):
+        x_ring = x_ring + (gl.allocate_shared_memory(gl.float16, [TURN * BATCH, 64], x_halves),)
     there = begin < end
     copy_chunks(
         ring[0], words_at, codes_at, tops_at, codes_lane, there, there, there, begin, chunks, BITS, BILEVEL, CHUNKS_A_SET
@@ -191,44 +184,22 @@ def gemm_kernel(
         bound1 = gl.load(Pointers + cell + 1)
         bound2 = gl.load(Pointers + cell + 2)
         words = outliers.fetch(Outliers, bound0, bound1, lane, ENTRIES)
-        if ORDERED:
-            room, places = outliers.put(room, words, ENTRIES)
-        else:
-            second = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
-            cell = gl.minimum(cell + 2, last_cell)
-            bound0 = bound2
-            bound1 = gl.load(Pointers + gl.minimum(cell + 1, last_cell))
-            bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
+        room, places = outliers.put(room, words, ENTRIES)
 
-    if ORDERED:
-        commit_copies()
-        # Each in memory of its own: the compiler puts fewer barriers between what is done to them then.
-        arrived = ()
-        for turn in gl.static_range(RING // TURN):
-            arrived = arrived + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
-            mbarrier.init(arrived[turn], count=1)
-        barrier()
-        for turn in gl.static_range(AHEAD):
-            _expect(arrived, turn * TURN, begin, begin, end, TURN, RING, BATCH)
-        barrier()
-        if DEPENDENT:  # x, unlike the matrix, comes from the kernel before
-            await_previous(X + thread)
-        for turn in gl.static_range(AHEAD):
-            _ask(Map, arrived, x_ring, turn * TURN, begin, first_row, begin, end, TURN, RING, BATCH)
-    else:  # word 8 c + 4 h + tid of a slot is word 8 tid + 2 c + h of x
-        x_row = first_row + gl.arange(0, BATCH, layout=gl.SliceLayout(1, x_copy))[:, None]
-        x_word = gl.arange(0, 32, layout=gl.SliceLayout(0, x_copy))[None, :]
-        x_word = x_word % 4 * 8 + x_word // 8 * 2 + x_word // 4 % 2
-        x_there = x_row < batch
-        x_at = X.to(gl.pointer_type(gl.int32)) + gl.minimum(x_row, batch - 1).to(gl.int64) * (chunks * 128)
-        x_at += begin * 128 + x_word
-        if DEPENDENT:
-            x_at = await_previous(x_at)
-        for turn in gl.static_range(AHEAD):
-            for k in gl.static_range(TURN):
-                copy_async(reinterpret(x_ring[turn * TURN + k], gl.int32, [BATCH, 32], x_words), x_at, mask=x_there & there)
-                x_at += 32
-            commit_copies()
+    commit_copies()
+    # Each in memory of its own: the compiler puts fewer barriers between what is done to them then.
+    arrived = ()
+    for turn in gl.static_range(RING // TURN):
+        arrived = arrived + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
+        mbarrier.init(arrived[turn], count=1)
+    barrier()
+    for turn in gl.static_range(AHEAD):
+        _expect(arrived, turn * TURN, begin, begin, end, TURN, RING, BATCH)
+    barrier()
+    if DEPENDENT:  # x, unlike the matrix, comes from the kernel before
+        await_previous(X + thread)
+    for turn in gl.static_range(AHEAD):
+        _ask(Map, arrived, x_ring, turn * TURN, begin, first_row, begin, end, TURN, RING, BATCH)
 
     acc = gl.zeros([16 * WARPS, BATCH], gl.float32, mma)
     for chunk in range(begin, end, 2):
@@ -236,58 +207,32 @@ def gemm_kernel(
             for s in gl.static_range(4):
                 if s % TURN == 0:
                     # What is asked for now: x of slots TURN * AHEAD further on, and the weights of the next chunk.
-                    wanted = chunk + (4 * j + s + TURN * AHEAD) // 4 < end
-                    if ORDERED:
-                        _expect(arrived, 4 * j + s + TURN * AHEAD, chunk, begin, end, TURN, RING, BATCH)
-                        if s == 0:
-                            wait_copies(0)
-                        mbarrier.wait(arrived[(4 * j + s) % RING // TURN], j if RING == 4 else (chunk - begin) // 2 & 1)
-                        barrier()  # all warps are done with what is overwritten
-                        _ask(Map, arrived, x_ring, 4 * j + s + TURN * AHEAD, chunk, first_row, begin, end, TURN, RING, BATCH)
-                        weights_wanted = chunk + j + 1 < end
-                    else:
-                        wait_copies(AHEAD - 1)
-                        hopper.fence_async_shared()
-                        weights_wanted = wanted
-                    if s == 0 if ORDERED else (s + TURN * AHEAD) % 4 == 0:
+                    _expect(arrived, 4 * j + s + TURN * AHEAD, chunk, begin, end, TURN, RING, BATCH)
+                    if s == 0:
+                        wait_copies(0)
+                    mbarrier.wait(arrived[(4 * j + s) % RING // TURN], j)
+                    barrier()  # all warps are done with what is overwritten
+                    _ask(Map, arrived, x_ring, 4 * j + s + TURN * AHEAD, chunk, first_row, begin, end, TURN, RING, BATCH)
+                    if s == 0:
+                        wanted = chunk + j + 1 < end
                         words_at += 128 * BITS
                         codes_at += codes_step(1, CHUNKS_A_SET)
                         tops_at += 16 // CHUNKS_A_SET
                         copy_chunks(
-                            ring[(j + 1) % 2], words_at, codes_at, tops_at, codes_lane, weights_wanted, weights_wanted,
-                            weights_wanted, chunk + j + 1, chunks, BITS, BILEVEL, CHUNKS_A_SET,
+                            ring[(j + 1) % 2], words_at, codes_at, tops_at, codes_lane, wanted, wanted, wanted, chunk + j + 1,
+                            chunks, BITS, BILEVEL, CHUNKS_A_SET,
                         )  # fmt: skip
-                    if not ORDERED:
-                        for k in gl.static_range(TURN):
-                            slot = reinterpret(x_ring[(4 * j + s + TURN * AHEAD + k) % RING], gl.int32, [BATCH, 32], x_words)
-                            copy_async(slot, x_at, mask=x_there & wanted)
-                            x_at += 32
-                    if s == 0 or not ORDERED:
                         commit_copies()
                 if s == 0:
                     slots, codes, tops = lane_of_chunk(
                         ring[j], StatCodes, tile, chunk + j, chunk + j, chunks, groups, gid, tid, layout, BITS, BILEVEL,
                         CHUNKS_A_SET,
                     )  # fmt: skip
-                if OUTLIERS and ORDERED and s % 2 == 0:  # those of the next half of a chunk
+                if OUTLIERS and s % 2 == 0:  # those of the next half of a chunk
                     later = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
                     bound1 = bound2
                     cell += 1
                     bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
-                if OUTLIERS and not ORDERED:
-                    if s == 0:  # those of the next chunk, right behind the fence: the next fence would wait for them
-                        now = words
-                        later = second
-                        words = outliers.fetch(Outliers, bound0, bound1, lane, ENTRIES)
-                        second = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
-                        cell = gl.minimum(cell + 2, last_cell)
-                        bound0 = bound2
-                        bound1 = gl.load(Pointers + gl.minimum(cell + 1, last_cell))
-                        bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
-                    if s == 2:
-                        now = later
-                    if s % 2 == 0:
-                        room, places = outliers.put(room, now, ENTRIES)
                 block = (chunk + j) * 16 + 4 * s + tid
                 s0, o0, s1, o1 = half_statistics(
                     codes[s], tops[s], GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP, BITS, BILEVEL
@@ -295,12 +240,10 @@ def gemm_kernel(
                 weights = dequantize_lane(slots[s], s0, o0, s1, o1, BITS)
                 if OUTLIERS:
                     weights = outliers.add(weights, room, lane, s % 2)
-                    if not ORDERED and s % 2 == 1:
-                        room = outliers.clear(room, now, places, ENTRIES)
                 a = _operand(weights, operand)
-                x = x_ring[(4 * j + s) % RING // SLOTS].slice(s % SLOTS * BATCH, BATCH)
+                x = x_ring[(4 * j + s) % RING // TURN].slice(s % TURN * BATCH, BATCH)
                 acc = hopper.warpgroup_mma(a, x.permute((1, 0)), acc, is_async=True)
-                if OUTLIERS and ORDERED and s % 2 == 1:  # while the tensor cores work
+                if OUTLIERS and s % 2 == 1:  # while the tensor cores work
                     room = outliers.clear(room, words, places, ENTRIES)
                     words = later
                     room, places = outliers.put(room, words, ENTRIES)
@@ -337,12 +280,12 @@ def gemm_kernel(
                 if SPLIT and behind >= 0:
                     _add_rest(
                         partial + each * 16, 16 * WARPS, X, Scale, Pointers, Outliers, one, 2 * begin, 2 * end, first_row,
-                        batch, out_features, tile_rows, 2 * chunks, False, ORDERED, BATCH, WARPS, 32 * ENTRIES,
+                        batch, out_features, tile_rows, 2 * chunks, False, BATCH, WARPS, 32 * ENTRIES,
                     )  # fmt: skip
                 else:
                     _add_rest(
                         Y + first_row.to(gl.int64) * out_features + one * 16, out_features, X, Scale, Pointers, Outliers,
-                        one, 2 * begin, 2 * end, first_row, batch, out_features, tile_rows, 2 * chunks, SCALED, ORDERED, BATCH,
+                        one, 2 * begin, 2 * end, first_row, batch, out_features, tile_rows, 2 * chunks, SCALED, BATCH,
                         WARPS, 32 * ENTRIES,
                     )  # fmt: skip
 
@@ -416,7 +359,6 @@ def prepare_kernel(
 
 X_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)  # of slots of x in shared memory
 WIDEST_OVERLAP = 64
-IN_ORDER = 32  # from this width on, a reordered x copied by a tensor map is faster than copies of 4 bytes
 
 
 @lru_cache(REMEMBERED)
@@ -425,11 +367,31 @@ def _plan(batch: int, tile_rows: int, chunks: int, device: torch.device) -> Plan
     return plan_for(batch, tile_rows, chunks, multiprocessors)
 
 
+def prepare_launch(
+    layout: Layout, batch: int, dtype: torch.dtype, device: torch.device, ordered: bool, overlaps: dict[str, bool]
+) -> Launch:
+    """`prepare_kernel` for x of this dtype, [batch, in]: scaled from bf16, as weights are exact enough in fp16 but not in
+    bf16."""
+    scaled, columns = dtype == torch.bfloat16, layout.blocks * TILE
+    grid = (batch, 1 if scaled else ceil_div(columns, 2048))
+    constants = {"SCALED": scaled, "ORDERED": ordered, "BLOCK": 2048, "num_warps": 4} | overlaps
+    return Launch(prepare_kernel, grid, device, (dtype, torch.float16, torch.float32), (layout.in_features, columns), constants)
+
+
+def prepared(prepare: Launch, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """x as `prepare` makes it, fp16 [batch, blocks * 16], and what the rows of the product are multiplied with, float32
+    [batch] for bf16; else it is not read."""
+    made = torch.empty(x.shape[0], layout.blocks * TILE, dtype=torch.float16, device=x.device)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if x.dtype == torch.bfloat16 else made
+    prepare(x.data_ptr(), made.data_ptr(), scale.data_ptr())
+    return made, scale
+
+
 class _Launches(NamedTuple):
-    """The kernels of a product and its plan: prepare where x must be made anew, finish where programs share pieces."""
+    """The kernels of a product and its plan; finish where programs share pieces."""
 
     plan: Plan
-    prepare: Launch | None
+    prepare: Launch
     product: Launch
     finish: Launch | None
 
@@ -439,19 +401,14 @@ def _launches(
     layout: Layout, entries: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool
 ) -> _Launches:
     """layout and entries: as `outliers.without_outliers` has them. joined: whether the stored matrix is one tensor."""
-    chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
+    chunks = layout.blocks // CHUNK
     plan = _plan(batch, layout.tile_rows, chunks, device)
     choice = CHOICES[plan.width]
-    ordered = plan.width >= IN_ORDER
-    scaled = dtype == torch.bfloat16  # weights are exact enough in fp16 but not in bf16
+    scaled = dtype == torch.bfloat16
     # Beside programs of wide pieces, one a multiprocessor, those of the next product only take places unevenly.
     overlaps = overlap.options(device, joined and plan.width <= WIDEST_OVERLAP)
-    prepare = finish = None
-    if scaled or ordered or columns != layout.in_features:
-        grid = (batch, 1 if scaled else ceil_div(columns, 2048))
-        constants = {"SCALED": scaled, "ORDERED": ordered, "BLOCK": 2048, "num_warps": 4} | overlaps
-        dtypes = (dtype, torch.float16, torch.float32)
-        prepare = Launch(prepare_kernel, grid, device, dtypes, (layout.in_features, columns), constants)
+    prepare = prepare_launch(layout, batch, dtype, device, True, overlaps)
+    finish = None
     common = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": plan.width} | overlaps
     if plan.splits > 1:
         rows = 16 * choice.warps
@@ -465,7 +422,7 @@ def _launches(
         batch, layout.out_features, layout.tile_rows, chunks, layout.groups, plan.parts, plan.whole, plan.splits, plan.a_split,
     )  # fmt: skip
     constants = common | constants_of(layout) | {
-        "OUTLIERS": entries > 0, "SPLIT": plan.splits > 1, "ORDERED": ordered, "WARPS": choice.warps,
+        "OUTLIERS": entries > 0, "SPLIT": plan.splits > 1, "WARPS": choice.warps,
         "TURN": choice.turn, "ENTRIES": max(entries, 1), "num_warps": choice.warps,
     } | ({"maxnreg": choice.registers} if choice.registers else {})  # fmt: skip
     product = Launch(gemm_kernel, (plan.programs, 1), device, dtypes, integers, constants)
@@ -482,18 +439,11 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     plan, prepare, product, finish = launches
     y = torch.empty(batch, layout.out_features, dtype=dtype, device=x.device)
     added = y if bias is None else aligned(bias)
-    scale = partial = y  # where the kernels are told not to look
-    x = aligned(x) if not layout.permuted else x.index_select(1, tensors["perm"])
-    if prepare is not None:
-        if dtype == torch.bfloat16:
-            scale = torch.empty(batch, dtype=torch.float32, device=x.device)
-        before, x = x, torch.empty(batch, layout.blocks * TILE, dtype=torch.float16, device=x.device)
-        prepare(before.data_ptr(), x.data_ptr(), scale.data_ptr())
-    x_map: Any = x.data_ptr()
-    choice = CHOICES[plan.width]
-    if plan.width >= IN_ORDER:  # slots of 64 columns, one behind the other
-        columns = x.shape[1]
-        x_map = TensorDescriptor(x, [columns // 64, batch, 64], [64, columns, 1], [choice.turn, plan.width, 64], X_LAYOUT)
+    partial = y  # where the kernels are told not to look
+    x, scale = prepared(prepare, aligned(x) if not layout.permuted else x.index_select(1, tensors["perm"]), layout)
+    # slots of 64 columns, one behind the other
+    choice, columns = CHOICES[plan.width], x.shape[1]
+    x_map = TensorDescriptor(x, [columns // 64, batch, 64], [64, columns, 1], [choice.turn, plan.width, 64], X_LAYOUT)
     if finish is not None:
         shared = (plan.pieces - plan.whole) * plan.splits * plan.width * 16 * choice.warps
         partial = torch.empty(shared, dtype=torch.float32, device=x.device)

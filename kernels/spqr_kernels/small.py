@@ -32,7 +32,7 @@ from spqr_format.layout import CELL_COLUMNS, CHUNK, TILE, Layout, ceil_div
 
 from . import outliers, overlap, ptx
 from .checks import aligned
-from .gemm import prepare_kernel
+from .gemm import prepare_launch, prepared
 from .joined import Joined
 from .lanes import barrier
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
@@ -625,14 +625,11 @@ def _launches(
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     every = ceil_div(layout.tile_rows, choice.warps) * chunks
     programs = max(1, min(multiprocessors * choice.resident, every // choice.least))
-    scaled = dtype == torch.bfloat16  # weights are exact enough in fp16 but not in bf16
+    scaled = dtype == torch.bfloat16
     overlaps = overlap.options(device, joined)
     prepare = None
     if scaled or columns != layout.in_features:
-        grid = (batch, 1 if scaled else ceil_div(columns, 2048))
-        constants = {"SCALED": scaled, "ORDERED": False, "BLOCK": 2048, "num_warps": 4} | overlaps
-        dtypes = (dtype, torch.float16, torch.float32)
-        prepare = Launch(prepare_kernel, grid, device, dtypes, (layout.in_features, columns), constants)
+        prepare = prepare_launch(layout, batch, dtype, device, False, overlaps)
     dtypes = (torch.float16, torch.float32, *LEAVES.values(), bias or dtype, dtype, torch.float32)
     integers = (
         batch, layout.out_features, layout.tile_rows, chunks, layout.groups, every // programs, every % programs,
@@ -658,10 +655,7 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     scale = y  # where the kernels are told not to look
     x = aligned(x) if not layout.permuted else x.index_select(1, tensors["perm"])
     if prepare is not None:
-        if dtype == torch.bfloat16:
-            scale = torch.empty(batch, dtype=torch.float32, device=x.device)
-        before, x = x, torch.empty(batch, layout.blocks * TILE, dtype=torch.float16, device=x.device)
-        prepare(before.data_ptr(), x.data_ptr(), scale.data_ptr())
+        x, scale = prepared(prepare, x, layout)
     partial = torch.empty(parts, dtype=torch.float32, device=x.device)
     product(x.data_ptr(), scale.data_ptr(), *addresses(tensors, layout), added.data_ptr(), y.data_ptr(), partial.data_ptr())
     return y
