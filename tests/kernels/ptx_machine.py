@@ -169,6 +169,16 @@ class Program:
         else:
             self.memory.bytes[self.memory.bytes_at(addresses, raw.shape[1], True)] = raw
 
+    def _store_matrix(self, name: str, operands: list, on: np.ndarray) -> None:
+        """stmatrix of one matrix a warp: lanes 0 .. 7 have the addresses of its rows, four lanes the 16 bytes of each."""
+        self._warps(on)
+        lane = np.arange(len(on)) % 32
+        rows = self._addresses(operands[0], on - lane + lane // 4)
+        raw = self._of(operands[1][0], on, "b32").reshape(-1, 1).view(np.uint8)
+        if (rows % np.uint64(16)).any():
+            raise PtxError("not aligned to 16 bytes")
+        self.shared.put(on, rows + (lane % 4 * 4).astype(np.uint64), raw)
+
     def _copy(self, name: str, operands: list, on: np.ndarray) -> None:
         """cp.async. A fourth operand is how many bytes are read, the others become 0; or whether none is."""
         to, source = self._addresses(operands[0], on), self._addresses(operands[1], on)
@@ -241,8 +251,9 @@ class Program:
 _BESIDE: dict[str, Callable[[Program, str, list, np.ndarray], None]] = {  # arithmetic
     r"mov\.(pred|[bufs]\d+)": Program._move,
     r"ld\.param\.[bus]\d+": Program._parameter,
-    r"ld\.(global(\.nc)?|shared)(\.v[24])?\.[buf]\d+": Program._load,
-    r"st\.(global|shared)(\.v[24])?\.[buf]\d+": Program._store,
+    r"ld\.((acquire\.gpu\.)?global(\.nc|\.cg)?|shared)(\.v[24])?\.[buf]\d+": Program._load,
+    r"st\.((release\.gpu\.)?global|shared)(\.v[24])?\.[buf]\d+": Program._store,
+    r"stmatrix\.sync\.aligned\.m8n8\.x1\.shared\.b16": Program._store_matrix,
     r"cp\.async\.c[ag]\.shared\.global": Program._copy,
     r"cp\.async\.commit_group": Program._commit,
     r"cp\.async\.wait_(group|all)": Program._wait,

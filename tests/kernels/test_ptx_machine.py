@@ -229,6 +229,19 @@ def test_words_and_their_parts():
     np.testing.assert_array_equal(outcome(body), (np.arange(64) << 16) + 12)
 
 
+def test_a_stored_matrix():
+    body = """
+    { .shared .align 16 .b8 place[1024]; mov.u32 %r8, place; }
+    xor.b32 %r9, %r0, 7; mad.lo.s32 %r9, %r9, 16, %r8;
+    stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r9], {%r0};
+    bar.sync 0;
+    mad.lo.s32 %r4, %r0, 4, %r8; shr.u32 %r5, %r0, 5; mad.lo.s32 %r4, %r5, 384, %r4;
+    ld.shared.b32 %r3, [%r4]; st.global.b32 [%rd3], %r3;
+    """  # rows of 16 bytes in reverse; a warp's are 512 bytes behind those of the one before
+    rows = np.arange(64).reshape(2, 8, 4)[:, ::-1]
+    np.testing.assert_array_equal(outcome(body), rows.reshape(-1))
+
+
 def test_largest_of_a_warp():
     given = np.random.default_rng(0).integers(0, 2**32, 64, dtype=np.uint32)
     body = "ld.global.b32 %r1, [%rd2]; redux.sync.{0} %r2, %r1, -1; st.global.b32 [%rd3], %r2;"

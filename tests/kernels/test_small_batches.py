@@ -1,0 +1,133 @@
+"""The kernel of small batches as Triton compiles it, run by `ptx_machine`, against float64 of the matrix as it was packed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from spqr_kernels import overlap, small
+from spqr_kernels.launch import LEAVES
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ptx_launch import CPU, bits, empty, run, with_outliers  # beside this file, not part of a package
+from ptx_memory import Memory
+
+FP16, BF16 = torch.float16, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def multiprocessors(monkeypatch):
+    """A GPU of one multiprocessor; called with a number, of so many."""
+
+    def have(count):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=count))
+
+    monkeypatch.setattr(overlap, "options", lambda *_: {"DEPENDENT": True, "launch_pdl": True})
+    have(1)
+    return have
+
+
+def rows_of_x(batch, columns, seed=1):
+    return torch.randn(batch, columns, generator=torch.Generator().manual_seed(seed)).half()
+
+
+def product(matrix, x, dtype=FP16, scale=None, bias=None, modes=(True,)):
+    """The launch, and x W^T [batch, out] times scale [batch], where y is bf16, plus bias [out]."""
+    shape, kept = small._without_outliers(matrix.layout)
+    given = None if bias is None else bias.dtype
+    launches = small._launches.__wrapped__(shape, kept, len(x), dtype, given, CPU, True)
+    memory, packed = Memory(), matrix.pack()
+    x = torch.nn.functional.pad(x, (0, matrix.layout.blocks * 16 - x.shape[1]))
+    y = memory.add(empty(len(x) * matrix.layout.out_features, dtype), writable=True)
+    addresses = [
+        memory.add(bits(x)), 0 if scale is None else memory.add(scale.numpy()),
+        *(memory.add(packed[leaf]) if leaf in packed else 0 for leaf in LEAVES), 0 if bias is None else memory.add(bits(bias)),
+        y, memory.add(np.full(launches.parts, np.nan, np.float32), writable=True),
+    ]  # fmt: skip
+    run(launches.product, memory, addresses, modes)
+    return launches.product, torch.from_numpy(memory.array(y).copy()).view(dtype).reshape(len(x), -1)
+
+
+def check(y, expected):
+    """Each row of y against its norm in float64; 4.6e-4 is what was measured at most, and bf16 rounds y by 1.7e-3."""
+    assert torch.isfinite(y).all()
+    error = (y.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < (6e-4 if y.dtype == FP16 else 2.5e-3)
+
+
+KINDS = [  # matrix, rows of x, rows and columns of W, dtype of y
+    ({"weight_bits": 3}, 16, 40, 2304, FP16),
+    ({"weight_bits": 3, "outliers": 0.0}, 7, 136, 1270, FP16),
+    ({"weight_bits": 3, "group_size": 32, "outliers": 0.004}, 13, 70, 1280, BF16),
+    ({"weight_bits": 2, "group_size": 64}, 8, 24, 2290, BF16),
+    ({"weight_bits": 4, "group_size": 16, "outliers": 0.02}, 2, 72, 1536, FP16),
+    ({"weight_bits": 4, "group_size": 128, "statistics": "direct"}, 9, 200, 1010, BF16),
+    ({"weight_bits": 3, "group_size": 48, "statistics": "direct", "outliers": 0.0}, 3, 17, 1792, FP16),
+]
+
+
+@pytest.mark.parametrize(("kind", "batch", "rows", "columns", "dtype"), KINDS, ids=lambda k: str(k).replace(" ", ""))
+def test_every_kind_of_matrix(random_matrix, kind, batch, rows, columns, dtype):
+    """Rows that fill no piece, columns that fill no block; programs begin and end within pieces."""
+    matrix = random_matrix(rows, columns, **kind)
+    x, bias, scale = rows_of_x(batch, columns), None, None
+    expected = x.double() @ torch.from_numpy(matrix.dequantize()).double().T
+    if dtype == BF16:
+        bias, scale = torch.randn(rows, generator=torch.Generator().manual_seed(2)).bfloat16(), torch.rand(batch) + 0.5
+        expected = expected * scale.double()[:, None] + bias.double()
+    launch, y = product(matrix, x, dtype, scale, bias)
+    assert launch.grid[0] > 1
+    check(y, expected)
+
+
+@pytest.mark.parametrize("batch", [8, 16])
+def test_many_programs_share_a_piece(random_matrix, multiprocessors, batch):
+    """More than one adds up at once, pieces of one program alone between them, and copies that come late or at once."""
+    multiprocessors(3)
+    matrix = random_matrix(70, 256 * 13)
+    x = rows_of_x(batch, 256 * 13)
+    launch, y = product(matrix, x, modes=(True, False))
+    assert launch.grid[0] > 5
+    check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
+
+
+@pytest.mark.parametrize("batch", [8, 16])
+def test_crowded_outliers(random_matrix, batch):
+    """Chunks with none, with as many as are copied and one more or less, and with all of their weights; the last tile's, behind
+    which no outlier is."""
+    share = np.zeros((40, 1024))
+    for chunk, count in enumerate((1, 31, 33, 0)):
+        share[3, 256 * chunk : 256 * chunk + count] = 1
+    share[16:32, :256] = share[20, 300:] = 1
+    share[16:32, 512:768] = 0.01
+    share[39, -1] = share[32, 0] = 1
+    base = random_matrix(40, 1024, outliers=0.0)
+    for some in (share, np.where(share == 1, 1, 0.012)):  # as many as KEPT knows, by their mean
+        matrix = with_outliers(base, some)
+        assert small.outliers_of_a_chunk(matrix.layout) == 128
+        x = rows_of_x(batch, 1024)
+        _, y = product(matrix, x)
+        check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
+
+
+def test_an_infinite_x(random_matrix):
+    """Reaches its own row of y alone, and gives no NaN there where its column has no outlier."""
+    matrix = random_matrix(24, 512, outliers=0.05)
+    weight = torch.from_numpy(matrix.dequantize()).double()
+    plain = weight.abs() > 1e-3
+    plain[np.repeat(np.arange(24), np.diff(matrix.crow_indices)), matrix.col_indices] = False
+    for column in (0, 300):
+        x = rows_of_x(4, 512)
+        x[1, column], x[2, column] = float("inf"), -float("inf")
+        _, y = product(matrix, x)
+        expected = x.double() @ weight.T
+        check(y[::3], expected[::3])
+        clear = plain[:, column]
+        assert clear.sum() > 10
+        assert torch.equal(y[1:3, clear].double(), expected[1:3, clear])
