@@ -1,7 +1,8 @@
-"""Kernel of small batches for NVIDIA GPUs (sm_86 and newer): y = x W^T for 2 .. 16 rows of x, `mma.m16n8k16`, outliers fused.
+"""Kernel of small batches for NVIDIA GPUs (sm_86 and newer): y = x W^T for 2 .. 32 rows of x, `mma.m16n8k16`, outliers fused.
 
-A warp holds a tile, 16 rows of W. A lane's words become fp16 weights in registers and are the A fragments as they stand; x is
-B, and because the order of columns within a product is free, 16 bytes of a row of x are the B fragments of two products.
+A warp holds one or two tiles, each 16 rows of W. A lane's words become fp16 weights in registers and are the A fragments as
+they stand; x is B, and because the order of columns within a product is free, 16 bytes of a row of x are the B fragments of two
+products for each tile.
 
 Outliers are not added to the weights but multiplied on their own, 16 of a chunk at a time: A has the value of outlier k in its
 row and zeros in the others, B has x of its column. The products go to the same sums. An infinite x counts as the largest finite
@@ -158,14 +159,14 @@ def at_once(kept: int) -> int:
     return 16 * ceil_div(3 * kept, 64)
 
 
-def warp_bytes(bits: int, kept: int) -> int:
-    """Of shared memory for a chunk of a warp."""
+def tile_bytes(bits: int, kept: int) -> int:
+    """Of shared memory for a chunk of a tile."""
     return 512 * bits + STATS_BYTES + 4 * kept
 
 
-def room_bytes(bits: int, kept: int, batch: int, warps: int, stages: int) -> int:
+def room_bytes(bits: int, kept: int, batch: int, warps: int, tall: int, stages: int) -> int:
     """Of shared memory of a program, four for each of its threads."""
-    used = stages * warps * warp_bytes(bits, kept) + X_STAGES * batch * X_PITCH
+    used = stages * warps * tall * tile_bytes(bits, kept) + X_STAGES * batch * X_PITCH
     return ceil_div(used, 128 * warps) * 128 * warps
 
 
@@ -192,20 +193,20 @@ _LANE_REGISTERS = gl.constexpr({
     bits: ptx.dequantize_lane_constraints(bits) + ",r" * len(lane[1]) for bits, lane in _LANES.items()
 })  # fmt: skip
 _SIXTEEN = gl.constexpr((gl.int32,) * 16)
-_FIRST = gl.constexpr({kept * 4 + tiles: _multiply_first(kept, tiles) for kept in KEPT for tiles in (1, 2)})
-_MORE = gl.constexpr({kept * 4 + tiles: _multiply_more(kept, tiles) for kept in KEPT for tiles in (1, 2)})
-_FIRST_REGISTERS = gl.constexpr({n: ",".join(["=&f"] * (4 * n) + ["f"] * (4 * n) + ["r"] * 3) for n in (1, 2)})
+_TILES = (1, 2, 3, 4)  # eights of rows of x
+_FIRST = gl.constexpr({kept + tiles: _multiply_first(kept, tiles) for kept in KEPT for tiles in _TILES})
+_MORE = gl.constexpr({kept + tiles: _multiply_more(kept, tiles) for kept in KEPT for tiles in _TILES})
+_FIRST_REGISTERS = gl.constexpr({n: ",".join(["=&f"] * (4 * n) + ["f"] * (4 * n) + ["r"] * 3) for n in _TILES})
 _MORE_REGISTERS = gl.constexpr({
-    n: ",".join(["=&f"] * (4 * n) + ["f"] * (4 * n) + ["r", "r", "r", "r", "l", "l", "r"]) for n in (1, 2)
+    n: ",".join(["=&f"] * (4 * n) + ["f"] * (4 * n) + ["r", "r", "r", "r", "l", "l", "r"]) for n in _TILES
 })  # fmt: skip
-_FLOATS = gl.constexpr({1: (gl.float32,) * 4, 2: (gl.float32,) * 8})
+_FLOATS = gl.constexpr({n: (gl.float32,) * (4 * n) for n in _TILES})
 _LOAD4 = gl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
 _MMA = gl.constexpr(ptx.MMA)
 _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
 _WAIT = gl.constexpr({
     stages: f"cp.async.wait_group {min(stages - 2, 1)}; bar.sync 0; mov.b32 $0, $1;" for stages in (2, 3, 4)
 })  # fmt: skip
-_PARTS = gl.constexpr(4)
 _COMMIT = gl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
 # A program's part of a piece is there where its flag is this, a nan; one that is not is no sum of a kernel before, nor left by
 # one: who reads a part clears its flag. Memory that nobody wrote is this by chance in one of 2**64 cases.
@@ -255,40 +256,67 @@ def _ask_x(at, x_at, chunk, chunks, position, ends, BATCH: gl.constexpr, WARPS: 
 
 
 @gluon.jit
+def _first_chunks(piece, warp, tile_rows, chunks, TALL: gl.constexpr, WARPS: gl.constexpr):
+    """How many chunks are before each of the warp's tiles of a piece; a tile behind the last is that once more."""
+    found = ()
+    for t in gl.static_range(TALL):
+        found = found + (gl.minimum((piece * WARPS + warp) * TALL + t, tile_rows - 1) * chunks,)
+    return found
+
+
+@gluon.jit
 def _ask_weights_of(
-    at, words_at, stats_at, stats_step, chunk, asked, chunks, position, last, lane, BITS: gl.constexpr, BILEVEL: gl.constexpr,
-    CHUNKS_A_SET: gl.constexpr,
+    at, words_at, stats_at, stats_step, chunk, before, chunks, position, last, lane, BITS: gl.constexpr, BILEVEL: gl.constexpr,
+    CHUNKS_A_SET: gl.constexpr, TILE_BYTES: gl.constexpr,
 ):  # fmt: skip
-    """Begins to copy a chunk of a tile, of which there are `asked` before it in all tiles, if position is before last. at: the
-    lane's first 16 bytes of the warp's part of a stage."""
-    if BILEVEL:
-        number, there = statistics_number(asked, chunk, chunks, lane, CHUNKS_A_SET)
-        stats_last = gl.where(there, last, 0)
-    else:
-        number, stats_last = asked, lane * 0
-    gl.inline_asm_elementwise(
-        _ASK_WEIGHTS[BITS], "=r,r,l,r,l,r,r,r,r,r",
-        [at, words_at, asked, stats_at, number, stats_step, position, last, stats_last],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    """Begins to copy a chunk of the tiles that have `before` chunks before them, if position is before last. at: the lane's
+    first 16 bytes of the warp's part of a stage."""
+    for t in gl.static_range(len(before)):
+        asked = before[t] + chunk
+        if BILEVEL:
+            number, there = statistics_number(asked, chunk, chunks, lane, CHUNKS_A_SET)
+            stats_last = gl.where(there, last, 0)
+        else:
+            number, stats_last = asked, lane * 0
+        gl.inline_asm_elementwise(
+            _ASK_WEIGHTS[BITS], "=r,r,l,r,l,r,r,r,r,r",
+            [at + t * TILE_BYTES, words_at, asked, stats_at, number, stats_step, position, last, stats_last],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @gluon.jit
-def _ask_outliers_of(at, Outliers, low, high, lane, BITS: gl.constexpr, KEPT: gl.constexpr):
-    """The same of the outliers low .. high."""
+def _ask_outliers_of(at, Outliers, bounds, lane, BITS: gl.constexpr, KEPT: gl.constexpr, TILE_BYTES: gl.constexpr):
+    """The same of the outliers between the bounds of each tile."""
     room = at + (512 * BITS + _STATS_BYTES) - lane * 12
-    gl.inline_asm_elementwise(
-        _ASK_OUTLIERS[KEPT], "=r,r,l,r", [room, Outliers + (low + lane), high - low - lane], dtype=gl.int32, is_pure=False,
-        pack=1,
-    )  # fmt: skip
+    for t in gl.static_range(len(bounds)):
+        gl.inline_asm_elementwise(
+            _ASK_OUTLIERS[KEPT], "=r,r,l,r",
+            [room + t * TILE_BYTES, Outliers + (bounds[t][0] + lane), bounds[t][1] - bounds[t][0] - lane],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @gluon.jit
-def _bounds(pointers_at, chunk, position, last):
-    """Where the outliers of a chunk begin and end; 0 and 0 from position last on."""
-    return gl.inline_asm_elementwise(
-        _BOUNDS, "=&r,=&r,l,r,r,r", [pointers_at, chunk, position, last], dtype=(gl.int32, gl.int32), is_pure=False, pack=1
-    )
+def _bounds(pointers_at, chunk, before, position, last):
+    """Where the outliers of a chunk of each tile begin and end; 0 and 0 from position last on."""
+    found = ()
+    for t in gl.static_range(len(before)):
+        low, high = gl.inline_asm_elementwise(
+            _BOUNDS, "=&r,=&r,l,r,r,r", [pointers_at, before[t] + chunk, position, last], dtype=(gl.int32, gl.int32),
+            is_pure=False, pack=1,
+        )  # fmt: skip
+        found = found + ((low, high),)
+    return found
+
+
+@gluon.jit
+def _counts(bounds):
+    """How many outliers are between them."""
+    found = ()
+    for t in gl.static_range(len(bounds)):
+        found = found + (bounds[t][1] - bounds[t][0],)
+    return found
 
 
 @gluon.jit
@@ -299,15 +327,15 @@ def _publish(flag, thread):
 
 @gluon.jit
 def _write(
-    sums, Scale, Bias, Y, first_row, batch, out_features, gid, tid, warp, SCALED: gl.constexpr, HAS_BIAS: gl.constexpr,
-    TILES: gl.constexpr,
+    sums, Scale, Bias, Y, tile, batch, out_features, gid, tid, SCALED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    TILES: gl.constexpr, TALL: gl.constexpr,
 ):  # fmt: skip
-    """A piece of Y from the sums of its lanes."""
-    for t in gl.static_range(TILES):
+    """A piece of Y from the sums of its lanes. tile: the warp's first."""
+    for k in gl.static_range(TALL * TILES):
         for i in gl.static_range(4):
-            n = tid * 2 + (8 * t + i % 2)
-            row = first_row + (warp * 16 + gid + i // 2 * 8)
-            total = sums[4 * t + i]
+            n = tid * 2 + (k % TILES * 8 + i % 2)
+            row = tile * 16 + (k // TILES * 16 + gid + i // 2 * 8)
+            total = sums[4 * k + i]
             if SCALED:
                 total *= gl.load(Scale + n, mask=n < batch, other=0)
             if HAS_BIAS:
@@ -317,12 +345,24 @@ def _write(
 
 
 @gluon.jit
-def _group_rows(tile, gid, out_features, groups):
-    """Where rows gid and gid + 8 of a tile begin in GroupSc and GroupZp."""
-    row = tile * 16 + gid
-    row0 = gl.minimum(row, out_features - 1).to(gl.int64) * groups
-    row1 = gl.minimum(row + 8, out_features - 1).to(gl.int64) * groups
-    return row0, row1
+def _group_rows(tile, gid, out_features, groups, TALL: gl.constexpr):
+    """Where rows gid and gid + 8 of each of the tiles from `tile` on begin in GroupSc and GroupZp."""
+    found = ()
+    for t in gl.static_range(TALL):
+        row = tile * 16 + (16 * t + gid)
+        row0 = gl.minimum(row, out_features - 1).to(gl.int64) * groups
+        row1 = gl.minimum(row + 8, out_features - 1).to(gl.int64) * groups
+        found = found + ((row0, row1),)
+    return found
+
+
+@gluon.jit
+def _direct_of_chunk(GroupSc, GroupZp, rows, chunk, groups, tid, BLOCKS_A_GROUP: gl.constexpr):
+    """`direct_of_chunk` of each tile's rows."""
+    found = ()
+    for t in gl.static_range(len(rows)):
+        found = found + (direct_of_chunk(GroupSc, GroupZp, rows[t][0], rows[t][1], chunk, groups, tid, BLOCKS_A_GROUP),)
+    return found
 
 
 _INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "base", "extra")
@@ -333,24 +373,25 @@ def small_kernel(
     X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial,
     batch, out_features, tile_rows, chunks, groups, base, extra,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr,
-    BATCH: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, SETS: gl.constexpr,
+    BATCH: gl.constexpr, WARPS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, SETS: gl.constexpr,
     ROOM: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out], batch at most BATCH, X fp16 [batch, chunks * 256].
 
-    A piece of Y is 16 * WARPS of the o. All chunks of all pieces, piece after piece, are a line of positions, of which the
-    first `extra` programs take base + 1 each and the others base. What a program has of a piece that others share goes to
-    Partial fp32 [programs, 2, 16 * WARPS * BATCH]: 0 where the next programs go on, with a flag, 8 bytes, behind all parts; 1
-    where it has the piece's end, until it adds the parts of the programs before, which publish theirs before they wait.
-    KEPT: words of outliers of a chunk that are copied, 0 where the matrix has none. SETS: of sums that a lane has for each
-    product, 1 or 2, so that products need not wait for each other.
+    A warp holds TALL tiles, and what it reads of x serves all of them. A piece of Y is 16 * TALL * WARPS of the o. All chunks
+    of all pieces, piece after piece, are a line of positions, of which the first `extra` programs take base + 1 each and the
+    others base. What a program has of a piece that others share goes to Partial fp32 [programs, 2, 16 * TALL * WARPS * BATCH]:
+    0 where the next programs go on, with a flag, 8 bytes, behind all parts; 1 where it has the piece's end, until it adds the
+    parts of the programs before, which publish theirs before they wait. KEPT: words of outliers of a chunk and tile that are
+    copied, 0 where the matrix has none. SETS: of sums that a lane has for each product, 1 or 2, so that products need not wait
+    for each other.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
     TILES: gl.constexpr = BATCH // 8
-    SUMS: gl.constexpr = 4 * TILES
-    WARP_BYTES: gl.constexpr = 512 * BITS + _STATS_BYTES + 4 * KEPT
-    STAGE: gl.constexpr = WARPS * WARP_BYTES
+    SUMS: gl.constexpr = 4 * TILES  # of a tile
+    TILE_BYTES: gl.constexpr = 512 * BITS + _STATS_BYTES + 4 * KEPT
+    STAGE: gl.constexpr = WARPS * TALL * TILE_BYTES
     X_STAGE: gl.constexpr = BATCH * _X_PITCH
     THREADS: gl.constexpr = 32 * WARPS
     thread = gl.arange(0, THREADS, layout=layout)
@@ -370,43 +411,41 @@ def small_kernel(
     memory.index(0).store(thread)
     barrier()
     room = gl.inline_asm_elementwise(_ROOM, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
-    own = room + (warp * WARP_BYTES + lane * 16)
+    own = room + (warp * (TALL * TILE_BYTES) + lane * 16)
     x_own = room + (STAGES * STAGE + warp * _X_PITCH + lane * 16)
     x_read = room + (STAGES * STAGE + gid * _X_PITCH)
 
-    # What is copied next: chunk `ask` of piece `ask_piece`, whose number in the warp's tile and all before is `asked`.
+    # What is copied next: chunk `ask` of piece `ask_piece`, behind the chunks `before` of all tiles before the warp's.
     ask = first_chunk
     ask_piece = first_piece
-    asked = gl.minimum(ask_piece * WARPS + warp, tile_rows - 1) * chunks + ask
+    before = _first_chunks(ask_piece, warp, tile_rows, chunks, TALL, WARPS)
     words_at = Weight + lane * 4
     stats_at = statistics_begin(StatCodes, TileStats, lane)
     stats_step = statistics_step(lane, CHUNKS_A_SET)
     pointers_at = Pointers.to(gl.int64) + none.to(gl.int64)
     outliers_at = Outliers.to(gl.int64) + none.to(gl.int64)
     lasts = none + last
-    lows = ()
+    asked = ()
     counts = ()
-    low, high = none, none
     if KEPT > 0:
-        low, high = _bounds(pointers_at, asked, none + first, lasts)
+        bounds = _bounds(pointers_at, ask, before, none + first, lasts)
     for k in gl.static_range(STAGES - 1):
         _ask_weights_of(
-            own + k * STAGE, words_at, stats_at, stats_step, ask, asked, chunks, none + (first + k), lasts, lane, BITS, BILEVEL,
-            CHUNKS_A_SET,
+            own + k * STAGE, words_at, stats_at, stats_step, ask, before, chunks, none + (first + k), lasts, lane, BITS,
+            BILEVEL, CHUNKS_A_SET, TILE_BYTES,
         )  # fmt: skip
-        lows = lows + (low,)
-        counts = counts + (high - low,)
         ask += 1
-        asked += 1
         if ask == chunks:
             ask = 0
             ask_piece += 1
-            asked = gl.minimum(ask_piece * WARPS + warp, tile_rows - 1) * chunks
+            before = _first_chunks(ask_piece, warp, tile_rows, chunks, TALL, WARPS)
         if KEPT > 0:
-            low, high = _bounds(pointers_at, asked, none + (first + (k + 1)), lasts)
+            asked = asked + (bounds,)
+            counts = counts + (_counts(bounds),)
+            bounds = _bounds(pointers_at, ask, before, none + (first + (k + 1)), lasts)
     if KEPT > 0:
         for k in gl.static_range(STAGES - 1):
-            _ask_outliers_of(own + k * STAGE, Outliers, lows[k], lows[k] + counts[k], lane, BITS, KEPT)
+            _ask_outliers_of(own + k * STAGE, Outliers, asked[k], lane, BITS, KEPT, TILE_BYTES)
 
     x_ends = ()
     x_at = X + warp.to(gl.int64) * (chunks * 256) + lane * 8
@@ -424,10 +463,10 @@ def small_kernel(
     if BILEVEL:
         for_statistics = bilevel_constants(unknown, BITS)
     else:
-        row0, row1 = _group_rows(first_piece * WARPS + warp, gid, out_features, groups)
-        direct_next = direct_of_chunk(GroupSc, GroupZp, row0, row1, first_chunk, groups, tid, BLOCKS_A_GROUP)
+        direct_rows = _group_rows((first_piece * WARPS + warp) * TALL, gid, out_features, groups, TALL)
+        direct_next = _direct_of_chunk(GroupSc, GroupZp, direct_rows, first_chunk, groups, tid, BLOCKS_A_GROUP)
     zero = gl.zeros([THREADS], gl.float32, layout)
-    flags = Partial.to(gl.pointer_type(gl.int64)) + gl.num_programs(0) * (SUMS * THREADS)
+    flags = Partial.to(gl.pointer_type(gl.int64)) + gl.num_programs(0) * (TALL * SUMS * THREADS)
     now = 0
     then = (STAGES - 1) * STAGE  # the stage before `now`
     x_now = x_read
@@ -436,96 +475,128 @@ def small_kernel(
     begin = first_chunk
     for piece in range(first_piece, (last - 1) // chunks + 1):
         end = gl.minimum(begin + (last - position), chunks)
-        sums = (zero,) * (SUMS * SETS)
-        tile_chunks = gl.minimum(piece * WARPS + warp, tile_rows - 1) * chunks
+        sums = ((zero,) * (SUMS * SETS),) * TALL
+        tile_chunks = _first_chunks(piece, warp, tile_rows, chunks, TALL, WARPS)
         for chunk in range(begin, end):
             gl.inline_asm_elementwise(_WAIT[STAGES], "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
             following = gl.where(chunk + 1 == chunks, 0, chunk + 1)
             _ask_x(x_then, x_at, none + following, chunks, none + (position + 1), x_ends, BATCH, WARPS)
             _commit(lane)
             _ask_weights_of(
-                own + then, words_at, stats_at, stats_step, ask, asked, chunks, none + (position + (STAGES - 1)), lasts, lane,
-                BITS, BILEVEL, CHUNKS_A_SET,
+                own + then, words_at, stats_at, stats_step, ask, before, chunks, none + (position + (STAGES - 1)), lasts, lane,
+                BITS, BILEVEL, CHUNKS_A_SET, TILE_BYTES,
             )  # fmt: skip
             if KEPT > 0:
-                _ask_outliers_of(own + then, Outliers, low, high, lane, BITS, KEPT)
-                counts = counts + (high - low,)
+                _ask_outliers_of(own + then, Outliers, bounds, lane, BITS, KEPT, TILE_BYTES)
+                counts = counts + (_counts(bounds),)
             _commit(lane)
             ask += 1
-            asked += 1
             if ask == chunks:
                 ask = 0
                 ask_piece += 1
-                asked = gl.minimum(ask_piece * WARPS + warp, tile_rows - 1) * chunks
+                before = _first_chunks(ask_piece, warp, tile_rows, chunks, TALL, WARPS)
             if KEPT > 0:
-                low, high = _bounds(pointers_at, asked, none + (position + STAGES), lasts)
+                bounds = _bounds(pointers_at, ask, before, none + (position + STAGES), lasts)
             at = own + now
             outliers = at + (512 * BITS + _STATS_BYTES) - (lane * 16 - tid * 16)
             words = ()
-            for k in gl.static_range(BITS):
-                words = words + (_load4(at + 512 * k),)
+            for t in gl.static_range(TALL):
+                its = ()
+                for k in gl.static_range(BITS):
+                    its = its + (_load4(at + (t * TILE_BYTES + 512 * k)),)
+                words = words + (its,)
             if BILEVEL:
-                codes, tops = codes_of_chunk(at, lane, chunk, chunks, 512 * BITS, CHUNKS_A_SET)
+                codes = ()
+                tops = ()
+                for t in gl.static_range(TALL):
+                    its, tops_at = codes_of_chunk(at + t * TILE_BYTES, lane, chunk, chunks, 512 * BITS, CHUNKS_A_SET)
+                    codes = codes + (its,)
+                    tops = tops + (tops_at,)
             else:  # read a chunk ahead
                 direct = direct_next
                 if chunk + 1 == chunks:
-                    row0, row1 = _group_rows((piece + 1) * WARPS + warp, gid, out_features, groups)
-                direct_next = direct_of_chunk(GroupSc, GroupZp, row0, row1, following, groups, tid, BLOCKS_A_GROUP)
+                    direct_rows = _group_rows(((piece + 1) * WARPS + warp) * TALL, gid, out_features, groups, TALL)
+                direct_next = _direct_of_chunk(GroupSc, GroupZp, direct_rows, following, groups, tid, BLOCKS_A_GROUP)
             if KEPT > 0:
-                sums = sums[SUMS:] + gl.inline_asm_elementwise(
-                    _FIRST[KEPT * 4 + TILES], _FIRST_REGISTERS[TILES], sums[:SUMS] + (outliers, x_now, rows),
-                    dtype=_FLOATS[TILES], is_pure=False, pack=1,
-                )  # fmt: skip
+                after = ()
+                for t in gl.static_range(TALL):
+                    after = after + (
+                        sums[t][SUMS:] + gl.inline_asm_elementwise(
+                            _FIRST[KEPT + TILES], _FIRST_REGISTERS[TILES],
+                            sums[t][:SUMS] + (outliers + t * TILE_BYTES, x_now, rows),
+                            dtype=_FLOATS[TILES], is_pure=False, pack=1,
+                        ),
+                    )  # fmt: skip
+                sums = after
             x_lane = x_now + tid * 32
             for s in gl.static_range(4):
-                if BILEVEL:
-                    s0, o0, s1, o1 = bilevel_statistics(codes[s], tops, s, for_statistics, BITS, CHUNKS_A_SET)
-                else:
-                    of_slot = direct[s * len(direct) // 4]
-                    s0, o0 = direct_statistics(of_slot[0], of_slot[1], BITS)
-                    s1, o1 = direct_statistics(of_slot[2], of_slot[3], BITS)
-                slot = ()
-                for k in gl.static_range(BITS):
-                    slot = slot + (words[k][s],)
-                w = gl.inline_asm_elementwise(
-                    _LANE[BITS], _LANE_REGISTERS[BITS], slot + (s0, o0, s1, o1) + for_lane, dtype=_SIXTEEN, is_pure=True, pack=1
-                )
+                w = ()
+                for t in gl.static_range(TALL):
+                    if BILEVEL:
+                        s0, o0, s1, o1 = bilevel_statistics(codes[t][s], tops[t], s, for_statistics, BITS, CHUNKS_A_SET)
+                    else:
+                        of_slot = direct[t][s * len(direct[t]) // 4]
+                        s0, o0 = direct_statistics(of_slot[0], of_slot[1], BITS)
+                        s1, o1 = direct_statistics(of_slot[2], of_slot[3], BITS)
+                    slot = ()
+                    for k in gl.static_range(BITS):
+                        slot = slot + (words[t][k][s],)
+                    of_tile = gl.inline_asm_elementwise(
+                        _LANE[BITS], _LANE_REGISTERS[BITS], slot + (s0, o0, s1, o1) + for_lane, dtype=_SIXTEEN, is_pure=True,
+                        pack=1,
+                    )  # fmt: skip
+                    w = w + (of_tile,)
                 for half in gl.static_range(2):
-                    new = ()
-                    for t in gl.static_range(TILES):
-                        d = (sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3])
-                        b = _load4(x_lane + (8 * _X_PITCH * t + 128 * s + 16 * half))
-                        for c in gl.static_range(2):
-                            d = gl.inline_asm_elementwise(
-                                _MMA, _MMA_REGISTERS,
-                                [w[4 * half + 2 * c], w[8 + 4 * half + 2 * c], w[4 * half + 2 * c + 1], w[9 + 4 * half + 2 * c],
-                                 b[2 * c], b[2 * c + 1], d[0], d[1], d[2], d[3]],
-                                dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
-                            )  # fmt: skip
-                        new = new + d
-                    sums = sums[SUMS:] + new
+                    b = ()
+                    for n in gl.static_range(TILES):
+                        b = b + (_load4(x_lane + (8 * _X_PITCH * n + 128 * s + 16 * half)),)
+                    after = ()
+                    for t in gl.static_range(TALL):
+                        new = ()
+                        for n in gl.static_range(TILES):
+                            d = (sums[t][4 * n], sums[t][4 * n + 1], sums[t][4 * n + 2], sums[t][4 * n + 3])
+                            for c in gl.static_range(2):
+                                d = gl.inline_asm_elementwise(
+                                    _MMA, _MMA_REGISTERS,
+                                    [w[t][4 * half + 2 * c], w[t][8 + 4 * half + 2 * c], w[t][4 * half + 2 * c + 1],
+                                     w[t][9 + 4 * half + 2 * c], b[n][2 * c], b[n][2 * c + 1], d[0], d[1], d[2], d[3]],
+                                    dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+                                )  # fmt: skip
+                            new = new + d
+                        after = after + (sums[t][SUMS:] + new,)
+                    sums = after
             if KEPT > 0:
-                sums = sums[SUMS:] + gl.inline_asm_elementwise(
-                    _MORE[KEPT * 4 + TILES], _MORE_REGISTERS[TILES],
-                    sums[:SUMS] + (outliers, x_now, rows, counts[0], outliers_at, pointers_at, tile_chunks + chunk),
-                    dtype=_FLOATS[TILES], is_pure=False, pack=1,
-                )  # fmt: skip
+                after = ()
+                for t in gl.static_range(TALL):
+                    after = after + (
+                        sums[t][SUMS:] + gl.inline_asm_elementwise(
+                            _MORE[KEPT + TILES], _MORE_REGISTERS[TILES],
+                            sums[t][:SUMS]
+                            + (outliers + t * TILE_BYTES, x_now, rows, counts[0][t], outliers_at, pointers_at)
+                            + (tile_chunks[t] + chunk,),
+                            dtype=_FLOATS[TILES], is_pure=False, pack=1,
+                        ),
+                    )  # fmt: skip
+                sums = after
                 counts = counts[1:]
             then = now
             now = gl.where(now == (STAGES - 1) * STAGE, 0, now + STAGE)
             x_now = 2 * x_read + X_STAGE - x_now
             x_then = 2 * x_own + X_STAGE - x_then
             position += 1
-        total = sums[:SUMS]
-        if SETS == 2:
-            total = ()
+        total = ()
+        for t in gl.static_range(TALL):
             for i in gl.static_range(SUMS):
-                total = total + (sums[i] + sums[SUMS + i],)
+                if SETS == 2:
+                    total = total + (sums[t][i] + sums[t][SUMS + i],)
+                else:
+                    total = total + (sums[t][i],)
         if (begin == 0) & (end == chunks):
-            _write(total, Scale, Bias, Y, piece * (16 * WARPS), batch, out_features, gid, tid, warp, SCALED, HAS_BIAS, TILES)
+            tile = (piece * WARPS + warp) * TALL
+            _write(total, Scale, Bias, Y, tile, batch, out_features, gid, tid, SCALED, HAS_BIAS, TILES, TALL)
         else:
-            part = Partial + (2 * program + (end == chunks).to(gl.int32)) * (SUMS * THREADS) + thread
-            for i in gl.static_range(SUMS):
+            part = Partial + (2 * program + (end == chunks).to(gl.int32)) * (TALL * SUMS * THREADS) + thread
+            for i in gl.static_range(TALL * SUMS):
                 gl.store(part + i * THREADS, total[i])
             if end < chunks:
                 _publish(flags + program + none, thread)
@@ -535,37 +606,39 @@ def small_kernel(
         let_next_begin(thread)
 
     if (first_chunk > 0) & (first_chunk + (last - first) >= chunks):
-        before = first - first_chunk  # the position of the piece's first chunk, and whose it is
+        piece_begin = first - first_chunk  # the position of the piece's first chunk, and whose it is
         shares = extra * (base + 1)
-        if before < shares:
-            source = before // (base + 1)
+        if piece_begin < shares:
+            source = piece_begin // (base + 1)
         else:
-            source = extra + (before - shares) // base
-        total = (zero,) * SUMS
+            source = extra + (piece_begin - shares) // base
         for other in range(source, program, THREADS):
             mine = other + thread
             gl.inline_asm_elementwise(
                 _AWAIT, "=r,l,r,r,~{memory}", [flags + mine, mine, none + program], dtype=gl.int32, is_pure=False, pack=1
             )
         barrier()
-        for other in range(source, program, _PARTS):
+        PARTS: gl.constexpr = min(4, 64 // (TALL * SUMS))  # so many at once are on their way, as registers hold
+        total = (zero,) * (TALL * SUMS)
+        for other in range(source, program, PARTS):
             parts = ()
-            for k in gl.static_range(_PARTS):  # so many at once are on their way
-                part = Partial + 2 * (other + k) * (SUMS * THREADS) + thread
+            for k in gl.static_range(PARTS):
+                part = Partial + 2 * (other + k) * (TALL * SUMS * THREADS) + thread
                 there = none + (other + k) < program
-                for i in gl.static_range(SUMS):
+                for i in gl.static_range(TALL * SUMS):
                     parts = parts + (gl.load(part + i * THREADS, mask=there, other=0, cache_modifier=".cg"),)
-            for k in gl.static_range(_PARTS):
+            for k in gl.static_range(PARTS):
                 new = ()
-                for i in gl.static_range(SUMS):
-                    new = new + (total[i] + parts[k * SUMS + i],)
+                for i in gl.static_range(TALL * SUMS):
+                    new = new + (total[i] + parts[k * TALL * SUMS + i],)
                 total = new
-        part = Partial + (2 * program + 1) * (SUMS * THREADS) + thread
+        part = Partial + (2 * program + 1) * (TALL * SUMS * THREADS) + thread
         new = ()
-        for i in gl.static_range(SUMS):
+        for i in gl.static_range(TALL * SUMS):
             new = new + (total[i] + gl.load(part + i * THREADS),)
         total = new
-        _write(total, Scale, Bias, Y, first_piece * (16 * WARPS), batch, out_features, gid, tid, warp, SCALED, HAS_BIAS, TILES)
+        tile = (first_piece * WARPS + warp) * TALL
+        _write(total, Scale, Bias, Y, tile, batch, out_features, gid, tid, SCALED, HAS_BIAS, TILES, TALL)
 
 
 @dataclass(frozen=True)
@@ -573,6 +646,7 @@ class Small:
     """How the kernel runs for a width, the rows of x that a program multiplies with."""
 
     warps: int
+    tall: int  # tiles of a warp
     registers: int  # the limit of a thread's
     resident: int  # programs that a multiprocessor holds
     stages: int  # of chunks in shared memory
@@ -580,9 +654,12 @@ class Small:
     least: int  # chunks of a program
 
 
-CHOICES = {8: Small(4, 96, 5, 2, 2, 3), 16: Small(4, 128, 4, 3, 1, 2)}  # measured on an H200
-# Not measured: direct statistics wait in registers for a chunk, and with fewer the loop would spill.
-DIRECT_CHOICES = CHOICES | {8: Small(4, 112, 4, 2, 2, 3)}
+CHOICES = {  # of 8 and 16 measured on an H200
+    8: Small(4, 1, 96, 5, 2, 2, 3), 16: Small(4, 1, 128, 4, 3, 1, 2), 24: Small(4, 2, 168, 3, 2, 1, 2),
+    32: Small(4, 2, 168, 3, 2, 1, 2),
+}  # fmt: skip
+# Not measured: direct statistics wait in registers for a chunk, and with fewer, or for two tiles, the loop would spill.
+DIRECT_CHOICES = CHOICES | {8: Small(4, 1, 112, 4, 2, 2, 3), 24: Small(4, 1, 128, 4, 2, 1, 2), 32: Small(4, 1, 168, 3, 3, 1, 2)}
 WIDEST = max(CHOICES)
 
 
@@ -620,10 +697,10 @@ def _launches(
 ) -> _Launches:  # fmt: skip
     """layout and kept: as `_without_outliers` has them. joined: whether the stored matrix is one tensor."""
     chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
-    width = next(width for width in CHOICES if width >= batch)
+    width = min(width for width in CHOICES if width >= batch)
     choice = choice_for(width, layout.statistics == "bilevel")
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    every = ceil_div(layout.tile_rows, choice.warps) * chunks
+    every = ceil_div(layout.tile_rows, choice.warps * choice.tall) * chunks
     programs = max(1, min(multiprocessors * choice.resident, every // choice.least))
     scaled = dtype == torch.bfloat16
     overlaps = overlap.options(device, joined)
@@ -634,13 +711,13 @@ def _launches(
     integers = (
         batch, layout.out_features, layout.tile_rows, chunks, layout.groups, every // programs, every % programs,
     )  # fmt: skip
-    room = room_bytes(layout.weight_bits, kept, width, choice.warps, choice.stages)
+    room = room_bytes(layout.weight_bits, kept, width, choice.warps, choice.tall, choice.stages)
     constants = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": width} | overlaps | constants_of(layout) | {
-        "WARPS": choice.warps, "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets, "ROOM": room,
+        "WARPS": choice.warps, "TALL": choice.tall, "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets, "ROOM": room,
         "num_warps": choice.warps, "maxnreg": choice.registers,
     }  # fmt: skip
     product = Launch(small_kernel, (programs, 1), device, dtypes, integers, constants)
-    return _Launches(prepare, product, programs * (2 * 16 * choice.warps * width + 2))
+    return _Launches(prepare, product, programs * (2 * 16 * choice.warps * choice.tall * width + 2))
 
 
 def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:

@@ -101,8 +101,9 @@ def test_small_batches_copy_x_behind_that_wait(name):
     constants = VARIANTS[name].constants
     copies = [i for i, line in enumerate(code) if "LDGSTS" in line and "BYPASS.128" in line]
     of_x = constants["BATCH"] // constants["WARPS"]
-    assert sum(i < wait for i in copies) == (constants["STAGES"] - 1) * (constants["BITS"] + 1)
-    assert sum(i > wait for i in copies) == of_x + (constants["BITS"] + 1 + of_x)  # the first chunk's, and those of the loop
+    of_tiles = (constants["BITS"] + 1) * constants["TALL"]
+    assert sum(i < wait for i in copies) == (constants["STAGES"] - 1) * of_tiles
+    assert sum(i > wait for i in copies) == of_x + (of_tiles + of_x)  # the first chunk's, and those of the loop
     assert not any("STG" in line for line in code[:wait])
 
 

@@ -63,6 +63,9 @@ def check(y, expected):
 
 KINDS = [  # matrix, rows of x, rows and columns of W, dtype of y
     ({"weight_bits": 3}, 16, 40, 2304, FP16),
+    ({"weight_bits": 3}, 31, 170, 768, BF16),
+    ({"weight_bits": 4, "outliers": 0.0}, 23, 40, 1536, FP16),
+    ({"weight_bits": 2, "group_size": 32, "statistics": "direct"}, 17, 100, 1536, FP16),
     ({"weight_bits": 3, "outliers": 0.0}, 7, 136, 1270, FP16),
     ({"weight_bits": 3, "group_size": 32, "outliers": 0.004}, 13, 70, 1280, BF16),
     ({"weight_bits": 2, "group_size": 64}, 8, 24, 2290, BF16),
@@ -86,7 +89,7 @@ def test_every_kind_of_matrix(random_matrix, kind, batch, rows, columns, dtype):
     check(y, expected)
 
 
-@pytest.mark.parametrize("batch", [8, 16])
+@pytest.mark.parametrize("batch", [8, 16, 32])
 def test_many_programs_share_a_piece(random_matrix, multiprocessors, batch):
     """More than one adds up at once, pieces of one program alone between them, and copies that come late or at once."""
     multiprocessors(3)
@@ -97,7 +100,7 @@ def test_many_programs_share_a_piece(random_matrix, multiprocessors, batch):
     check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
 
 
-@pytest.mark.parametrize("batch", [8, 16])
+@pytest.mark.parametrize("batch", [8, 16, 32])
 def test_crowded_outliers(random_matrix, batch):
     """Chunks with none, with as many as are copied and one more or less, and with all of their weights; the last tile's, behind
     which no outlier is."""
