@@ -52,6 +52,7 @@ from .weights import direct_statistics
 
 X_PITCH = 528  # bytes of a row of x of a chunk: 512 and 16, so that 8 rows lie in different banks
 X_STAGES = 2
+PLANE = 4096  # bytes of 8 rows of x of a chunk, turned: 16 of each column
 
 
 def _ask_weights(bits: int) -> str:
@@ -72,8 +73,9 @@ def _ask_outliers(kept: int) -> str:
     return "{\n" + "\n".join([*lines, "mov.b32 $0, $1;"]) + "\n}"
 
 
-def _sixteen(tiles: int) -> list[str]:
-    """PTX: the sums s times 16 outliers, of which a lane has four, w0 .. w3. x of its rows at g, its row in r."""
+def _sixteen(tiles: int, turned: bool) -> list[str]:
+    """PTX: the sums s times 16 outliers, of which a lane has four, w0 .. w3; its row in r. x of its rows at g, or where x is
+    turned the plane of its rows, and the lane's column in c."""
     lines = []
     for pair in range(2):
         a, b = f"w{2 * pair}", f"w{2 * pair + 1}"
@@ -87,53 +89,91 @@ def _sixteen(tiles: int) -> list[str]:
             f"and.b32 a{2 * pair}, v, u;",
             f"and.b32 a{2 * pair + 1}, v, t;",
         ]
-    lines += [f"and.b32 w{i}, w{i}, 255; mad.lo.u32 w{i}, w{i}, 2, g;" for i in range(4)]
+    if turned:
+        lines.append("mad.lo.u32 c, c, 16, g;")
+    else:
+        lines += [f"dp4a.u32.u32 w{i}, w{i}, 2, g;" for i in range(4)]  # twice its lowest byte, the column, and g
     for tile in range(tiles):
-        lines += [f"ld.shared.b16 h{i}, [w{i}+{8 * X_PITCH * tile}];" for i in range(4)]
-        # 65504 for an infinite x, which times the zeros of A would be NaN; it is infinite in the product of the codes
-        lines += ["mov.b32 b0, {h0, h1};", "mov.b32 b1, {h2, h3};", "mov.b32 t, 0x7BFF7BFF;"]
-        lines += [f"min.xorsign.abs.f16x2 b{i}, b{i}, t;" for i in range(2)]
+        first = 2 * (tile % 2) if turned else 0
+        if turned and tile % 2 == 0:
+            number = 4 if tile + 1 < tiles else 2
+            into = ", ".join(f"b{i}" for i in range(number))
+            lines.append(f"ldmatrix.sync.aligned.m8n8.x{number}.trans.shared.b16 {{{into}}}, [c+{PLANE * tile}];")
+        elif not turned:
+            lines += [f"ld.shared.b16 h{i}, [w{i}+{8 * X_PITCH * tile}];" for i in range(4)]
+            lines += ["mov.b32 b0, {h0, h1};", "mov.b32 b1, {h2, h3};", *_finite(2)]
         sums = "{" + ", ".join(f"s{4 * tile + i}" for i in range(4)) + "}"
-        lines.append(f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {sums}, {{a0, a1, a2, a3}}, {{b0, b1}}, {sums};")
+        x = f"{{b{first}, b{first + 1}}}"
+        lines.append(f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {sums}, {{a0, a1, a2, a3}}, {x}, {sums};")
     return lines
 
 
-def _multiply_first(kept: int, tiles: int) -> str:
+def _finite(words: int) -> list[str]:
+    """PTX: 65504 for an infinite x in b0 .., which times the zeros of A would be NaN; it is infinite in the product of the
+    codes."""
+    return ["mov.b32 t, 0x7BFF7BFF;", *(f"min.xorsign.abs.f16x2 b{i}, b{i}, t;" for i in range(words))]
+
+
+def _turn(tiles: int, warps: int) -> str:
+    """PTX: turns a warp's columns of x of a chunk, finite: from the lane's row of the first eights at $1 to its columns' places
+    at $2."""
+    lines = [".reg .b32 b<4>, t;"]
+    for tile in range(tiles):
+        for columns in range(0, 256 // warps, 32):
+            source, target = 8 * X_PITCH * tile + 2 * columns, PLANE * tile + 16 * columns
+            lines += [
+                f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{b0, b1, b2, b3}}, [$1+{source}];",
+                *_finite(4),
+                f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [$2+{target}], {{b0, b1, b2, b3}};",
+            ]
+    return "{\n" + "\n".join([*lines, "mov.b32 $0, $1;"]) + "\n}"
+
+
+_OUTLIER_REGISTERS = ".reg .pred p, q; .reg .b32 w<4>, a<4>, b<4>, c, t, u, v, g, r, at, mine, end, left, i; .reg .b64 f, e;"
+
+
+def _multiply_first(kept: int, tiles: int, turned: bool) -> str:
     """PTX: adds the products of the first `at_once` outliers of a chunk to a lane's sums, 4 for each 8 rows of x. There may be
     fewer, with zeros behind them.
 
-    Inputs behind the sums: the lane's four of the first 16 words in shared memory, x of row gid of the chunk, and gid << 12 in
-    both halves."""
+    Inputs behind the sums: where in shared memory the lane's four of the first 16 words are; where the one whose column it is
+    asked for, if x is turned; x of row gid of the chunk, or the plane of the lane's rows; and gid << 12 in both halves."""
     n = 4 * tiles
-    at, x, rows = (f"${2 * n + i}" for i in range(3))
+    at, mine, x, rows = (f"${2 * n + i}" for i in range(4))
     lines = [
-        ".reg .b32 w<4>, a<4>, b<2>, t, u, v, g, r;", ".reg .b16 h<4>; " + f".reg .f32 s<{n}>;",
+        _OUTLIER_REGISTERS, ".reg .b16 h<4>; " + f".reg .f32 s<{n}>;",
         *(f"mov.f32 s{i}, ${n + i};" for i in range(n)),
         f"mov.b32 g, {x}; or.b32 r, {rows}, 0x04000400;",
     ]  # fmt: skip
     for i in range(at_once(kept) // 16):
-        lines += [f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [{at}+{64 * i}];", *_sixteen(tiles)]
+        lines += [f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [{at}+{64 * i}];"]
+        lines += [f"ld.shared.u8 c, [{mine}+{64 * i}];"] * turned + _sixteen(tiles, turned)
     lines += [f"mov.f32 ${i}, s{i};" for i in range(n)]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-def _multiply_more(kept: int, tiles: int) -> str:
+def _multiply_more(kept: int, tiles: int, turned: bool) -> str:
     """PTX: the same of those behind the first `at_once`: one 16 after the other, those in shared memory and the rest.
 
     Inputs further: how many outliers the chunk has, where Outliers and Pointers are, and the number of the chunk."""
     n = 4 * tiles
-    at, x, rows, count, outliers, pointers, chunk = (f"${2 * n + i}" for i in range(7))
+    at, mine, x, rows, count, outliers, pointers, chunk = (f"${2 * n + i}" for i in range(8))
     begun = at_once(kept)
     near = [
         f"add.u32 at, {at}, {4 * begun}; min.s32 left, {count}, {kept}; mad.lo.s32 end, left, 4, {at};",
+        *[f"add.u32 mine, {mine}, {4 * begun};"] * turned,
         "NEXT:", "ld.shared.v4.b32 {w0, w1, w2, w3}, [at];",
-        *_sixteen(tiles),
+        *["ld.shared.u8 c, [mine]; add.u32 mine, mine, 64;"] * turned,
+        *_sixteen(tiles, turned),
         "add.u32 at, at, 64;", "setp.lt.s32 p, at, end;", "@p bra NEXT;",
         f"setp.le.s32 p, {count}, {kept};", "@p bra DONE;",
     ]  # fmt: skip
+    far_column = (
+        f"sub.u32 t, {mine}, {at}; cvt.s64.s32 e, t; add.s64 e, f, e;",
+        "shr.s32 t, t, 2; sub.s32 mine, left, t;",
+    )  # fmt: skip
     lines = [
-        ".reg .pred p, q; .reg .b32 w<4>, a<4>, b<2>, t, u, v, g, r, at, end, left, i; .reg .b64 f;",
-        ".reg .b16 h<4>; " + f".reg .f32 s<{n}>;",
+        _OUTLIER_REGISTERS, ".reg .b16 h<4>; " + f".reg .f32 s<{n}>;",
         *(f"mov.f32 s{i}, ${n + i};" for i in range(n)),
         f"setp.le.s32 p, {count}, {begun};", "@p bra DONE;",
         f"mov.b32 g, {x}; or.b32 r, {rows}, 0x04000400;",
@@ -141,10 +181,14 @@ def _multiply_more(kept: int, tiles: int) -> str:
         f"mad.wide.u32 f, {chunk}, 8, {pointers}; ld.global.nc.b32 i, [f];",
         f"mov.u32 t, %tid.x; and.b32 t, t, 3; mad.lo.u32 t, t, 4, {kept};",  # the lane's first
         f"add.s32 i, i, t; mad.wide.s32 f, i, 4, {outliers}; sub.s32 left, {count}, t; sub.s32 i, {count}, {kept};",
+        *(far_column if turned else ()),
         "FAR:",
         *(f"mov.b32 w{i}, 0; setp.gt.s32 q, left, {i}; @q ld.global.nc.b32 w{i}, [f+{4 * i}];" for i in range(4)),
-        *_sixteen(tiles),
-        "add.s32 i, i, -16; add.s32 left, left, -16; add.u64 f, f, 64;", "setp.gt.s32 p, i, 0;", "@p bra FAR;",
+        *["mov.b32 c, 0; setp.gt.s32 q, mine, 0; @q ld.global.nc.u8 c, [e];"] * turned,
+        *_sixteen(tiles, turned),
+        "add.s32 i, i, -16; add.s32 left, left, -16; add.u64 f, f, 64;",
+        *["add.s32 mine, mine, -16; add.u64 e, e, 64;"] * turned,
+        "setp.gt.s32 p, i, 0;", "@p bra FAR;",
         "DONE:", *(f"mov.f32 ${i}, s{i};" for i in range(n)),
     ]  # fmt: skip
     return "{\n" + "\n".join(lines) + "\n}"
@@ -164,9 +208,9 @@ def tile_bytes(bits: int, kept: int) -> int:
     return 512 * bits + STATS_BYTES + 4 * kept
 
 
-def room_bytes(bits: int, kept: int, batch: int, warps: int, tall: int, stages: int) -> int:
+def room_bytes(bits: int, kept: int, batch: int, warps: int, tall: int, stages: int, turned: bool) -> int:
     """Of shared memory of a program, four for each of its threads."""
-    used = stages * warps * tall * tile_bytes(bits, kept) + X_STAGES * batch * X_PITCH
+    used = stages * warps * tall * tile_bytes(bits, kept) + X_STAGES * batch * X_PITCH + turned * batch // 8 * PLANE
     return ceil_div(used, 128 * warps) * 128 * warps
 
 
@@ -194,12 +238,14 @@ _LANE_REGISTERS = gl.constexpr({
 })  # fmt: skip
 _SIXTEEN = gl.constexpr((gl.int32,) * 16)
 _TILES = (1, 2, 3, 4)  # eights of rows of x
-_FIRST = gl.constexpr({kept + tiles: _multiply_first(kept, tiles) for kept in KEPT for tiles in _TILES})
-_MORE = gl.constexpr({kept + tiles: _multiply_more(kept, tiles) for kept in KEPT for tiles in _TILES})
-_FIRST_REGISTERS = gl.constexpr({n: ",".join(["=&f"] * (4 * n) + ["f"] * (4 * n) + ["r"] * 3) for n in _TILES})
-_MORE_REGISTERS = gl.constexpr({
-    n: ",".join(["=&f"] * (4 * n) + ["f"] * (4 * n) + ["r", "r", "r", "r", "l", "l", "r"]) for n in _TILES
-})  # fmt: skip
+_WAYS = [(kept, tiles, turned) for kept in KEPT for tiles in _TILES for turned in (False, True)]
+_FIRST = gl.constexpr({kept + 2 * tiles + turned: _multiply_first(kept, tiles, turned) for kept, tiles, turned in _WAYS})
+_MORE = gl.constexpr({kept + 2 * tiles + turned: _multiply_more(kept, tiles, turned) for kept, tiles, turned in _WAYS})
+_FIRST_REGISTERS, _MORE_REGISTERS = (
+    gl.constexpr({n: ",".join(["=&f"] * (4 * n) + ["f"] * (4 * n) + inputs) for n in _TILES})
+    for inputs in (["r"] * 4, ["r"] * 5 + ["l", "l", "r"])
+)
+_TURN = gl.constexpr({8 * tiles + warps: _turn(tiles, warps) for tiles in _TILES for warps in (1, 2, 4, 8)})
 _FLOATS = gl.constexpr({n: (gl.float32,) * (4 * n) for n in _TILES})
 _LOAD4 = gl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
 _MMA = gl.constexpr(ptx.MMA)
@@ -207,6 +253,7 @@ _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
 _WAIT = gl.constexpr({
     stages: f"cp.async.wait_group {min(stages - 2, 1)}; bar.sync 0; mov.b32 $0, $1;" for stages in (2, 3, 4)
 })  # fmt: skip
+_BARRIER = gl.constexpr("bar.sync 0; mov.b32 $0, $1;")
 _COMMIT = gl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
 # A program's part of a piece is there where its flag is this, a nan; one that is not is no sum of a kernel before, nor left by
 # one: who reads a part clears its flag. Memory that nobody wrote is this by chance in one of 2**64 cases.
@@ -311,6 +358,24 @@ def _bounds(pointers_at, chunk, before, position, last):
 
 
 @gluon.jit
+def _add_products(
+    sums, outliers, mine, x, rows, further, WAY: gl.constexpr, TILES: gl.constexpr, TILE_BYTES: gl.constexpr
+):  # fmt: skip
+    """The sums of each tile with products of its outliers: the first ones', or those behind them where there are further inputs
+    for each tile."""
+    after = ()
+    MORE: gl.constexpr = len(further[0]) > 0
+    for t in gl.static_range(len(sums)):
+        new = gl.inline_asm_elementwise(
+            _MORE[WAY] if MORE else _FIRST[WAY], _MORE_REGISTERS[TILES] if MORE else _FIRST_REGISTERS[TILES],
+            sums[t][: 4 * TILES] + (outliers + t * TILE_BYTES, mine + t * TILE_BYTES, x, rows) + further[t],
+            dtype=_FLOATS[TILES], is_pure=False, pack=1,
+        )  # fmt: skip
+        after = after + (sums[t][4 * TILES :] + new,)
+    return after
+
+
+@gluon.jit
 def _counts(bounds):
     """How many outliers are between them."""
     found = ()
@@ -373,8 +438,8 @@ def small_kernel(
     X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial,
     batch, out_features, tile_rows, chunks, groups, base, extra,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr,
-    BATCH: gl.constexpr, WARPS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, SETS: gl.constexpr,
-    ROOM: gl.constexpr, DEPENDENT: gl.constexpr,
+    BATCH: gl.constexpr, WARPS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+    TURNED: gl.constexpr, SETS: gl.constexpr, ROOM: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out], batch at most BATCH, X fp16 [batch, chunks * 256].
 
@@ -383,8 +448,8 @@ def small_kernel(
     others base. What a program has of a piece that others share goes to Partial fp32 [programs, 2, 16 * TALL * WARPS * BATCH]:
     0 where the next programs go on, with a flag, 8 bytes, behind all parts; 1 where it has the piece's end, until it adds the
     parts of the programs before, which publish theirs before they wait. KEPT: words of outliers of a chunk and tile that are
-    copied, 0 where the matrix has none. SETS: of sums that a lane has for each product, 1 or 2, so that products need not wait
-    for each other.
+    copied, 0 where the matrix has none. TURNED: whether x is turned for them, 16 bytes for 8 rows of a column. SETS: of sums
+    that a lane has for each product, 1 or 2, so that products need not wait for each other.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
@@ -394,6 +459,7 @@ def small_kernel(
     STAGE: gl.constexpr = WARPS * TALL * TILE_BYTES
     X_STAGE: gl.constexpr = BATCH * _X_PITCH
     THREADS: gl.constexpr = 32 * WARPS
+    WAY: gl.constexpr = KEPT + 2 * TILES + TURNED
     thread = gl.arange(0, THREADS, layout=layout)
     lane = thread % 32
     warp = thread // 32
@@ -414,6 +480,14 @@ def small_kernel(
     own = room + (warp * (TALL * TILE_BYTES) + lane * 16)
     x_own = room + (STAGES * STAGE + warp * _X_PITCH + lane * 16)
     x_read = room + (STAGES * STAGE + gid * _X_PITCH)
+
+    if TURNED:
+        planes = room + (STAGES * STAGE + 2 * X_STAGE)
+        turn_offset = lane % 8 * _X_PITCH + lane // 8 * 16 + warp * (512 // WARPS) - gid * _X_PITCH
+        plane_own = planes + (warp * (4096 // WARPS) + lane * 16)
+        plane_read = planes + lane // 16 * 4096
+        # the lane is asked for column k = lane % 16 of a product, which is that of word 4 (k % 8 / 2) + 2 (k / 8) + k % 2
+        mine_offset = lane % 8 // 2 * 16 + lane % 16 // 8 * 8 + lane % 2 * 4 - tid * 16
 
     # What is copied next: chunk `ask` of piece `ask_piece`, behind the chunks `before` of all tiles before the warp's.
     ask = first_chunk
@@ -517,17 +591,16 @@ def small_kernel(
                 if chunk + 1 == chunks:
                     direct_rows = _group_rows(((piece + 1) * WARPS + warp) * TALL, gid, out_features, groups, TALL)
                 direct_next = _direct_of_chunk(GroupSc, GroupZp, direct_rows, following, groups, tid, BLOCKS_A_GROUP)
-            if KEPT > 0:
-                after = ()
-                for t in gl.static_range(TALL):
-                    after = after + (
-                        sums[t][SUMS:] + gl.inline_asm_elementwise(
-                            _FIRST[KEPT + TILES], _FIRST_REGISTERS[TILES],
-                            sums[t][:SUMS] + (outliers + t * TILE_BYTES, x_now, rows),
-                            dtype=_FLOATS[TILES], is_pure=False, pack=1,
-                        ),
-                    )  # fmt: skip
-                sums = after
+            x_outliers = x_now
+            mine = outliers
+            if TURNED:
+                x_outliers = plane_read
+                mine = outliers + mine_offset
+                gl.inline_asm_elementwise(
+                    _TURN[8 * TILES + WARPS], "=r,r,r", [x_now + turn_offset, plane_own], dtype=gl.int32, is_pure=False, pack=1
+                )
+            elif KEPT > 0:
+                sums = _add_products(sums, outliers, mine, x_outliers, rows, ((),) * TALL, WAY, TILES, TILE_BYTES)
             x_lane = x_now + tid * 32
             for s in gl.static_range(4):
                 w = ()
@@ -565,19 +638,14 @@ def small_kernel(
                             new = new + d
                         after = after + (sums[t][SUMS:] + new,)
                     sums = after
+            if TURNED:  # by all warps
+                gl.inline_asm_elementwise(_BARRIER, "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
+                sums = _add_products(sums, outliers, mine, x_outliers, rows, ((),) * TALL, WAY, TILES, TILE_BYTES)
             if KEPT > 0:
-                after = ()
+                further = ()
                 for t in gl.static_range(TALL):
-                    after = after + (
-                        sums[t][SUMS:] + gl.inline_asm_elementwise(
-                            _MORE[KEPT + TILES], _MORE_REGISTERS[TILES],
-                            sums[t][:SUMS]
-                            + (outliers + t * TILE_BYTES, x_now, rows, counts[0][t], outliers_at, pointers_at)
-                            + (tile_chunks[t] + chunk,),
-                            dtype=_FLOATS[TILES], is_pure=False, pack=1,
-                        ),
-                    )  # fmt: skip
-                sums = after
+                    further = further + ((counts[0][t], outliers_at, pointers_at, tile_chunks[t] + chunk),)
+                sums = _add_products(sums, outliers, mine, x_outliers, rows, further, WAY, TILES, TILE_BYTES)
                 counts = counts[1:]
             then = now
             now = gl.where(now == (STAGES - 1) * STAGE, 0, now + STAGE)
@@ -651,15 +719,18 @@ class Small:
     resident: int  # programs that a multiprocessor holds
     stages: int  # of chunks in shared memory
     sets: int  # of sums
+    turned: bool  # whether outliers find x turned
     least: int  # chunks of a program
 
 
 CHOICES = {  # of 8 and 16 measured on an H200
-    8: Small(4, 1, 96, 5, 2, 2, 3), 16: Small(4, 1, 128, 4, 3, 1, 2), 24: Small(4, 2, 168, 3, 2, 1, 2),
-    32: Small(4, 2, 168, 3, 2, 1, 2),
+    8: Small(4, 1, 96, 5, 2, 2, False, 3), 16: Small(4, 1, 128, 4, 3, 1, False, 2), 24: Small(4, 2, 168, 3, 2, 1, False, 2),
+    32: Small(4, 2, 168, 3, 2, 1, False, 2),
 }  # fmt: skip
 # Not measured: direct statistics wait in registers for a chunk, and with fewer, or for two tiles, the loop would spill.
-DIRECT_CHOICES = CHOICES | {8: Small(4, 1, 112, 4, 2, 2, 3), 24: Small(4, 1, 128, 4, 2, 1, 2), 32: Small(4, 1, 168, 3, 3, 1, 2)}
+DIRECT_CHOICES = CHOICES | {
+    8: Small(4, 1, 112, 4, 2, 2, False, 3), 24: Small(4, 1, 128, 4, 2, 1, False, 2), 32: Small(4, 1, 168, 3, 3, 1, False, 2),
+}  # fmt: skip
 WIDEST = max(CHOICES)
 
 
@@ -711,9 +782,11 @@ def _launches(
     integers = (
         batch, layout.out_features, layout.tile_rows, chunks, layout.groups, every // programs, every % programs,
     )  # fmt: skip
-    room = room_bytes(layout.weight_bits, kept, width, choice.warps, choice.tall, choice.stages)
+    turned = choice.turned and kept > 0
+    room = room_bytes(layout.weight_bits, kept, width, choice.warps, choice.tall, choice.stages, turned)
     constants = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": width} | overlaps | constants_of(layout) | {
-        "WARPS": choice.warps, "TALL": choice.tall, "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets, "ROOM": room,
+        "WARPS": choice.warps, "TALL": choice.tall, "STAGES": choice.stages, "KEPT": kept, "TURNED": turned,
+        "SETS": choice.sets, "ROOM": room,
         "num_warps": choice.warps, "maxnreg": choice.registers,
     }  # fmt: skip
     product = Launch(small_kernel, (programs, 1), device, dtypes, integers, constants)

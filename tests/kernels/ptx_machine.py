@@ -169,15 +169,24 @@ class Program:
         else:
             self.memory.bytes[self.memory.bytes_at(addresses, raw.shape[1], True)] = raw
 
-    def _store_matrix(self, name: str, operands: list, on: np.ndarray) -> None:
-        """stmatrix of one matrix a warp: lanes 0 .. 7 have the addresses of its rows, four lanes the 16 bytes of each."""
+    def _matrix(self, name: str, operands: list, on: np.ndarray) -> None:
+        """ldmatrix and stmatrix: lanes 8 i .. 8 i + 7 have the addresses of the rows of matrix i, 16 bytes each, of which four
+        lanes have 4 each; or where the name says trans eight lanes 2 each of two rows."""
         self._warps(on)
+        address, registers = operands if name.startswith("st") else reversed(operands)
         lane = np.arange(len(on)) % 32
-        rows = self._addresses(operands[0], on - lane + lane // 4)
-        raw = self._of(operands[1][0], on, "b32").reshape(-1, 1).view(np.uint8)
-        if (rows % np.uint64(16)).any():
-            raise PtxError("not aligned to 16 bytes")
-        self.shared.put(on, rows + (lane % 4 * 4).astype(np.uint64), raw)
+        for i, register in enumerate(registers):
+            if ".trans" in name:
+                rows = [self._addresses(address, on - lane + 8 * i + lane % 4 * 2 + k) + lane // 4 * 2 for k in range(2)]
+                rows = [row.astype(np.uint64) for row in rows]
+                low, high = (self.shared.bytes[self.shared.touch(on, row, 2)].view(np.uint16)[:, 0] for row in rows)
+                self.registers[register, on] = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(16)
+                continue
+            row = self._addresses(address, on - lane + 8 * i + lane // 4)
+            if (row % np.uint64(16)).any():
+                raise PtxError("not aligned to 16 bytes")
+            place = row + (lane % 4 * 4).astype(np.uint64)
+            self.shared.put(on, place, self._of(register, on, "b32").reshape(-1, 1).view(np.uint8))
 
     def _copy(self, name: str, operands: list, on: np.ndarray) -> None:
         """cp.async. A fourth operand is how many bytes are read, the others become 0; or whether none is."""
@@ -253,7 +262,7 @@ _BESIDE: dict[str, Callable[[Program, str, list, np.ndarray], None]] = {  # arit
     r"ld\.param\.[bus]\d+": Program._parameter,
     r"ld\.((acquire\.gpu\.)?global(\.nc|\.cg)?|shared)(\.v[24])?\.[buf]\d+": Program._load,
     r"st\.((release\.gpu\.)?global|shared)(\.v[24])?\.[buf]\d+": Program._store,
-    r"stmatrix\.sync\.aligned\.m8n8\.x1\.shared\.b16": Program._store_matrix,
+    r"(ldmatrix\.sync\.aligned\.m8n8\.x[124]\.trans|stmatrix\.sync\.aligned\.m8n8\.x[124])\.shared\.b16": Program._matrix,
     r"cp\.async\.c[ag]\.shared\.global": Program._copy,
     r"cp\.async\.commit_group": Program._commit,
     r"cp\.async\.wait_(group|all)": Program._wait,

@@ -104,6 +104,8 @@ def test_bits(a, b, c, table):
     assert one("shr.u32", a, few) == a >> few
     assert one("shr.s32", a, few) == (signed(a) >> few) % 2**32
     assert one("shr.s16", a, few) == (signed(a, 16) >> few) % 2**16
+    products = sum((a >> 8 * i & 255) * (b >> 8 * i & 255) for i in range(4))
+    assert one("dp4a.u32.u32", a, b, c) == (products + c) % 2**32
     begin, length = c % 32, 1 + table % (32 - c % 32)
     assert one("bfe.u32", a, begin, length) == a >> begin & (1 << length) - 1
     assert one("bfe.s32", a, begin, length) == signed(a >> begin, length) % 2**32
@@ -240,6 +242,22 @@ def test_a_stored_matrix():
     """  # rows of 16 bytes in reverse; a warp's are 512 bytes behind those of the one before
     rows = np.arange(64).reshape(2, 8, 4)[:, ::-1]
     np.testing.assert_array_equal(outcome(body), rows.reshape(-1))
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_loaded_and_turned_matrix(number):
+    """Lane l has elements [2 (l % 4)] and [2 (l % 4) + 1] of column l / 4, of 8 x 8 of 16 bits (PTX ISA, `ldmatrix`)."""
+    given = np.random.default_rng(0).integers(0, 2**32, (2, 64), dtype=np.uint32)  # what a thread puts there
+    into = ", ".join(f"%r{10 + i}" for i in range(number))
+    body = """
+    { .shared .align 16 .b8 place[1024]; mov.u32 %r8, place; }
+    mad.lo.s32 %r9, %r0, 16, %r8; ld.global.b32 %r1, [%rd2]; ld.global.b32 %r2, [%rd2+256];
+    st.shared.b32 [%r9], %r1; st.shared.b32 [%r9+4], %r2; st.shared.b32 [%r9+8], %r2; st.shared.b32 [%r9+12], %r1; bar.sync 0;
+    """
+    body += f"ldmatrix.sync.aligned.m8n8.x{number}.trans.shared.b16 {{{into}}}, [%r9]; st.global.b32 [%rd3], %r{9 + number};"
+    rows = np.stack([given[0], given[1], given[1], given[0]], 1).view(np.uint16).reshape(2, 4, 8, 8)[:, number - 1]
+    expected = rows.transpose(0, 2, 1).copy().view(np.uint32).reshape(-1)
+    np.testing.assert_array_equal(outcome(body, given), expected)
 
 
 def test_largest_of_a_warp():
