@@ -115,17 +115,22 @@ def _finite(words: int) -> list[str]:
 
 
 def _turn(tiles: int, warps: int) -> str:
-    """PTX: turns a warp's columns of x of a chunk, finite: from the lane's row of the first eights at $1 to its columns' places
-    at $2."""
-    lines = [".reg .b32 b<4>, t;"]
-    for tile in range(tiles):
-        for columns in range(0, 256 // warps, 32):
-            source, target = 8 * X_PITCH * tile + 2 * columns, PLANE * tile + 16 * columns
-            lines += [
-                f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{b0, b1, b2, b3}}, [$1+{source}];",
-                *_finite(4),
-                f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [$2+{target}], {{b0, b1, b2, b3}};",
-            ]
+    """PTX: turns a warp's columns of x of a chunk, finite: from the lane's row of the first eight at $1 to its columns' places at
+    $2."""
+    parts = [(tile, columns) for tile in range(tiles) for columns in range(0, 256 // warps, 32)]
+    lines = [".reg .b32 b<16>, t;"]
+    for begin in range(0, len(parts), 4):  # the compiler moves no load before a store, so that each would be waited for
+        some = list(enumerate(parts[begin : begin + 4]))
+        four = [f"{{b{4 * i}, b{4 * i + 1}, b{4 * i + 2}, b{4 * i + 3}}}" for i, _ in some]
+        lines += [
+            f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {four[i]}, [$1+{8 * X_PITCH * tile + 2 * columns}];"
+            for i, (tile, columns) in some
+        ]
+        lines += _finite(4 * len(some))
+        lines += [
+            f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [$2+{PLANE * tile + 16 * columns}], {four[i]};"
+            for i, (tile, columns) in some
+        ]
     return "{\n" + "\n".join([*lines, "mov.b32 $0, $1;"]) + "\n}"
 
 
@@ -293,11 +298,11 @@ def _load4(at):
 
 
 @gluon.jit
-def _ask_x(at, x_at, chunk, chunks, position, ends, BATCH: gl.constexpr, WARPS: gl.constexpr):
-    """Begins to copy x of a chunk: a warp copies every WARPS-th row."""
+def _ask_x(at, x_at, chunk, chunks, rows, BATCH: gl.constexpr, WARPS: gl.constexpr):
+    """Begins to copy x of a chunk: a warp copies every WARPS-th row of so many, counted from its first."""
     for i in gl.static_range(BATCH // WARPS):
         gl.inline_asm_elementwise(
-            _ASK_X, "=r,r,l,r,r,r", [at + i * WARPS * _X_PITCH, x_at, chunk + i * WARPS * chunks, position, ends[i]],
+            _ASK_X, "=r,r,l,r,r,r", [at + i * WARPS * _X_PITCH, x_at, chunk + i * WARPS * chunks, rows * 0 + i * WARPS, rows],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
@@ -521,13 +526,10 @@ def small_kernel(
         for k in gl.static_range(STAGES - 1):
             _ask_outliers_of(own + k * STAGE, Outliers, asked[k], lane, BITS, KEPT, TILE_BYTES)
 
-    x_ends = ()
     x_at = X + warp.to(gl.int64) * (chunks * 256) + lane * 8
     if DEPENDENT:  # x, unlike the matrix, comes from the kernel before
         x_at = await_previous(x_at)
-    for i in gl.static_range(BATCH // WARPS):
-        x_ends = x_ends + (gl.where(warp + i * WARPS < batch, last, 0),)
-    _ask_x(x_own, x_at, none + first_chunk, chunks, none + first, x_ends, BATCH, WARPS)
+    _ask_x(x_own, x_at, none + first_chunk, chunks, batch - warp, BATCH, WARPS)
     _commit(lane)
     _commit(lane)  # an empty group, where the loop has that of a chunk
 
@@ -554,7 +556,8 @@ def small_kernel(
         for chunk in range(begin, end):
             gl.inline_asm_elementwise(_WAIT[STAGES], "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
             following = gl.where(chunk + 1 == chunks, 0, chunk + 1)
-            _ask_x(x_then, x_at, none + following, chunks, none + (position + 1), x_ends, BATCH, WARPS)
+            x_rows = gl.where(position + 1 < last, batch - warp, 0)
+            _ask_x(x_then, x_at, none + following, chunks, x_rows, BATCH, WARPS)
             _commit(lane)
             _ask_weights_of(
                 own + then, words_at, stats_at, stats_step, ask, before, chunks, none + (position + (STAGES - 1)), lasts, lane,
@@ -638,8 +641,9 @@ def small_kernel(
                             new = new + d
                         after = after + (sums[t][SUMS:] + new,)
                     sums = after
-            if TURNED:  # by all warps
-                gl.inline_asm_elementwise(_BARRIER, "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
+                if TURNED and s == 2:  # by all warps by now
+                    gl.inline_asm_elementwise(_BARRIER, "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
+            if TURNED:
                 sums = _add_products(sums, outliers, mine, x_outliers, rows, ((),) * TALL, WAY, TILES, TILE_BYTES)
             if KEPT > 0:
                 further = ()
