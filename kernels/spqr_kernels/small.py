@@ -4,13 +4,12 @@ A warp holds one or two tiles, each 16 rows of W. A lane's words become fp16 wei
 they stand; x is B, and because the order of columns within a product is free, 16 bytes of a row of x are the B fragments of two
 products for each tile.
 
-Outliers are not added to the weights but multiplied on their own, 16 of a chunk at a time: A has the value of outlier k in its
-row and zeros in the others, B has x of its column. The products go to the same sums. An infinite x counts as the largest finite
-one there, as infinity times zero is NaN: y is infinite by the product of the codes, so where the weight is an outlier its sign
-is that of what the outlier was added to.
+Outliers are not added to the weights but multiplied on their own (`outlier_products.py`). The products go to the same sums. An
+infinite x counts as the largest finite one there, as infinity times zero is NaN: y is infinite by the product of the codes, so
+where the weight is an outlier its sign is that of what the outlier was added to.
 
 Shared memory is read and written in PTX, for which the compiler puts no barriers: words and statistics are read by the warp
-that copied them, and x, which the whole program reads, needs one barrier a chunk.
+that copied them, and x, which the whole program reads, needs one barrier a chunk, and one more where it is turned.
 
 Programs, as many as run at once, have equal shares of the chunks of all pieces of Y. Where a piece is shared, the program that
 has its last chunk adds up the parts of the others: it waits for programs before it alone, and those began before it. Every sum
@@ -37,6 +36,7 @@ from .gemm import prepare_launch, prepared
 from .joined import Joined
 from .lanes import barrier
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
+from .outlier_products import KEPT, PLANE, X_PITCH, multiply_first, multiply_more, turn
 from .overlap import await_previous, let_next_begin
 from .stage_statistics import (
     STATS_BYTES,
@@ -50,9 +50,7 @@ from .stage_statistics import (
 )
 from .weights import direct_statistics
 
-X_PITCH = 528  # bytes of a row of x of a chunk: 512 and 16, so that 8 rows lie in different banks
 X_STAGES = 2
-PLANE = 4096  # bytes of 8 rows of x of a chunk, turned: 16 of each column
 
 
 def _ask_weights(bits: int) -> str:
@@ -71,141 +69,6 @@ def _ask_outliers(kept: int) -> str:
     for i in range(kept // 32):
         lines += [f"setp.le.s32 p, $3, {32 * i};", f"cp.async.ca.shared.global [$1+{128 * i}], [$2+{128 * i}], 4, p;"]
     return "{\n" + "\n".join([*lines, "mov.b32 $0, $1;"]) + "\n}"
-
-
-def _sixteen(tiles: int, turned: bool) -> list[str]:
-    """PTX: the sums s times 16 outliers, of which a lane has four, w0 .. w3; its row in r. x of its rows at g, or where x is
-    turned the plane of its rows, and the lane's column in c."""
-    lines = []
-    for pair in range(2):
-        a, b = f"w{2 * pair}", f"w{2 * pair + 1}"
-        lines += [
-            f"prmt.b32 v, {a}, {b}, 0x7632;",
-            f"prmt.b32 t, {a}, {b}, 0x5410;",
-            # row xor gid as fp16 numbers, none of them 0 or inf: row gid is 0x0400, row gid + 8 is -0x0400
-            "lop3.b32 t, t, 0xF000F000, r, 0x6A;",
-            "mov.b32 u, 0x04000400; set.eq.u32.f16x2 u, t, u;",
-            "{ .reg .b32 c; mov.b32 c, 0x84008400; set.eq.u32.f16x2 t, t, c; }",
-            f"and.b32 a{2 * pair}, v, u;",
-            f"and.b32 a{2 * pair + 1}, v, t;",
-        ]
-    if turned:
-        lines.append("mad.lo.u32 c, c, 16, g;")
-    else:
-        lines += [f"dp4a.u32.u32 w{i}, w{i}, 2, g;" for i in range(4)]  # twice its lowest byte, the column, and g
-    for tile in range(tiles):
-        first = 2 * (tile % 2) if turned else 0
-        if turned and tile % 2 == 0:
-            number = 4 if tile + 1 < tiles else 2
-            into = ", ".join(f"b{i}" for i in range(number))
-            lines.append(f"ldmatrix.sync.aligned.m8n8.x{number}.trans.shared.b16 {{{into}}}, [c+{PLANE * tile}];")
-        elif not turned:
-            lines += [f"ld.shared.b16 h{i}, [w{i}+{8 * X_PITCH * tile}];" for i in range(4)]
-            lines += ["mov.b32 b0, {h0, h1};", "mov.b32 b1, {h2, h3};", *_finite(2)]
-        sums = "{" + ", ".join(f"s{4 * tile + i}" for i in range(4)) + "}"
-        x = f"{{b{first}, b{first + 1}}}"
-        lines.append(f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {sums}, {{a0, a1, a2, a3}}, {x}, {sums};")
-    return lines
-
-
-def _finite(words: int) -> list[str]:
-    """PTX: 65504 for an infinite x in b0 .., which times the zeros of A would be NaN; it is infinite in the product of the
-    codes."""
-    return ["mov.b32 t, 0x7BFF7BFF;", *(f"min.xorsign.abs.f16x2 b{i}, b{i}, t;" for i in range(words))]
-
-
-def _turn(tiles: int, warps: int) -> str:
-    """PTX: turns a warp's columns of x of a chunk, finite: from the lane's row of the first eight at $1 to its columns' places at
-    $2."""
-    parts = [(tile, columns) for tile in range(tiles) for columns in range(0, 256 // warps, 32)]
-    lines = [".reg .b32 b<16>, t;"]
-    for begin in range(0, len(parts), 4):  # the compiler moves no load before a store, so that each would be waited for
-        some = list(enumerate(parts[begin : begin + 4]))
-        four = [f"{{b{4 * i}, b{4 * i + 1}, b{4 * i + 2}, b{4 * i + 3}}}" for i, _ in some]
-        lines += [
-            f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {four[i]}, [$1+{8 * X_PITCH * tile + 2 * columns}];"
-            for i, (tile, columns) in some
-        ]
-        lines += _finite(4 * len(some))
-        lines += [
-            f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [$2+{PLANE * tile + 16 * columns}], {four[i]};"
-            for i, (tile, columns) in some
-        ]
-    return "{\n" + "\n".join([*lines, "mov.b32 $0, $1;"]) + "\n}"
-
-
-_OUTLIER_REGISTERS = ".reg .pred p, q; .reg .b32 w<4>, a<4>, b<4>, c, t, u, v, g, r, at, mine, end, left, i; .reg .b64 f, e;"
-
-
-def _multiply_first(kept: int, tiles: int, turned: bool) -> str:
-    """PTX: adds the products of the first `at_once` outliers of a chunk to a lane's sums, 4 for each 8 rows of x. There may be
-    fewer, with zeros behind them.
-
-    Inputs behind the sums: where in shared memory the lane's four of the first 16 words are; where the one whose column it is
-    asked for, if x is turned; x of row gid of the chunk, or the plane of the lane's rows; and gid << 12 in both halves."""
-    n = 4 * tiles
-    at, mine, x, rows = (f"${2 * n + i}" for i in range(4))
-    lines = [
-        _OUTLIER_REGISTERS, ".reg .b16 h<4>; " + f".reg .f32 s<{n}>;",
-        *(f"mov.f32 s{i}, ${n + i};" for i in range(n)),
-        f"mov.b32 g, {x}; or.b32 r, {rows}, 0x04000400;",
-    ]  # fmt: skip
-    for i in range(at_once(kept) // 16):
-        lines += [f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [{at}+{64 * i}];"]
-        lines += [f"ld.shared.u8 c, [{mine}+{64 * i}];"] * turned + _sixteen(tiles, turned)
-    lines += [f"mov.f32 ${i}, s{i};" for i in range(n)]
-    return "{\n" + "\n".join(lines) + "\n}"
-
-
-def _multiply_more(kept: int, tiles: int, turned: bool) -> str:
-    """PTX: the same of those behind the first `at_once`: one 16 after the other, those in shared memory and the rest.
-
-    Inputs further: how many outliers the chunk has, where Outliers and Pointers are, and the number of the chunk."""
-    n = 4 * tiles
-    at, mine, x, rows, count, outliers, pointers, chunk = (f"${2 * n + i}" for i in range(8))
-    begun = at_once(kept)
-    near = [
-        f"add.u32 at, {at}, {4 * begun}; min.s32 left, {count}, {kept}; mad.lo.s32 end, left, 4, {at};",
-        *[f"add.u32 mine, {mine}, {4 * begun};"] * turned,
-        "NEXT:", "ld.shared.v4.b32 {w0, w1, w2, w3}, [at];",
-        *["ld.shared.u8 c, [mine]; add.u32 mine, mine, 64;"] * turned,
-        *_sixteen(tiles, turned),
-        "add.u32 at, at, 64;", "setp.lt.s32 p, at, end;", "@p bra NEXT;",
-        f"setp.le.s32 p, {count}, {kept};", "@p bra DONE;",
-    ]  # fmt: skip
-    far_column = (
-        f"sub.u32 t, {mine}, {at}; cvt.s64.s32 e, t; add.s64 e, f, e;",
-        "shr.s32 t, t, 2; sub.s32 mine, left, t;",
-    )  # fmt: skip
-    lines = [
-        _OUTLIER_REGISTERS, ".reg .b16 h<4>; " + f".reg .f32 s<{n}>;",
-        *(f"mov.f32 s{i}, ${n + i};" for i in range(n)),
-        f"setp.le.s32 p, {count}, {begun};", "@p bra DONE;",
-        f"mov.b32 g, {x}; or.b32 r, {rows}, 0x04000400;",
-        *(near if begun < kept else ()),
-        f"mad.wide.u32 f, {chunk}, 8, {pointers}; ld.global.nc.b32 i, [f];",
-        f"mov.u32 t, %tid.x; and.b32 t, t, 3; mad.lo.u32 t, t, 4, {kept};",  # the lane's first
-        f"add.s32 i, i, t; mad.wide.s32 f, i, 4, {outliers}; sub.s32 left, {count}, t; sub.s32 i, {count}, {kept};",
-        *(far_column if turned else ()),
-        "FAR:",
-        *(f"mov.b32 w{i}, 0; setp.gt.s32 q, left, {i}; @q ld.global.nc.b32 w{i}, [f+{4 * i}];" for i in range(4)),
-        *["mov.b32 c, 0; setp.gt.s32 q, mine, 0; @q ld.global.nc.u8 c, [e];"] * turned,
-        *_sixteen(tiles, turned),
-        "add.s32 i, i, -16; add.s32 left, left, -16; add.u64 f, f, 64;",
-        *["add.s32 mine, mine, -16; add.u64 e, e, 64;"] * turned,
-        "setp.gt.s32 p, i, 0;", "@p bra FAR;",
-        "DONE:", *(f"mov.f32 ${i}, s{i};" for i in range(n)),
-    ]  # fmt: skip
-    return "{\n" + "\n".join(lines) + "\n}"
-
-
-KEPT = (0, 32, 64, 128)  # words of outliers of a chunk and tile that are copied; more are read when their turn comes
-
-
-def at_once(kept: int) -> int:
-    """How many outliers of a chunk are multiplied without asking whether there are so many, a multiple of 16: most chunks of a
-    matrix with so many `kept` have more."""
-    return 16 * ceil_div(3 * kept, 64)
 
 
 def tile_bytes(bits: int, kept: int) -> int:
@@ -244,13 +107,13 @@ _LANE_REGISTERS = gl.constexpr({
 _SIXTEEN = gl.constexpr((gl.int32,) * 16)
 _TILES = (1, 2, 3, 4)  # eights of rows of x
 _WAYS = [(kept, tiles, turned) for kept in KEPT for tiles in _TILES for turned in (False, True)]
-_FIRST = gl.constexpr({kept + 2 * tiles + turned: _multiply_first(kept, tiles, turned) for kept, tiles, turned in _WAYS})
-_MORE = gl.constexpr({kept + 2 * tiles + turned: _multiply_more(kept, tiles, turned) for kept, tiles, turned in _WAYS})
+_FIRST = gl.constexpr({kept + 2 * tiles + turned: multiply_first(kept, tiles, turned) for kept, tiles, turned in _WAYS})
+_MORE = gl.constexpr({kept + 2 * tiles + turned: multiply_more(kept, tiles, turned) for kept, tiles, turned in _WAYS})
 _FIRST_REGISTERS, _MORE_REGISTERS = (
     gl.constexpr({n: ",".join(["=&f"] * (4 * n) + ["f"] * (4 * n) + inputs) for n in _TILES})
     for inputs in (["r"] * 4, ["r"] * 5 + ["l", "l", "r"])
 )
-_TURN = gl.constexpr({8 * tiles + warps: _turn(tiles, warps) for tiles in _TILES for warps in (1, 2, 4, 8)})
+_TURN = gl.constexpr({8 * tiles + warps: turn(tiles, warps) for tiles in _TILES for warps in (1, 2, 4, 8)})
 _FLOATS = gl.constexpr({n: (gl.float32,) * (4 * n) for n in _TILES})
 _LOAD4 = gl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
 _MMA = gl.constexpr(ptx.MMA)

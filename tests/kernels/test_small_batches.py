@@ -39,7 +39,7 @@ def multiprocessors(monkeypatch):
 
 @pytest.fixture
 def way(request, monkeypatch):
-    """The rows of x of a choice that takes the place of those for them, which are one: None."""
+    """How many rows x has, and for them the choice that takes the place of the others, if one is given."""
     batch, choice = request.param
     if choice is not None:
         monkeypatch.setattr(small, "CHOICES", {batch: choice})
