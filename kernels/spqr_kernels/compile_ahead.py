@@ -36,7 +36,8 @@ _UNALIGNED = (
     *(f"{name}{i}" for name in ("out_features", "outliers") for i in range(TOGETHER)),
 )  # fmt: skip
 _FIT = ("search_kernel", "tile_start_kernel", "round_kernel", "residual_kernel")
-_ROW = {"BF": 0, "OUTLIERS": True, "WHOLE": True, "WARPS": 4, "STAGES": 2, "ENTRIES": 2}  # of one row of x
+_ROW = {"BF": 0, "OUTLIERS": True, "WHOLE": True, "WARPS": 4, "ENTRIES": 3}  # of one row of x
+_MANY = 1 << 20  # tiles of a launch: so many that registers are limited
 _OUTLIERS = {"Pointers": "*i32", "Outliers": "*i32"}
 
 
@@ -83,10 +84,10 @@ def variants() -> list[Variant]:
     sparse = {"OUTLIERS": True, "HAS_BIAS": False}
     for title, kind in kinds.items():
         for flavor, dtype in ((0, "*fp16"), (matvec.BF16, "*bf16")):
-            operands = {"X": dtype, "XDense": dtype, "Zeros": "*u8"} | _STORED | _OUTLIERS | {"Bias": dtype, "Y": dtype}
+            operands = {"X": dtype, "XDense": dtype} | _STORED | _OUTLIERS | {"Bias": dtype, "Y": dtype}
             sizes = {"out_features": "i32", "chunks": "i32", "groups": "i32", "all_outliers": "i32"}
-            constants = kind | sparse | {"BF": flavor, "WHOLE": True, "WARPS": 4, "STAGES": 2, "ENTRIES": 2}
-            registers = matvec.registers_for(constants)
+            constants = kind | sparse | _ROW | {"BF": flavor, "PERMUTED": False}
+            registers = matvec.registers_for(constants, _MANY)
             found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4, registers))
         found += [_siblings(title, kind), _experts(title, kind)]
         operands = {"X": "*fp16", "Scale": "*fp32"} | _STORED | _OUTLIERS | {"Bias": "*fp16", "Y": "*fp16"}
@@ -179,23 +180,24 @@ def _small(title: str, kind: dict[str, Any], operands: dict[str, str], sizes: di
 def _siblings(title: str, kind: dict[str, Any]) -> Variant:
     """Three matrices that share x."""
     three = range(TOGETHER)
-    operands = {"X": "*fp16", "Zeros": "*u8"} | {f"Joined{i}": "*i32" for i in three}
+    operands = {"X": "*fp16"} | {f"Joined{i}": "*i32" for i in three}
     operands |= {f"{name}{i}": "*fp16" for name in ("Bias", "Y") for i in three}
     operands |= dict.fromkeys(("chunks", "groups", "first1", "first2"), "i32")
     for i in three:
         names = ("at_scales", "at_zeros", "at_pointers", "at_outliers", "out_features", "outliers")
         operands |= {f"{name}{i}": "i32" for name in names}
     constants = kind | _ROW | {"HAS_BIAS": False}
-    registers = matvec.registers_for(constants)
+    registers = matvec.registers_for(constants, _MANY)
     return Variant(f"siblings {title}", grouped.siblings_kernel, operands, constants, 4, registers)
 
 
 def _experts(title: str, kind: dict[str, Any]) -> Variant:
     """The experts of each row."""
-    operands = {"X": "*fp16", "Ids": "*i64", "Table": "*i64", "Zeros": "*u8", "Stored": "*i32", "Y": "*fp16"}
+    operands = {"X": "*fp16", "Ids": "*i64", "Table": "*i64", "Stored": "*i32", "Y": "*fp16"}
     sizes = ("chunks", "groups", "tiles", "out_features", "experts", "parts", "pairs_a_row")
     operands |= dict.fromkeys((*sizes, "at_scales", "at_zeros", "at_pointers", "at_outliers"), "i32")
-    return Variant(f"experts {title}", grouped.experts_kernel, operands, kind | _ROW, 4, matvec.registers_for(kind | _ROW))
+    registers = matvec.registers_for(kind | _ROW, _MANY)
+    return Variant(f"experts {title}", grouped.experts_kernel, operands, kind | _ROW, 4, registers)
 
 
 def _fit_variants() -> list[Variant]:

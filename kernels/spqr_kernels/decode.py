@@ -344,7 +344,7 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
         dense = torch.nn.functional.pad(dense, (0, layout.blocks * TILE - layout.in_features))
     y = torch.empty(batch, layout.out_features, dtype=out_dtype, device=x.device)
     added = None if bias is None else aligned(bias)
-    shape, entries, _ = outliers.without_outliers(layout)
+    shape, entries = outliers.without_outliers(layout)
     launch = _launch(shape, entries, batch, out_dtype, None if bias is None else bias.dtype, x.device)
     launch(
         dense.data_ptr(), (y if scale is None else scale).data_ptr(), *addresses(tensors, layout),

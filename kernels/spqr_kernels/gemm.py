@@ -433,7 +433,7 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     """x W^T + bias for x fp16 or bf16 [batch, in], contiguous, and checked operands of a layout of whole chunks, not
     permuted where it has outliers. Returns [batch, out] in x's dtype."""
     batch, dtype = x.shape[0], x.dtype
-    shape, entries, _ = outliers.without_outliers(layout)
+    shape, entries = outliers.without_outliers(layout)
     given = None if bias is None else bias.dtype
     launches = _launches(shape, entries, batch, dtype, given, x.device, isinstance(tensors, Joined))
     plan, prepare, product, finish = launches

@@ -17,44 +17,42 @@ from triton.experimental.gluon import language as gl
 
 from spqr_format.layout import CHUNK, TILE, Layout
 
-from . import outliers, overlap
+from . import outliers, overlap, pair_outliers
 from .checks import aligned
 from .dispatch import TOGETHER
 from .experts import Table
 from .joined import places
 from .launch import REMEMBERED, Launch
-from .matvec import product_of_tile, row_constants, zeros
+from .matvec import product_of_tile, row_constants
 from .overlap import await_previous
 
 
 @gluon.jit
 def _product_in(
-    Joined, tile, X, Zeros, Bias, Y, at_scales, at_zeros, at_pointers, at_outliers, out_features, chunks, groups, all_outliers,
+    Joined, tile, X, Bias, Y, at_scales, at_zeros, at_pointers, at_outliers, out_features, chunks, groups, all_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, ENTRIES: gl.constexpr,
-    DEPENDENT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """`product_of_tile` of the matrix that lies in `Joined`, its statistics and outliers at these words of it."""
     scales = Joined + at_scales
     zero_points = Joined + at_zeros
     product_of_tile(
-        tile, X, X, Zeros, Joined, scales, zero_points.to(gl.pointer_type(gl.int16)), scales.to(gl.pointer_type(gl.int16)),
+        tile, X, X, Joined, scales, zero_points.to(gl.pointer_type(gl.int16)), scales.to(gl.pointer_type(gl.int16)),
         zero_points.to(gl.pointer_type(gl.uint8)), Joined + at_pointers, Joined + at_outliers, Bias, Y,
-        out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, True, HAS_BIAS, WHOLE, WARPS,
-        STAGES, ENTRIES, DEPENDENT,
+        out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, True, False, HAS_BIAS, WHOLE,
+        WARPS, ENTRIES, DEPENDENT,
     )  # fmt: skip
 
 
 @gluon.jit
 def siblings_kernel(
-    X, Zeros, Joined0, Joined1, Joined2, Bias0, Bias1, Bias2, Y0, Y1, Y2,
+    X, Joined0, Joined1, Joined2, Bias0, Bias1, Bias2, Y0, Y1, Y2,
     chunks, groups, first1, first2,
     at_scales0, at_zeros0, at_pointers0, at_outliers0, out_features0, outliers0,
     at_scales1, at_zeros1, at_pointers1, at_outliers1, out_features1, outliers1,
     at_scales2, at_zeros2, at_pointers2, at_outliers2, out_features2, outliers2,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, ENTRIES: gl.constexpr,
-    DEPENDENT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y0, Y1 and Y2 from one X [chunks * 256]; programs from first1 and from first2 on are those of the second and the third
     matrix. Where there are but two, first2 is the number of programs."""
@@ -72,8 +70,8 @@ def siblings_kernel(
     out_features = gl.where(third, out_features2, gl.where(second, out_features1, out_features0))
     all_outliers = gl.where(third, outliers2, gl.where(second, outliers1, outliers0))
     _product_in(
-        joined, tile, X, Zeros, bias, y, at_scales, at_zeros, at_pointers, at_outliers, out_features, chunks, groups,
-        all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, HAS_BIAS, WHOLE, WARPS, STAGES, ENTRIES, DEPENDENT,
+        joined, tile, X, bias, y, at_scales, at_zeros, at_pointers, at_outliers, out_features, chunks, groups,
+        all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, HAS_BIAS, WHOLE, WARPS, ENTRIES, DEPENDENT,
     )  # fmt: skip
 
 
@@ -90,11 +88,11 @@ def _words(layout: Layout) -> list[int]:
 def _siblings(layouts: tuple[Layout, ...], dtype: torch.dtype, bias: torch.dtype | None, device: torch.device) -> Launch:
     tiles = [layout.tile_rows for layout in layouts]
     first = layouts[0]
-    dtypes = (dtype, torch.uint8, *[torch.int32] * TOGETHER, *[bias or dtype] * TOGETHER, *[dtype] * TOGETHER)
+    dtypes = (dtype, *[torch.int32] * TOGETHER, *[bias or dtype] * TOGETHER, *[dtype] * TOGETHER)
     integers = [first.blocks // CHUNK, first.groups, tiles[0], tiles[0] + tiles[1]]
     for layout in (*layouts, *[layouts[-1]] * (TOGETHER - len(layouts))):
         integers += [*_words(layout), layout.out_features, layout.outliers]
-    entries = max(outliers.without_outliers(layout)[2] for layout in layouts)
+    entries = max(pair_outliers.entries(layout) for layout in layouts)
     constants = {"HAS_BIAS": bias is not None, **row_constants(first, entries, sum(tiles), dtype), **overlap.options(device)}
     return Launch(siblings_kernel, (sum(tiles), 1), device, dtypes, integers, constants)
 
@@ -115,17 +113,16 @@ def siblings(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], b
     if len(layouts) < TOGETHER:  # the last one stands in for a third
         addresses = [[*each, each[-1]] for each in addresses]
     launch = _siblings(layouts, x.dtype, biases[0].dtype if biases else None, x.device)
-    launch(dense.data_ptr(), zeros(x.device).data_ptr(), *addresses[0], *addresses[1], *addresses[2])
+    launch(dense.data_ptr(), *addresses[0], *addresses[1], *addresses[2])
     return results
 
 
 @gluon.jit
 def experts_kernel(
-    X, Ids, Table, Zeros, Stored, Y,
+    X, Ids, Table, Stored, Y,
     chunks, groups, tiles, out_features, experts, parts, pairs_a_row, at_scales, at_zeros, at_pointers, at_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, ENTRIES: gl.constexpr,
-    DEPENDENT: gl.constexpr,
+    WHOLE: gl.constexpr, WARPS: gl.constexpr, ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y[pair, part, o] = sum_i W[Ids[pair], part][o, i] X[pair // pairs_a_row, i] where Table has that matrix; NaN
     for an id that is no expert.
@@ -146,9 +143,9 @@ def experts_kernel(
         all_outliers = gl.load(entry + 1).to(gl.int32)
         row = (pair // pairs_a_row).to(gl.int64)
         _product_in(
-            Stored + gl.multiple_of(begin, 32), tile, X + row * (chunks * 256), Zeros, y, y, at_scales, at_zeros, at_pointers,
+            Stored + gl.multiple_of(begin, 32), tile, X + row * (chunks * 256), y, y, at_scales, at_zeros, at_pointers,
             at_outliers, out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, False, WHOLE,
-            WARPS, STAGES, ENTRIES, DEPENDENT,
+            WARPS, ENTRIES, DEPENDENT,
         )  # fmt: skip
     if not known:
         row_of_y = tile * 16 + gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
@@ -160,9 +157,9 @@ def experts_kernel(
 def _experts(
     layout: Layout, entries: int, number: int, parts: int, pairs: int, rows: int, dtype: torch.dtype, device: torch.device
 ) -> Launch:
-    """layout and entries: as `outliers.without_outliers` has them."""
+    """layout without outliers; entries: as `pair_outliers.entries` has them."""
     tiles = layout.tile_rows
-    dtypes = (dtype, torch.int64, torch.int64, torch.uint8, torch.int32, dtype)
+    dtypes = (dtype, torch.int64, torch.int64, torch.int32, dtype)
     words = _words(layout.with_outliers(int(entries > 0)))
     integers = (layout.blocks // CHUNK, layout.groups, tiles, layout.out_features, number, parts, pairs // rows, *words)
     constants = row_constants(layout, entries, tiles * parts * pairs, dtype) | overlap.options(device)
@@ -183,9 +180,8 @@ def experts(x: Tensor, ids: Tensor, stored: Tensor, tables: Sequence[Table]) -> 
     pairs = ids.numel()
     y = torch.empty(pairs, parts * layout.out_features, dtype=x.dtype, device=x.device)
     for table in tables:
-        shape, _, entries = outliers.without_outliers(table.layout)
+        shape, _ = outliers.without_outliers(table.layout)
+        entries = pair_outliers.entries(table.layout)
         launch = _experts(shape, entries, len(table.begins), parts, pairs, x.shape[0], x.dtype, x.device)
-        launch(
-            x.data_ptr(), ids.data_ptr(), table.begins.data_ptr(), zeros(x.device).data_ptr(), stored.data_ptr(), y.data_ptr()
-        )
+        launch(x.data_ptr(), ids.data_ptr(), table.begins.data_ptr(), stored.data_ptr(), y.data_ptr())
     return y

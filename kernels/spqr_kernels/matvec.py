@@ -1,13 +1,15 @@
 """Matrix-vector kernel for NVIDIA GPUs (sm_80 and newer): y = W x for batch 1, exact codes on tensor cores, outliers fused.
 
-A program takes one tile of 16 rows; its warps take the chunks of 256 columns in turn, each at its own pace. Chunks arrive in
-shared memory by asynchronous copies (`ring`), because bytes in flight in registers cost the warps that hide latency.
+A program takes one tile of 16 rows; its warps take pairs of chunks, 512 columns, in turn, each at its own pace; a chunk each
+in the last turn where that is enough. All that a
+warp multiplies arrives in shared memory by asynchronous copies (`ring`), because bytes in flight in registers cost the warps
+that hide latency.
 
 A lane's words become exact codes in floating point by one mask each, and are the A fragment of `mma.m16n8k16` as they
 stand. At batch 1 seven of the eight columns of B would idle; instead each holds x of another block of 16 columns (B is block
-diagonal: lanes off the diagonal read zeros), so that one product gives the sums over eight groups apart, sum(q x). Scales
-and zeros then apply in float32, each (row, group) in one lane only: y += s (sum(q x) - z sum(x)). Every sum has one fixed
-order, so results repeat bit for bit.
+diagonal: lanes off the diagonal read zeros), so that one product gives the sums over groups apart, sum(q x). Scales and zeros
+then apply in float32, each (row, group) in one lane only: y += s (sum(q x) - z sum(x)). Every sum has one fixed order, so
+results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -15,35 +17,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from itertools import pairwise, permutations
-from threading import Thread
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from spqr_format.errors import SpqrError
-from spqr_format.layout import CHUNK, TILE, Layout
+from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 from spqr_format.packing import FIELDS, is_spread
 
-from . import outliers, overlap, ptx
+from . import overlap, pair_outliers, ptx
 from .checks import aligned
 from .joined import Joined
-from .lanes import load2, load4
+from .lanes import barrier
 from .launch import LEAVES, Launch, addresses, constants_of
 from .overlap import await_previous, let_next_begin
 from .ring import (
+    MOST_BYTES,
+    X_BYTES,
+    ZEROS_BYTES,
     bytes_of_stage,
+    bytes_of_warp,
+    commit_copies,
     copy_chunk,
+    copy_x,
     read1,
     read2,
     read2_long,
     read4,
     read_long,
     read_words,
-    room_for_ring,
-    stage_bytes,
-    wait_for_chunk,
+    room_for_warp,
+    room_of_zeros,
+    wait_for_copies,
+    warp_bytes,
 )
 from .wide_groups import pairs_of, with_last_groups
 
@@ -75,7 +82,8 @@ def positions(bits: int, bfloat: bool) -> tuple[tuple[int, ...], tuple[int, ...]
 
 _FLAVORS = {bits + BF16 * bf: positions(bits, bool(bf)) for bits in (2, 3, 4) for bf in (0, 1)}
 _LEAST = {flavor: min(upper + lower) for flavor, (upper, lower) in _FLAVORS.items()}
-# Orders of the couples in which those of one 16-byte half of x follow each other.
+# Orders of the couples in which those of one 16-byte half of x follow each other, so that it is done with sooner: others would
+# change their unit less often with bf16, but take more registers.
 _HALVED = [(a, b, c, d) for a, b, c, d in permutations(range(4)) if a // 2 == b // 2]
 
 
@@ -128,6 +136,7 @@ _CODE = gl.constexpr({place: ptx.code_under_exponent(place) for place in ptx.STA
 _EXPONENT = gl.constexpr({place: (150 - place) << 23 for place in ptx.STATISTICS_PLACES})  # float of 2**(23 - place)
 _OFFSET = gl.constexpr({place: 2.0 ** (23 - place) for place in ptx.STATISTICS_PLACES})
 _FOUR_HALVES = gl.constexpr(ptx.FOUR_HALVES)
+_X_BYTES = gl.constexpr(X_BYTES)
 
 
 @gluon.jit
@@ -192,41 +201,36 @@ def _scale(dot, n: gl.constexpr, FLAVOR: gl.constexpr):
 
 
 @gluon.jit
-def _couple_of_all(slots, x, dots, undo, couple: gl.constexpr, n: gl.constexpr, BITS: gl.constexpr, BF: gl.constexpr):
-    """Couple n of the order in all four chains."""
+def _couple_of_both(slots, x, dots, undo, couple: gl.constexpr, n: gl.constexpr, BITS: gl.constexpr, BF: gl.constexpr):
+    """Couple n of the order in both chains."""
     i: gl.constexpr = couple % 2 * 2
-    near = x[couple // 2]
-    far = x[2 + couple // 2]
-    return (
-        _scale(_couple(slots[0], near[i], near[i + 1], dots[0], couple, undo, BITS, BF), n, BITS + BF),
-        _scale(_couple(slots[1], near[i], near[i + 1], dots[1], couple, undo, BITS, BF), n, BITS + BF),
-        _scale(_couple(slots[2], far[i], far[i + 1], dots[2], couple, undo, BITS, BF), n, BITS + BF),
-        _scale(_couple(slots[3], far[i], far[i + 1], dots[3], couple, undo, BITS, BF), n, BITS + BF),
-    )  # fmt: skip
+    h: gl.constexpr = couple // 2
+    near = _couple(slots[0], x[h][i], x[h][i + 1], dots[0], couple, undo, BITS, BF)
+    far = _couple(slots[2], x[4 + h][i], x[4 + h][i + 1], dots[1], couple, undo, BITS, BF)
+    near = _couple(slots[1], x[2 + h][i], x[2 + h][i + 1], near, couple, undo, BITS, BF)
+    far = _couple(slots[3], x[6 + h][i], x[6 + h][i + 1], far, couple, undo, BITS, BF)
+    return _scale(near, n, BITS + BF), _scale(far, n, BITS + BF)
 
 
 @gluon.jit
-def _products(slots, at, tid, zero, undo, BITS: gl.constexpr, BF: gl.constexpr):
+def _products(slots, at0, at1, zero, undo, BITS: gl.constexpr, BF: gl.constexpr):
     """sum(q x) of the chunk's groups 0..7 and 8..15, as D fragments: lanes have those of groups 2 tid, 2 tid + 1.
 
-    at: where lanes gid % 4 = tid find x of block gid (the other lanes: zeros). Slots 2 h and 2 h + 1 are multiplied with the
-    same B, which has x of blocks 8 h .. 8 h + 7 in its columns: of the first, columns 0..3 are the sums, of the second 4..7.
-    Four chains of products side by side, for the latency of each.
+    at0, at1: where, in shared memory, lanes gid = tid and gid = 4 + tid find x of block gid, and the others zeros. So B of
+    slots 0 and 2 has x in its columns 0..3, and that of slots 1 and 3 in columns 4..7, and both go into one sum.
     """
     F: gl.constexpr = BITS + BF
     none = (zero, zero, zero, zero)
-    dots = (none, none, none, none)
-    x = (load4(at), load4(at + 4), load4(at + 64), load4(at + 68))
-    dots = _couple_of_all(slots, x, dots, undo, _ORDER[F][0], 0, BITS, BF)
-    dots = _couple_of_all(slots, x, dots, undo, _ORDER[F][1], 1, BITS, BF)
-    dots = _couple_of_all(slots, x, dots, undo, _ORDER[F][2], 2, BITS, BF)
-    dots = _couple_of_all(slots, x, dots, undo, _ORDER[F][3], 3, BITS, BF)
-    return _chosen(tid < 2, dots[0], dots[1]), _chosen(tid < 2, dots[2], dots[3])
-
-
-@gluon.jit
-def _chosen(first, a, b):
-    return gl.where(first, a[0], b[0]), gl.where(first, a[1], b[1]), gl.where(first, a[2], b[2]), gl.where(first, a[3], b[3])
+    dots = (none, none)
+    x = (
+        read4(at0), read4(at0 + 16), read4(at1), read4(at1 + 16),
+        read4(at0 + 256), read4(at0 + 272), read4(at1 + 256), read4(at1 + 272),
+    )  # fmt: skip
+    dots = _couple_of_both(slots, x, dots, undo, _ORDER[F][0], 0, BITS, BF)
+    dots = _couple_of_both(slots, x, dots, undo, _ORDER[F][1], 1, BITS, BF)
+    dots = _couple_of_both(slots, x, dots, undo, _ORDER[F][2], 2, BITS, BF)
+    dots = _couple_of_both(slots, x, dots, undo, _ORDER[F][3], 3, BITS, BF)
+    return dots
 
 
 @gluon.jit
@@ -291,23 +295,104 @@ def _statistics_at(StatCodes, TileStats, tile, chunk, chunks, lane, CHUNKS_A_SET
 
 
 @gluon.jit
+def _x_sums(x, lane, ones, zero, BF: gl.constexpr):
+    """sum(x) of the groups of blocks 2 tid, 2 tid + 1, 8 + 2 tid, 9 + 2 tid: B with x of block gid in column gid, A of ones."""
+    near = read2(x + lane * 8)
+    far = read2(x + (256 + lane * 8))
+    none = (zero, zero, zero, zero)
+    near_sums = _mma(ones, ones, ones, ones, near[0], near[1], none, BF)
+    far_sums = _mma(ones, ones, ones, ones, far[0], far[1], none, BF)
+    return near_sums[0], near_sums[1], far_sums[0], far_sums[1]
+
+
+@gluon.jit
+def _add_bilevel(y0, y1, dot0, dot1, x_sum, codes, tops, exponents):
+    """y0 and y1 plus the part of a group, from its statistics codes and tile statistics. exponents: 2**(23 - P) as floats, for
+    P of 11, 14, 17 and 20."""
+    ss, sz, zs, zz = gl.inline_asm_elementwise(
+        _FOUR_HALVES, "=f,=f,=f,=f,l", [tops], dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1
+    )
+    a = zs * x_sum
+    t0 = dot0 - _statistic(codes, exponents[1], zz + _OFFSET[14], 14) * a
+    t1 = dot1 - _statistic(codes, exponents[3], zz + _OFFSET[20], 20) * a
+    y0 += ss * (_statistic(codes, exponents[0], sz + _OFFSET[11], 11) * t0)
+    y1 += ss * (_statistic(codes, exponents[2], sz + _OFFSET[17], 17) * t1)
+    return y0, y1
+
+
+@gluon.jit
+def _add_direct(y0, y1, dot0, dot1, x_sum, GroupSc, GroupZp, row0, row1, group):
+    """The same from scales and zeros; row0, row1: where the rows begin."""
+    scale0 = gl.load(GroupSc + (row0 + group)).to(gl.float16, bitcast=True).to(gl.float32)
+    scale1 = gl.load(GroupSc + (row1 + group)).to(gl.float16, bitcast=True).to(gl.float32)
+    y0 += scale0 * (dot0 - gl.load(GroupZp + (row0 + group)).to(gl.float32) * x_sum)
+    y1 += scale1 * (dot1 - gl.load(GroupZp + (row1 + group)).to(gl.float32) * x_sum)
+    return y0, y1
+
+
+@gluon.jit
+def _x_of_slots(pair, zeros_at, gid, tid):
+    """Where `_products` finds x of the first chunk of a pair."""
+    at = pair + gid * 32
+    return gl.where(gid == tid, at, zeros_at), gl.where(gid == 4 + tid, at, zeros_at)
+
+
+@gluon.jit
+def _add_chunk(
+    y0, y1, stage, x, x0, x1, tile, chunk, last, StatCodes, GroupSc, GroupZp, row0, row1, chunks, groups, lane, constants,
+    BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr,
+):  # fmt: skip
+    """y0 and y1 plus a lane's part of a chunk without its outliers, which is in a stage, its x at `x`; x0 and x1 as `_products`
+    has them. last: the largest number of a chunk of any warp. constants: ones, what undoes 128, `_add_bilevel`'s."""
+    CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
+    WARPS: gl.constexpr = lane.shape[0] // 32
+    gid = lane // 4
+    tid = lane % 4
+    zero = gl.zeros([32 * WARPS], gl.float32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    if CHUNKS_A_SET > 1:  # before the products, whose sums would be held over the condition
+        codes = _wide_codes(stage + 512 * BITS, StatCodes, tile, chunk, last, chunks, groups, gid, tid, CHUNKS_A_SET)
+    dots = _products(read_words(stage + lane * 16, BITS), x0, x1, zero, constants[1], BITS, BF)
+    x_sums = _x_sums(x, lane, constants[0], zero, BF)
+    if BILEVEL:
+        if CHUNKS_A_SET == 1:
+            codes = _set_of_codes(stage + 512 * BITS, lane)
+        tops = _tops(stage + (512 * BITS + 192), tid, CHUNKS_A_SET)
+    for n in gl.static_range(4):
+        dot0 = dots[n // 2][n % 2]
+        dot1 = dots[n // 2][2 + n % 2]
+        if BILEVEL:
+            y0, y1 = _add_bilevel(y0, y1, dot0, dot1, x_sums[n], codes[n], tops[n], constants[2])
+        else:
+            block = chunk * 16 + (8 * (n // 2) + n % 2) + 2 * tid
+            group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
+            y0, y1 = _add_direct(y0, y1, dot0, dot1, x_sums[n], GroupSc, GroupZp, row0, row1, group)
+    return y0, y1
+
+
+@gluon.jit
 def product_of_tile(
-    tile, X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
+    tile, X, XDense, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
     out_features, chunks, groups, all_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    SOME: gl.constexpr, HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
+    SOME: gl.constexpr, PERMUTED: gl.constexpr, HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr,
     ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y[o] = sum_i W[o, i] X[i] (+ Bias[o]) for the 16 rows o of a tile.
 
-    X [in] is read by the outliers, XDense [chunks * 256], permuted where need be, by the codes; both fp16, or bf16 where BF is
-    8. Zeros: 512 bytes of 0. Y [out]. Statistics: direct, or bilevel with groups of 16, 32 or 64. SOME: the matrix has no
-    outliers, and no pointers to them, where all_outliers is 0. WHOLE: chunks is a multiple of WARPS. ENTRIES: see
-    `outliers.entries_of_chunk`.
+    XDense [chunks * 256] is x in stored order, X [chunks * 256] in the original order, and read only where these are not the
+    same, PERMUTED, and there are outliers; both fp16, or bf16 where BF is 8. Y [out]. Statistics: direct, or bilevel with
+    groups of 16, 32 or 64. SOME: the matrix has no outliers, and no pointers to them, where all_outliers is 0. WHOLE: chunks is
+    a multiple of 2 * WARPS. ENTRIES: see `pair_outliers.entries`.
     """
     FLAVOR: gl.constexpr = BITS + BF
     CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
+    OWN_X: gl.constexpr = PERMUTED and OUTLIERS
     STAGE: gl.constexpr = bytes_of_stage(BITS, BILEVEL)
+    A_WARP: gl.constexpr = bytes_of_warp(BITS, BILEVEL, ENTRIES if OUTLIERS else 0, OWN_X)
+    SPARSE_X_AT: gl.constexpr = _X_BYTES if OWN_X else 0  # within a pair
+    OUTLIERS_AT: gl.constexpr = SPARSE_X_AT + _X_BYTES
+    PAIR: gl.constexpr = OUTLIERS_AT + (128 * ENTRIES if OUTLIERS else 0)
+    STEP: gl.constexpr = 2 * WARPS  # chunks from a pair of a warp to its next one
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     spread: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])  # warp, lane, row half
     inner: gl.constexpr = gl.SliceLayout(0, spread)
@@ -318,140 +403,131 @@ def product_of_tile(
     gid = lane // 4
     tid = lane % 4
     tile64 = tile.to(gl.int64)
-    row0 = tile * 16 + gid
-    row1 = row0 + 8
     zero = gl.zeros([32 * WARPS], gl.float32, layout)
     none = gl.zeros([32 * WARPS], gl.int32, layout)
-    ones = none + _ONES[FLAVOR]
-    undo = none + _UNDO_OR
+    exponents = (none + _EXPONENT[11], none + _EXPONENT[14], none + _EXPONENT[17], none + _EXPONENT[20])
+    constants = (none + _ONES[FLAVOR], none + _UNDO_OR, exponents)
+    row0 = gl.minimum(tile * 16 + gid, out_features - 1).to(gl.int64) * groups
+    row1 = gl.minimum(tile * 16 + gid + 8, out_features - 1).to(gl.int64) * groups
 
     if OUTLIERS:  # first of all, because what they point to waits for it
         pointers = Pointers + tile64 * (2 * chunks)
-        sparse_chunks = chunks
+        cells = 2 * chunks
         if SOME:
-            sparse_chunks = gl.where(all_outliers > 0, chunks, 0)
-        first_begin, first_end = outliers.bounds(pointers, warp, sparse_chunks)
-        begin, end = outliers.bounds(pointers, warp + WARPS, sparse_chunks)
+            cells = gl.where(all_outliers > 0, cells, 0)
+        fours = all_outliers & -4
+        held = pair_outliers.hold_bounds((none, none), 0, lane, warp, pointers, cells, WARPS)
 
-    words_at = Weight + (tile64 * chunks * (128 * BITS) + (warp * (128 * BITS) + lane * 4))
+    chunk = 2 * warp
+    in_pairs = chunks
+    if not WHOLE:
+        in_pairs = gl.maximum(chunks - WARPS, 0)
+        chunk = gl.where(in_pairs > 0, chunk, warp)
+    words_at = Weight + (tile64 * chunks * (128 * BITS) + (chunk * (128 * BITS) + lane * 4))
     statistics_at = words_at
     has_statistics = none
     if BILEVEL:
-        statistics_at, has_statistics = _statistics_at(StatCodes, TileStats, tile, warp, chunks, lane, CHUNKS_A_SET)
-    statistics_step = gl.where(lane < 12, 48 * WARPS, 32 * WARPS)
-    ring = room_for_ring(warp, lane, BITS, BILEVEL, WARPS, STAGES)
-    ahead = warp
-    for j in gl.static_range(STAGES - 1):
-        copied = (ahead < chunks).to(gl.int32)
-        copy_chunk(ring + j * STAGE, lane, words_at, statistics_at, copied, has_statistics, BITS, BILEVEL)
-        words_at += WARPS * 128 * BITS
-        ahead += WARPS
-        if BILEVEL:
-            if CHUNKS_A_SET == 1:
-                statistics_at += statistics_step
-            else:
-                statistics_at, has_statistics = _statistics_at(StatCodes, TileStats, tile, ahead, chunks, lane, CHUNKS_A_SET)
+        statistics_at, has_statistics = _statistics_at(StatCodes, TileStats, tile, chunk, chunks, lane, CHUNKS_A_SET)
+    statistics_step = gl.where(lane < 12, 48, 32)  # words, of a chunk
+    room = room_for_warp(warp, lane, A_WARP, WARPS)
+    own = room + lane * 16
+    pair_now = room + 2 * STAGE
+    pair_then = pair_now + PAIR
+    copy_chunk(own, words_at, statistics_at, (chunk < chunks).to(gl.int32), has_statistics, BITS, BILEVEL)
     if OUTLIERS:
-        sums = outliers.room_for_sums(warp, lane)
-
-    # Lanes gid % 4 = tid bring x of block gid, the others zeros.
-    zeros_at = Zeros.to(gl.pointer_type(gl.int32)) + none
-    x_at = XDense.to(gl.pointer_type(gl.int32)) + (warp * 128 + gid * 8)
+        sums = pair_outliers.clear_sums(room + 2 * (STAGE + PAIR), lane)
+        begin, end = pair_outliers.bounds(held, 0)
+        pair_outliers.copy(pair_now + OUTLIERS_AT, Outliers, begin, end, fours, lane, ENTRIES)
+    zeros_at = room_of_zeros(thread)
+    barrier()
+    x_at = XDense.to(gl.pointer_type(gl.int32)) + (chunk * 128 + lane * 4)
     if DEPENDENT:  # x, unlike the matrix, comes from the kernel before
         x_at = await_previous(x_at)
-    diagonal = gl.where(gid % 4 == tid, x_at, zeros_at)
-    diagonal_step = gl.where(gid % 4 == tid, 128 * WARPS, 0)
-    sums_at = x_at + tid * 2
+    copy_x(pair_now + lane * 16, x_at, chunk, chunks)
+    if OWN_X:
+        sparse_x_at = X.to(gl.pointer_type(gl.int32)) + (chunk * 128 + lane * 4)
+        copy_x(pair_now + SPARSE_X_AT + lane * 16, sparse_x_at, chunk, chunks)
+    commit_copies(lane)
 
-    exponent11 = none + _EXPONENT[11]
-    exponent14 = none + _EXPONENT[14]
-    exponent17 = none + _EXPONENT[17]
-    exponent20 = none + _EXPONENT[20]
     y0 = zero
     y1 = zero
-    chunk = warp
-    now = 0
-    then = (STAGES - 1) * STAGE
-    if OUTLIERS:
-        words, _, _ = outliers.fetch_chunk(
-            Outliers, first_begin, first_end, pointers, warp, WARPS, sparse_chunks, sums, X, lane, ENTRIES, BF
-        )
-    for first in range(0, chunks, WARPS):
-        wait_for_chunk(lane, STAGES - 2)
-        if WHOLE:
-            copied = none + (first + WARPS * (STAGES - 1) < chunks).to(gl.int32)
-        else:
-            copied = (ahead < chunks).to(gl.int32)
-        copy_chunk(ring + then, lane, words_at, statistics_at, copied, has_statistics, BITS, BILEVEL)
-        words_at += WARPS * 128 * BITS
-        ahead += WARPS
-        if BILEVEL:
-            if CHUNKS_A_SET == 1:
-                statistics_at += statistics_step
+    step = 1
+    for first in range(0, in_pairs, STEP):
+        x0, x1 = _x_of_slots(pair_now, zeros_at, gid, tid)
+        for half in gl.static_range(2):
+            wait_for_copies(lane)
+            # Which chunk is copied now, how much further that is, and whether it is there.
+            if half == 0:
+                further = 1
+                ahead = chunk + 1
+                there = none + 1
+                if not WHOLE:
+                    there = (ahead < chunks).to(gl.int32)
+            elif WHOLE:
+                further = STEP - 1
+                ahead = chunk + (STEP - 1)
+                there = none + (first + STEP < chunks).to(gl.int32)
             else:
-                statistics_at, has_statistics = _statistics_at(StatCodes, TileStats, tile, ahead, chunks, lane, CHUNKS_A_SET)
-        if OUTLIERS:
-            words_ahead, begin, end = outliers.fetch_chunk(
-                Outliers, begin, end, pointers, chunk + WARPS, WARPS, sparse_chunks, sums, X, lane, ENTRIES, BF
-            )
-        stage = ring + now
-        then = now
-        now = gl.where(now == (STAGES - 1) * STAGE, 0, now + STAGE)
-        if WHOLE:
-            at = diagonal
-            ones_at = sums_at
-        else:  # past the end the words are zeros, and so must x be
-            at = gl.where(chunk < chunks, diagonal, zeros_at)
-            ones_at = gl.where(chunk < chunks, sums_at, zeros_at)
-        diagonal += diagonal_step
-        sums_at += 128 * WARPS
-        if CHUNKS_A_SET > 1:  # before the products, whose sums would be held over the condition
-            codes = _wide_codes(
-                stage + 512 * BITS, StatCodes, tile, chunk, first + (WARPS - 1), chunks, groups, gid, tid, CHUNKS_A_SET
-            )
-        # B with x of block gid in column gid and A of ones: sum(x) of groups 2 tid and 2 tid + 1 in each row of D
-        natural0 = load2(ones_at)
-        natural1 = load2(ones_at + 64)
-        dots = _products(read_words(stage, lane, BITS), at, tid, zero, undo, BITS, BF)
-        blank = (zero, zero, zero, zero)
-        sums0 = _mma(ones, ones, ones, ones, natural0[0], natural0[1], blank, BF)
-        sums1 = _mma(ones, ones, ones, ones, natural1[0], natural1[1], blank, BF)
-        x_sums = (sums0[0], sums0[1], sums1[0], sums1[1])
-        if BILEVEL:
-            if CHUNKS_A_SET == 1:
-                codes = _set_of_codes(stage + 512 * BITS, lane)
-            tops = _tops(stage + (512 * BITS + 192), tid, CHUNKS_A_SET)
-        for n in gl.static_range(4):
-            dot0 = dots[n // 2][n % 2]
-            dot1 = dots[n // 2][2 + n % 2]
+                ahead = (first + STEP) + gl.where(first + STEP < in_pairs, 2 * warp, warp)
+                further = ahead - chunk
+                there = (ahead < chunks).to(gl.int32)
+            words_at += further * 128 * BITS
             if BILEVEL:
-                t = codes[n]
-                ss, sz, zs, zz = gl.inline_asm_elementwise(
-                    _FOUR_HALVES, "=f,=f,=f,=f,l", [tops[n]], dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
-                    is_pure=True, pack=1,
-                )  # fmt: skip
-                a = zs * x_sums[n]
-                t0 = dot0 - _statistic(t, exponent14, zz + _OFFSET[14], 14) * a
-                t1 = dot1 - _statistic(t, exponent20, zz + _OFFSET[20], 20) * a
-                y0 += ss * (_statistic(t, exponent11, sz + _OFFSET[11], 11) * t0)
-                y1 += ss * (_statistic(t, exponent17, sz + _OFFSET[17], 17) * t1)
-            else:
-                block = chunk * 16 + (8 * (n // 2) + n % 2) + 2 * tid
-                group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
-                place0 = gl.minimum(row0, out_features - 1).to(gl.int64) * groups + group
-                place1 = gl.minimum(row1, out_features - 1).to(gl.int64) * groups + group
-                scale0 = gl.load(GroupSc + place0).to(gl.float16, bitcast=True).to(gl.float32)
-                scale1 = gl.load(GroupSc + place1).to(gl.float16, bitcast=True).to(gl.float32)
-                y0 += scale0 * (dot0 - gl.load(GroupZp + place0).to(gl.float32) * x_sums[n])
-                y1 += scale1 * (dot1 - gl.load(GroupZp + place1).to(gl.float32) * x_sums[n])
-        chunk += WARPS
+                if CHUNKS_A_SET == 1:
+                    statistics_at += further * statistics_step
+                else:
+                    statistics_at, has_statistics = _statistics_at(
+                        StatCodes, TileStats, tile, ahead, chunks, lane, CHUNKS_A_SET
+                    )
+            copy_chunk(own + (1 - half) * STAGE, words_at, statistics_at, there, has_statistics, BITS, BILEVEL)
+            if half == 1:
+                x_chunk = ahead
+                if WHOLE:
+                    x_chunk = none + (first + STEP)
+                x_at += (further + 1) * 128
+                copy_x(pair_then + lane * 16, x_at, x_chunk, chunks)
+                if OWN_X:
+                    sparse_x_at += (further + 1) * 128
+                    copy_x(pair_then + SPARSE_X_AT + lane * 16, sparse_x_at, x_chunk, chunks)
+                if OUTLIERS:
+                    held = pair_outliers.hold_bounds(held, step, lane, warp, pointers, cells, WARPS)
+                    next_begin, next_end = pair_outliers.bounds(held, step)
+                    pair_outliers.copy(pair_then + OUTLIERS_AT, Outliers, next_begin, next_end, fours, lane, ENTRIES)
+                    step += 1
+            commit_copies(lane)
+            y0, y1 = _add_chunk(
+                y0, y1, room + half * STAGE, pair_now + 512 * half, x0 + 512 * half, x1 + 512 * half, tile, chunk,
+                first + (STEP - 2 + half), StatCodes, GroupSc, GroupZp, row0, row1, chunks, groups, lane, constants,
+                BITS, BF, BILEVEL, BLOCKS_A_GROUP,
+            )  # fmt: skip
+            if half == 0:
+                chunk = ahead
         if OUTLIERS:
-            outliers.add_products(sums, words, X, chunk - WARPS, lane, ENTRIES, BF)
-            words = words_ahead
+            pair_outliers.add_products(
+                sums, pair_now + SPARSE_X_AT, pair_now + OUTLIERS_AT, Outliers, begin, end, fours, lane, 512, ENTRIES, BF
+            )
+            begin = next_begin
+            end = next_end
+        chunk = ahead
+        pair = pair_now
+        pair_now = pair_then
+        pair_then = pair
 
-    wait_for_chunk(lane, 0)
+    wait_for_copies(lane)
+    if not WHOLE:
+        left = chunks - gl.cdiv(in_pairs, STEP) * STEP
+        if left > 0:
+            x0, x1 = _x_of_slots(pair_now, zeros_at, gid, tid)
+            y0, y1 = _add_chunk(
+                y0, y1, room, pair_now, x0, x1, tile, chunk, chunks - 1, StatCodes, GroupSc, GroupZp, row0, row1, chunks,
+                groups, lane, constants, BITS, BF, BILEVEL, BLOCKS_A_GROUP,
+            )  # fmt: skip
+            if OUTLIERS:
+                pair_outliers.add_products(
+                    sums, pair_now + SPARSE_X_AT, pair_now + OUTLIERS_AT, Outliers, begin, end, fours, lane, 256, ENTRIES, BF
+                )
     if OUTLIERS:
-        sum0, sum1 = outliers.sums_of_rows(sums, lane)
+        sum0, sum1 = pair_outliers.sums_of_rows(sums, lane)
         y0 += sum0 * (1.0 / _UNIT[FLAVOR])
         y1 += sum1 * (1.0 / _UNIT[FLAVOR])
     if DEPENDENT:
@@ -470,52 +546,28 @@ def product_of_tile(
 
 @gluon.jit
 def matvec_kernel(
-    X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
+    X, XDense, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
     out_features, chunks, groups, all_outliers,
     BITS: gl.constexpr, BF: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, ENTRIES: gl.constexpr,
+    PERMUTED: gl.constexpr, HAS_BIAS: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr, ENTRIES: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """`product_of_tile` for every tile of a matrix, a program each."""
     product_of_tile(
-        gl.program_id(0), X, XDense, Zeros, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
-        out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, False, HAS_BIAS, WHOLE, WARPS,
-        STAGES, ENTRIES, DEPENDENT,
+        gl.program_id(0), X, XDense, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y,
+        out_features, chunks, groups, all_outliers, BITS, BF, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, False, PERMUTED, HAS_BIAS,
+        WHOLE, WARPS, ENTRIES, DEPENDENT,
     )  # fmt: skip
 
 
 @cache
-def zeros(device: torch.device) -> Tensor:
-    """512 bytes of 0 that live as long as the process. SpqrError E509 while a CUDA graph is captured: they would be zeros only
-    once it has run, so the first product of a process must come before.
-
-    Made by a thread of its own: torch.compile's CUDA graphs give the memory that the calling thread allocates to their pool,
-    where nothing may stay alive between runs.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        raise SpqrError("E509", "linear", "a CUDA graph is being captured: run a product once before")
-    made: list[Tensor] = []
-
-    def make() -> None:
-        made.append(torch.zeros(512, dtype=torch.uint8, device=device))
-        torch.cuda.current_stream(device).synchronize()
-
-    thread = Thread(target=make)
-    thread.start()
-    thread.join()
-    return made[0]
-
-
-@cache
 def _launch(layout: Layout, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool) -> Launch:
-    dtypes = (dtype, dtype, torch.uint8, *LEAVES.values(), bias or dtype, dtype)
+    dtypes = (dtype, dtype, *LEAVES.values(), bias or dtype, dtype)
     integers = (layout.out_features, layout.blocks // CHUNK, layout.groups, layout.outliers)
-    _, _, entries = outliers.without_outliers(layout)
     constants = {
-        "HAS_BIAS": bias is not None,
-        **row_constants(layout, entries, layout.tile_rows, dtype),
-        **overlap.options(device, joined),
-    }
+        "PERMUTED": layout.permuted, "HAS_BIAS": bias is not None,
+        **row_constants(layout, pair_outliers.entries(layout), layout.tile_rows, dtype), **overlap.options(device, joined),
+    }  # fmt: skip
     return Launch(matvec_kernel, (layout.tile_rows, 1), device, dtypes, integers, constants)
 
 
@@ -524,53 +576,52 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
 
     Returns [1, out] in x's dtype.
     """
-    x = aligned(x)
-    dense = x if not layout.permuted else x.index_select(1, tensors["perm"])
-    if layout.in_features % TILE:
-        dense = torch.nn.functional.pad(dense, (0, layout.blocks * TILE - layout.in_features))
     y = torch.empty(1, layout.out_features, dtype=x.dtype, device=x.device)
-    added = None if bias is None else aligned(bias)
+    original = x = aligned(x)
+    if layout.permuted:
+        x = x.index_select(1, tensors["perm"])
+    if layout.in_features % TILE:
+        padding = (0, layout.blocks * TILE - layout.in_features)
+        x = torch.nn.functional.pad(x, padding)
+        original = torch.nn.functional.pad(original, padding) if layout.permuted else x
+    added = y if bias is None else aligned(bias)
     launch = _launch(layout, x.dtype, None if bias is None else bias.dtype, x.device, isinstance(tensors, Joined))
-    launch(
-        x.data_ptr(), dense.data_ptr(), zeros(x.device).data_ptr(), *addresses(tensors, layout),
-        (y if added is None else added).data_ptr(), y.data_ptr(),
-    )  # fmt: skip
+    launch(original.data_ptr(), x.data_ptr(), *addresses(tensors, layout), added.data_ptr(), y.data_ptr())
     return y
 
 
 def row_constants(layout: Layout, entries: int, tiles: int, dtype: torch.dtype) -> dict[str, int | bool]:
     """What `product_of_tile` is compiled with for x of this dtype and a launch of so many tiles, and the warps of a program.
-    entries: of outliers, as `outliers.without_outliers` has it."""
-    warps = warps_for(tiles, layout, entries > 0)
+    entries: as `pair_outliers.entries` has them."""
+    warps = warps_for(tiles, layout, entries)
     constants = constants_of(layout) | {
-        "BF": BF16 if dtype == torch.bfloat16 else 0, "OUTLIERS": entries > 0, "WARPS": warps, "STAGES": STAGES,
-        "WHOLE": layout.blocks // CHUNK % warps == 0, "ENTRIES": max(entries, 1), "num_warps": warps,
+        "BF": BF16 if dtype == torch.bfloat16 else 0, "OUTLIERS": entries > 0, "WARPS": warps,
+        "WHOLE": layout.blocks // CHUNK % (2 * warps) == 0, "ENTRIES": max(entries, 1), "num_warps": warps,
     }  # fmt: skip
-    registers = registers_for(constants)
+    registers = registers_for(constants, tiles)
     return constants | ({"maxnreg": registers} if registers else {})
 
 
-def registers_for(constants: Mapping[str, int | bool]) -> int | None:
-    """The limit of a thread's registers, where one was faster than the compiler's choice: 80 are 6 programs of 4 warps a
-    multiprocessor. The other kinds would spill or need fewer."""
+# What follows was measured on an H200, of 132 multiprocessors.
+_MANY_WARPS = 132 * 16  # of all tiles; from there on it counts how many a multiprocessor holds
+_FEW_TILES = 255  # up to which 8 warps share one
+_MANY_TILES = 600  # from which two warps are enough for up to _SHORT chunks
+_SHORT = 16
+
+
+def registers_for(constants: Mapping[str, int | bool], tiles: int) -> int | None:
+    """The limit of a thread's registers, where one was faster than the compiler's choice: 80, for 24 warps a multiprocessor,
+    where there are so many. The other kinds would spill or need fewer."""
     plain = constants["BILEVEL"] and constants["BLOCKS_A_GROUP"] == 1 and not constants["BF"]
-    return 80 if plain and constants["OUTLIERS"] and constants["ENTRIES"] > 1 and constants["WARPS"] == 4 else None
+    return 80 if plain and tiles * constants["WARPS"] > _MANY_WARPS else None
 
 
-STAGES = 2  # 3 were slower nearly everywhere
-_SHARED_BYTES = 48 << 10  # of a program, without asking for more
-
-
-# Tiles of a launch up to which 8 warps share one: with more, an H200 is full of programs of 4. With outliers, where a warp has
-# more to wait for, up to what it holds of programs of 8: at 384 tiles 4 warps took 7 us, and 8 took 10.
-_FEW_TILES = {False: 255, True: 264}
-
-
-def warps_for(tiles: int, layout: Layout, outliers_too: bool) -> int:
-    """Warps that share a tile, for a launch of so many (measured)."""
-    most = max(1, layout.blocks // CHUNK)
-    a_warp = STAGES * stage_bytes(layout.weight_bits, layout.statistics == "bilevel") + outliers.SUMS_BYTES + 256  # for sums
-    warps = 8 if tiles <= _FEW_TILES[outliers_too] and 8 * a_warp <= _SHARED_BYTES else 4
-    while warps > most:
+def warps_for(tiles: int, layout: Layout, entries: int) -> int:
+    """Warps that share a tile, for a launch of so many: as many as have a pair of chunks each, and room."""
+    chunks = layout.blocks // CHUNK
+    warps = 8 if tiles <= _FEW_TILES else 2 if tiles >= _MANY_TILES and chunks <= _SHORT else 4
+    a_warp = warp_bytes(layout.weight_bits, layout.statistics == "bilevel", entries, layout.permuted and entries > 0)
+    for_sums = 256  # of a warp, to add up what the warps have
+    while warps > 1 and (warps > ceil_div(chunks, 2) or warps * (a_warp + for_sums) + ZEROS_BYTES > MOST_BYTES):
         warps //= 2
     return warps

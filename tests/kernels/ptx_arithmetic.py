@@ -155,6 +155,8 @@ _OPERATIONS: dict[str, tuple[Callable[..., np.ndarray], str, str]] = {
     "setp.le": (np.less_equal, "pred", "t t"),
     "setp.gt": (np.greater, "pred", "t t"),
     "setp.ge": (np.greater_equal, "pred", "t t"),
+    "setp.lt.and": (lambda a, b, p: (a < b) & (p != 0), "pred", "t t pred"),
+    "setp.ge.and": (lambda a, b, p: (a >= b) & (p != 0), "pred", "t t pred"),
 }
 _INTEGERS = ("mul.lo", "mad.lo", "mul.hi", "mul.wide", "mad.wide", "div", "rem", "setp.ne")
 _OF_32_BITS = ("mul.hi", "dp4a.u32", "shf.l.wrap", "shf.r.wrap", "lop3", "prmt", "bfe")

@@ -237,6 +237,13 @@ class Program:
         partner = np.arange(len(on)) ^ self.registers[distance, on].astype(np.int64)
         self.registers[to, on] = self._of(source, on, "b32")[partner]
 
+    def _indexed(self, name: str, operands: list, on: np.ndarray) -> None:
+        self._warps(on)
+        to, source, lane, *rest = operands
+        self._all_lanes(rest, [31, 2**32 - 1])
+        partner = np.arange(len(on)) // 32 * 32 + self.registers[lane, on].astype(np.int64) % 32
+        self.registers[to, on] = self._of(source, on, "b32")[partner]
+
     def _reduce(self, name: str, operands: list, on: np.ndarray) -> None:
         self._warps(on)
         to, source, mask = operands
@@ -268,6 +275,7 @@ _BESIDE: dict[str, Callable[[Program, str, list, np.ndarray], None]] = {  # arit
     r"cp\.async\.wait_(group|all)": Program._wait,
     r"bar\.warp\.sync": Program._warp_barrier,
     r"shfl\.sync\.bfly\.b32": Program._butterfly,
+    r"shfl\.sync\.idx\.b32": Program._indexed,
     r"redux\.sync\.(min|max)\.[su]32": Program._reduce,
     r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32": Program._mma,
     r"griddepcontrol\.(wait|launch_dependents)": Program._nothing,

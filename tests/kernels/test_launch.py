@@ -97,9 +97,9 @@ def complete(launch: Launch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
-    from spqr_kernels import decode, gemm, grouped, matvec, outliers, small
+    from spqr_kernels import decode, gemm, grouped, matvec, outliers, pair_outliers, small
 
-    shape, entries, of_chunk = outliers.without_outliers(layout)
+    shape, entries = outliers.without_outliers(layout)
     for bias in (None, torch.float32):
         complete(matvec._launch.__wrapped__(layout, dtype, bias, GPU, True))
         for batch in (1, 8, 33, 64):
@@ -119,7 +119,7 @@ def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
         other = Layout(**{**layout.as_dict(), "out_features": 17, "outliers": 0})
         for layouts in ((layout, other), (other, layout, layout)):
             complete(grouped._siblings.__wrapped__(layouts, dtype, bias, GPU))
-    complete(grouped._experts.__wrapped__(shape, of_chunk, 8, 2, 6, 3, dtype, GPU))
+    complete(grouped._experts.__wrapped__(shape, pair_outliers.entries(layout), 8, 2, 6, 3, dtype, GPU))
 
 
 def test_what_was_not_joined_does_not_overlap(hopper):
@@ -138,15 +138,17 @@ def test_what_was_not_joined_does_not_overlap(hopper):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layers_that_differ_in_the_number_of_outliers_share_launches(layout):
     pytest.importorskip("triton", reason="no Triton")
-    from spqr_kernels.outliers import entries_of_chunk, outliers_a_lane, without_outliers
+    from spqr_kernels import outliers, pair_outliers
 
-    shape, *entries = without_outliers(layout)
+    shape, entries = outliers.without_outliers(layout)
     assert shape == layout.with_outliers(0)
     if not layout.outliers:
-        assert entries == [0, 0]
+        assert entries == pair_outliers.entries(layout) == 0
         return
-    assert entries == [outliers_a_lane(layout), entries_of_chunk(layout)]
-    assert without_outliers(layout.with_outliers(layout.outliers - 1)) == (shape, *entries)
+    fewer = layout.with_outliers(layout.outliers - 1)
+    assert entries == outliers.outliers_a_lane(layout)
+    assert outliers.without_outliers(fewer) == (shape, entries)
+    assert pair_outliers.entries(fewer) == pair_outliers.entries(layout) > 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

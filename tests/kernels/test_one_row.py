@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from spqr_kernels import experts, grouped, joined, matvec, outliers, overlap
+from spqr_kernels import experts, grouped, joined, matvec, overlap, pair_outliers, ring
 from spqr_kernels.launch import LEAVES
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -24,14 +24,15 @@ def product(matrix, x, bias=None, x_of_outliers=None, modes=(True, False), **for
     layout, memory, packed = matrix.layout, Memory(), matrix.pack()
     launch = matvec._launch.__wrapped__(layout, x.dtype, None if bias is None else bias.dtype, CPU, False)
     dense = x if matrix.perm is None else x[torch.from_numpy(matrix.perm).long()]
-    dense = torch.nn.functional.pad(dense, (0, layout.blocks * 16 - layout.in_features))
+    if x_of_outliers is not None:
+        forced["PERMUTED"] = True
+    elif layout.permuted:
+        x_of_outliers = x
+    padding = (0, layout.blocks * 16 - layout.in_features)
+    given = [0 if part is None else memory.add(bits(torch.nn.functional.pad(part, padding))) for part in (x_of_outliers, dense)]
     y = memory.add(empty(layout.out_features, x.dtype), writable=True)
-    addresses = [
-        memory.add(bits(x if x_of_outliers is None else x_of_outliers)), memory.add(bits(dense)),
-        memory.add(np.zeros(512, np.uint8)), *(memory.add(packed[leaf]) if leaf in packed else 0 for leaf in LEAVES),
-        0 if bias is None else memory.add(bits(bias)), y,
-    ]  # fmt: skip
-    run(launch, memory, addresses, modes, **forced)
+    stored = [memory.add(packed[leaf]) if leaf in packed else 0 for leaf in LEAVES]
+    run(launch, memory, [*given, *stored, 0 if bias is None else memory.add(bits(bias)), y], modes, **forced)
     return torch.from_numpy(memory.array(y).copy()).view(x.dtype)
 
 
@@ -70,35 +71,48 @@ def test_every_kind_of_matrix(random_matrix, kind, dtype, rows, columns, biased)
 def test_warps_share_chunks(random_matrix, group_size, warps, chunks):
     """As many as the warps, more and fewer; sets of statistics that are full, behind full ones, or alone."""
     for count in chunks:
-        matrix = random_matrix(24, 256 * count, group_size=group_size, seed=count)
+        # with outliers there is no room for 8 warps
+        matrix = random_matrix(24, 256 * count, group_size=group_size, seed=count, **{"outliers": 0.0} if warps == 8 else {})
         x = row(256 * count)
-        whole = {"WARPS": warps, "num_warps": warps, "WHOLE": count % warps == 0, "ENTRIES": 2}
+        whole = {"WARPS": warps, "num_warps": warps, "WHOLE": count % (2 * warps) == 0, "ENTRIES": 2}
         check(product(matrix, x, modes=(True,), **whole), matrix.dequantize(), x)
 
 
-@pytest.mark.parametrize("stages", [pytest.param(3, marks=pytest.mark.slow)])
-def test_more_stages(random_matrix, stages):
-    for count in (1, 4, 9):
-        matrix = random_matrix(24, 256 * count)
-        x = row(256 * count)
-        check(product(matrix, x, STAGES=stages), matrix.dequantize(), x)
+def test_a_warp_has_more_pairs_than_lanes(random_matrix):
+    """Where outliers begin is read for 32 pairs at a time."""
+    matrix = random_matrix(16, 256 * 67, outliers=0.005)
+    x = row(256 * 67)
+    check(product(matrix, x, modes=(True,), WARPS=1, num_warps=1, WHOLE=False), matrix.dequantize(), x)
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16])
-@pytest.mark.parametrize("entries", outliers.ENTRIES)
+@pytest.mark.parametrize("entries", ring.ENTRIES)
 def test_crowded_outliers(random_matrix, entries, dtype):
-    """Chunks with none, as many as lanes fetch at once, one more, and all their weights."""
+    """Pairs of chunks with none, as many as there is room for, one more, behind others within 16 bytes, and with outliers
+    everywhere."""
     matrix = random_matrix(40, 1280, outliers=0.0)
     share = np.zeros((40, 1280))
-    share[:16, :256] = 1  # 4096
-    share[0, 256 : 256 + 32 * entries] = 1
-    share[3, 512 : 512 + 32 * entries] = share[15, 767] = 1
+    share[0, : 32 * entries] = 1
+    share[3, 512 : 512 + 32 * entries] = share[15, 1023] = 1
+    share[:16, 1024:] = 1  # 4096
     share[16:32] = 0.01
     share[20:24, 1000:1200] = 0.7
     share[39, 1279] = 1
     matrix = with_outliers(matrix, share)
     x = row(1280, dtype)
     check(product(matrix, x, ENTRIES=entries), matrix.dequantize(), x)
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_few_outliers(random_matrix, count):
+    """Copies are of 16 bytes, and of what lies behind the last outlier none is read."""
+    matrix = random_matrix(40, 1280, outliers=0.0)
+    share = np.zeros((40, 1280))
+    share.flat[np.linspace(1000, share.size - 1, count).astype(int)] = 1
+    matrix = with_outliers(matrix, share)
+    assert matrix.layout.outliers == count
+    x = row(1280)
+    check(product(matrix, x), matrix.dequantize(), x)
 
 
 def test_an_infinite_x_is_multiplied_with_the_outliers_of_its_column_alone(random_matrix):
@@ -154,7 +168,7 @@ def test_siblings(random_matrix, kind, rows, columns, dtype):
     added = [0 if bias is None else memory.add(bits(bias)) for bias in biases]
     results = [memory.add(empty(out, dtype), writable=True) for out in rows]
     of_three = [[*each, each[-1]][:3] for each in (stored, added, results)]
-    run(launch, memory, [memory.add(bits(dense)), memory.add(np.zeros(512, np.uint8)), *chain(*of_three)])
+    run(launch, memory, [memory.add(bits(dense)), *chain(*of_three)])
     for matrix, bias, y in zip(found, biases, results, strict=True):
         check(torch.from_numpy(memory.array(y).copy()).view(dtype), matrix.dequantize(), x, bias)
 
@@ -177,14 +191,12 @@ def test_experts(random_matrix, dtype):
     memory = Memory()
     table_of = {table.layout.weight_bits: table for table in experts.tables(layouts, begins)}
     y = memory.add(bits(torch.full((len(ids), parts * out), 7.0, dtype=dtype)), writable=True)
-    x_at, ids_at, zeros_at, stored_at = (
-        memory.add(array) for array in (bits(x), np.array(ids), np.zeros(512, np.uint8), stored.numpy())
-    )
+    x_at, ids_at, stored_at = (memory.add(array) for array in (bits(x), np.array(ids), stored.numpy()))
 
     def multiply(table):
-        layout, _, entries = outliers.without_outliers(table.layout)
+        layout, entries = table.layout.with_outliers(0), pair_outliers.entries(table.layout)
         launch = grouped._experts.__wrapped__(layout, entries, number, parts, len(ids), len(x), dtype, CPU)
-        run(launch, memory, [x_at, ids_at, memory.add(table.begins.numpy()), zeros_at, stored_at, y], modes=(True,))
+        run(launch, memory, [x_at, ids_at, memory.add(table.begins.numpy()), stored_at, y], modes=(True,))
         return torch.from_numpy(memory.array(y).copy()).view(dtype).reshape(len(ids), parts, out)
 
     result = multiply(table_of[3])
