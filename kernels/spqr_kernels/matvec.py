@@ -431,29 +431,30 @@ def product_of_tile(
     statistics_step = gl.where(lane < 12, 48, 32)  # words, of a chunk
     room = room_for_warp(warp, lane, A_WARP, WARPS)
     own = room + lane * 16
-    pair_now = room + 2 * STAGE
-    pair_then = pair_now + PAIR
+    pairs = room + 2 * STAGE
     copy_chunk(own, words_at, statistics_at, (chunk < chunks).to(gl.int32), has_statistics, BITS, BILEVEL)
     if OUTLIERS:
         sums = pair_outliers.clear_sums(room + 2 * (STAGE + PAIR), lane)
         begin, end = pair_outliers.bounds(held, 0)
-        pair_outliers.copy(pair_now + OUTLIERS_AT, Outliers, begin, end, fours, lane, ENTRIES)
+        pair_outliers.copy(pairs + OUTLIERS_AT, Outliers, begin, end, fours, lane, ENTRIES)
     zeros_at = room_of_zeros(thread)
     barrier()
     x_at = XDense.to(gl.pointer_type(gl.int32)) + (chunk * 128 + lane * 4)
     if DEPENDENT:  # x, unlike the matrix, comes from the kernel before
         x_at = await_previous(x_at)
-    copy_x(pair_now + lane * 16, x_at, chunk, chunks)
+    copy_x(pairs + lane * 16, x_at, chunk, chunks)
     if OWN_X:
         sparse_x_at = X.to(gl.pointer_type(gl.int32)) + (chunk * 128 + lane * 4)
-        copy_x(pair_now + SPARSE_X_AT + lane * 16, sparse_x_at, chunk, chunks)
+        copy_x(pairs + SPARSE_X_AT + lane * 16, sparse_x_at, chunk, chunks)
     commit_copies(lane)
 
     y0 = zero
     y1 = zero
     step = 1
+    now = 0  # which of two pairs is multiplied
     for first in range(0, in_pairs, STEP):
-        x0, x1 = _x_of_slots(pair_now, zeros_at, gid, tid)
+        pair = pairs + now
+        x0, x1 = _x_of_slots(pair, zeros_at, gid, tid)
         for half in gl.static_range(2):
             wait_for_copies(lane)
             # Which chunk is copied now, how much further that is, and whether it is there.
@@ -484,6 +485,7 @@ def product_of_tile(
                 x_chunk = ahead
                 if WHOLE:
                     x_chunk = none + (first + STEP)
+                pair_then = pairs + (PAIR - now)
                 x_at += (further + 1) * 128
                 copy_x(pair_then + lane * 16, x_at, x_chunk, chunks)
                 if OWN_X:
@@ -496,7 +498,7 @@ def product_of_tile(
                     step += 1
             commit_copies(lane)
             y0, y1 = _add_chunk(
-                y0, y1, room + half * STAGE, pair_now + 512 * half, x0 + 512 * half, x1 + 512 * half, tile, chunk,
+                y0, y1, room + half * STAGE, pair + 512 * half, x0 + 512 * half, x1 + 512 * half, tile, chunk,
                 first + (STEP - 2 + half), StatCodes, GroupSc, GroupZp, row0, row1, chunks, groups, lane, constants,
                 BITS, BF, BILEVEL, BLOCKS_A_GROUP,
             )  # fmt: skip
@@ -504,27 +506,26 @@ def product_of_tile(
                 chunk = ahead
         if OUTLIERS:
             pair_outliers.add_products(
-                sums, pair_now + SPARSE_X_AT, pair_now + OUTLIERS_AT, Outliers, begin, end, fours, lane, 512, ENTRIES, BF
+                sums, pair + SPARSE_X_AT, pair + OUTLIERS_AT, Outliers, begin, end, fours, lane, 512, ENTRIES, BF
             )
             begin = next_begin
             end = next_end
         chunk = ahead
-        pair = pair_now
-        pair_now = pair_then
-        pair_then = pair
+        now = PAIR - now
 
     wait_for_copies(lane)
     if not WHOLE:
         left = chunks - gl.cdiv(in_pairs, STEP) * STEP
         if left > 0:
-            x0, x1 = _x_of_slots(pair_now, zeros_at, gid, tid)
+            pair = pairs + now
+            x0, x1 = _x_of_slots(pair, zeros_at, gid, tid)
             y0, y1 = _add_chunk(
-                y0, y1, room, pair_now, x0, x1, tile, chunk, chunks - 1, StatCodes, GroupSc, GroupZp, row0, row1, chunks,
+                y0, y1, room, pair, x0, x1, tile, chunk, chunks - 1, StatCodes, GroupSc, GroupZp, row0, row1, chunks,
                 groups, lane, constants, BITS, BF, BILEVEL, BLOCKS_A_GROUP,
             )  # fmt: skip
             if OUTLIERS:
                 pair_outliers.add_products(
-                    sums, pair_now + SPARSE_X_AT, pair_now + OUTLIERS_AT, Outliers, begin, end, fours, lane, 256, ENTRIES, BF
+                    sums, pair + SPARSE_X_AT, pair + OUTLIERS_AT, Outliers, begin, end, fours, lane, 256, ENTRIES, BF
                 )
     if OUTLIERS:
         sum0, sum1 = pair_outliers.sums_of_rows(sums, lane)
