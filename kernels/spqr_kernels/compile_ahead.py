@@ -163,13 +163,12 @@ def _small(title: str, kind: dict[str, Any], operands: dict[str, str], sizes: di
     """The kernel of small batches; without outliers for the first kind alone."""
     found = []
     operands = operands | {"Partial": "*fp32"} | sizes | {"base": "i32", "extra": "i32"}
-    for width, kept in ((8, 64), (16, 64), (32, 64), (8, 0))[: 4 if title == "3-bit bilevel" else 3]:
+    for width, kept in ((8, 64), (16, 64), (8, 0))[: 3 if title == "3-bit bilevel" else 2]:
         choice = small.choice_for(width, kind["BILEVEL"])
-        turned = choice.turned and kept > 0
         constants = kind | {
             "HAS_BIAS": False, "SCALED": False, "BATCH": width, "WARPS": choice.warps, "TALL": choice.tall,
-            "STAGES": choice.stages, "KEPT": kept, "TURNED": turned, "SETS": choice.sets,
-            "ROOM": small.room_bytes(kind["BITS"], kept, width, choice.warps, choice.tall, choice.stages, turned),
+            "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets,
+            "ROOM": small.room_bytes(kind["BITS"], kept, width, choice.warps, choice.tall, choice.stages),
         }  # fmt: skip
         name = f"small {title} batch {width}{'' if kept else ' dense'}"
         found.append(Variant(name, small.small_kernel, operands, constants, choice.warps, choice.registers, nvidia=(90,)))

@@ -1,4 +1,4 @@
-"""Kernel of small batches for NVIDIA GPUs (sm_86 and newer): y = x W^T for 2 .. 32 rows of x, `mma.m16n8k16`, outliers fused.
+"""Kernel of small batches for NVIDIA GPUs (sm_90 and newer): y = x W^T for 2 .. 16 rows of x, `mma.m16n8k16`, outliers fused.
 
 A warp holds one or two tiles, each 16 rows of W. A lane's words become fp16 weights in registers and are the A fragments as
 they stand; x is B, and because the order of columns within a product is free, 16 bytes of a row of x are the B fragments of two
@@ -9,7 +9,7 @@ infinite x counts as the largest finite one there, as infinity times zero is NaN
 where the weight is an outlier its sign is that of what the outlier was added to.
 
 Shared memory is read and written in PTX, for which the compiler puts no barriers: words and statistics are read by the warp
-that copied them, and x, which the whole program reads, needs one barrier a chunk, and one more where it is turned.
+that copied them, and x, which the whole program reads, needs one barrier a chunk, and one more where it is turned for outliers.
 
 Programs, as many as run at once, have equal shares of the chunks of all pieces of Y. Where a piece is shared, the program that
 has its last chunk adds up the parts of the others: it waits for programs before it alone, and those began before it. Every sum
@@ -76,15 +76,18 @@ def tile_bytes(bits: int, kept: int) -> int:
     return 512 * bits + STATS_BYTES + 4 * kept
 
 
-def room_bytes(bits: int, kept: int, batch: int, warps: int, tall: int, stages: int, turned: bool) -> int:
+def room_bytes(bits: int, kept: int, batch: int, warps: int, tall: int, stages: int) -> int:
     """Of shared memory of a program, four for each of its threads."""
-    used = stages * warps * tall * tile_bytes(bits, kept) + X_STAGES * batch * X_PITCH + turned * batch // 8 * PLANE
+    used = stages * warps * tall * tile_bytes(bits, kept) + X_STAGES * batch * X_PITCH
+    if kept:
+        used += batch // 8 * PLANE
     return ceil_div(used, 128 * warps) * 128 * warps
 
 
 # The shared memory of a program, in the compiler's name for it: Gluon gives no addresses.
 _ROOM = gl.constexpr("mov.u32 $0, global_smem; // $1")
 _X_PITCH = gl.constexpr(X_PITCH)
+_PLANE = gl.constexpr(PLANE)
 _STATS_BYTES = gl.constexpr(STATS_BYTES)
 _ASK_WEIGHTS = gl.constexpr({bits: _ask_weights(bits) for bits in (2, 3, 4)})
 _ASK_OUTLIERS = gl.constexpr({kept: _ask_outliers(kept) for kept in KEPT})
@@ -105,10 +108,9 @@ _LANE_REGISTERS = gl.constexpr({
     bits: ptx.dequantize_lane_constraints(bits) + ",r" * len(lane[1]) for bits, lane in _LANES.items()
 })  # fmt: skip
 _SIXTEEN = gl.constexpr((gl.int32,) * 16)
-_TILES = (1, 2, 3, 4)  # eights of rows of x
-_WAYS = [(kept, tiles, turned) for kept in KEPT for tiles in _TILES for turned in (False, True)]
-_FIRST = gl.constexpr({kept + 2 * tiles + turned: multiply_first(kept, tiles, turned) for kept, tiles, turned in _WAYS})
-_MORE = gl.constexpr({kept + 2 * tiles + turned: multiply_more(kept, tiles, turned) for kept, tiles, turned in _WAYS})
+_TILES = (1, 2)  # eights of rows of x
+_FIRST = gl.constexpr({kept + tiles: multiply_first(kept, tiles) for kept in KEPT for tiles in _TILES})
+_MORE = gl.constexpr({kept + tiles: multiply_more(kept, tiles) for kept in KEPT for tiles in _TILES})
 _FIRST_REGISTERS, _MORE_REGISTERS = (
     gl.constexpr({n: ",".join(["=&f"] * (4 * n) + ["f"] * (4 * n) + inputs) for n in _TILES})
     for inputs in (["r"] * 4, ["r"] * 5 + ["l", "l", "r"])
@@ -122,6 +124,7 @@ _WAIT = gl.constexpr({
     stages: f"cp.async.wait_group {min(stages - 2, 1)}; bar.sync 0; mov.b32 $0, $1;" for stages in (2, 3, 4)
 })  # fmt: skip
 _BARRIER = gl.constexpr("bar.sync 0; mov.b32 $0, $1;")
+_PARTS = gl.constexpr(4)  # so many at once are on their way, as registers hold
 _COMMIT = gl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
 # A program's part of a piece is there where its flag is this, a nan; one that is not is no sum of a kernel before, nor left by
 # one: who reads a part clears its flag. Memory that nobody wrote is this by chance in one of 2**64 cases.
@@ -227,7 +230,7 @@ def _bounds(pointers_at, chunk, before, position, last):
 
 @gluon.jit
 def _add_products(
-    sums, outliers, mine, x, rows, further, WAY: gl.constexpr, TILES: gl.constexpr, TILE_BYTES: gl.constexpr
+    sums, outliers, mine, planes, rows, further, KEPT: gl.constexpr, TILES: gl.constexpr, TILE_BYTES: gl.constexpr
 ):  # fmt: skip
     """The sums of each tile with products of its outliers: the first ones', or those behind them where there are further inputs
     for each tile."""
@@ -235,8 +238,8 @@ def _add_products(
     MORE: gl.constexpr = len(further[0]) > 0
     for t in gl.static_range(len(sums)):
         new = gl.inline_asm_elementwise(
-            _MORE[WAY] if MORE else _FIRST[WAY], _MORE_REGISTERS[TILES] if MORE else _FIRST_REGISTERS[TILES],
-            sums[t][: 4 * TILES] + (outliers + t * TILE_BYTES, mine + t * TILE_BYTES, x, rows) + further[t],
+            _MORE[KEPT + TILES] if MORE else _FIRST[KEPT + TILES], _MORE_REGISTERS[TILES] if MORE else _FIRST_REGISTERS[TILES],
+            sums[t][: 4 * TILES] + (outliers + t * TILE_BYTES, mine + t * TILE_BYTES, planes, rows) + further[t],
             dtype=_FLOATS[TILES], is_pure=False, pack=1,
         )  # fmt: skip
         after = after + (sums[t][4 * TILES :] + new,)
@@ -307,7 +310,7 @@ def small_kernel(
     batch, out_features, tile_rows, chunks, groups, base, extra,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr,
     BATCH: gl.constexpr, WARPS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
-    TURNED: gl.constexpr, SETS: gl.constexpr, ROOM: gl.constexpr, DEPENDENT: gl.constexpr,
+    SETS: gl.constexpr, ROOM: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out], batch at most BATCH, X fp16 [batch, chunks * 256].
 
@@ -316,8 +319,8 @@ def small_kernel(
     others base. What a program has of a piece that others share goes to Partial fp32 [programs, 2, 16 * TALL * WARPS * BATCH]:
     0 where the next programs go on, with a flag, 8 bytes, behind all parts; 1 where it has the piece's end, until it adds the
     parts of the programs before, which publish theirs before they wait. KEPT: words of outliers of a chunk and tile that are
-    copied, 0 where the matrix has none. TURNED: whether x is turned for them, 16 bytes for 8 rows of a column. SETS: of sums
-    that a lane has for each product, 1 or 2, so that products need not wait for each other.
+    copied, 0 where the matrix has none. SETS: of sums that a lane has for each product, 1 or 2, so that products need not wait
+    for each other.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
@@ -327,7 +330,6 @@ def small_kernel(
     STAGE: gl.constexpr = WARPS * TALL * TILE_BYTES
     X_STAGE: gl.constexpr = BATCH * _X_PITCH
     THREADS: gl.constexpr = 32 * WARPS
-    WAY: gl.constexpr = KEPT + 2 * TILES + TURNED
     thread = gl.arange(0, THREADS, layout=layout)
     lane = thread % 32
     warp = thread // 32
@@ -349,11 +351,11 @@ def small_kernel(
     x_own = room + (STAGES * STAGE + warp * _X_PITCH + lane * 16)
     x_read = room + (STAGES * STAGE + gid * _X_PITCH)
 
-    if TURNED:
+    if KEPT > 0:  # x is turned to planes
         planes = room + (STAGES * STAGE + 2 * X_STAGE)
         turn_offset = lane % 8 * _X_PITCH + lane // 8 * 16 + warp * (512 // WARPS) - gid * _X_PITCH
-        plane_own = planes + (warp * (4096 // WARPS) + lane * 16)
-        plane_read = planes + lane // 16 * 4096
+        plane_own = planes + (warp * (_PLANE // WARPS) + lane * 16)
+        plane_read = planes + lane // 16 * _PLANE
         # the lane is asked for column k = lane % 16 of a product, which is that of word 4 (k % 8 / 2) + 2 (k / 8) + k % 2
         mine_offset = lane % 8 // 2 * 16 + lane % 16 // 8 * 8 + lane % 2 * 4 - tid * 16
 
@@ -438,7 +440,6 @@ def small_kernel(
             if KEPT > 0:
                 bounds = _bounds(pointers_at, ask, before, none + (position + STAGES), lasts)
             at = own + now
-            outliers = at + (512 * BITS + _STATS_BYTES) - (lane * 16 - tid * 16)
             words = ()
             for t in gl.static_range(TALL):
                 its = ()
@@ -457,16 +458,10 @@ def small_kernel(
                 if chunk + 1 == chunks:
                     direct_rows = _group_rows(((piece + 1) * WARPS + warp) * TALL, gid, out_features, groups, TALL)
                 direct_next = _direct_of_chunk(GroupSc, GroupZp, direct_rows, following, groups, tid, BLOCKS_A_GROUP)
-            x_outliers = x_now
-            mine = outliers
-            if TURNED:
-                x_outliers = plane_read
-                mine = outliers + mine_offset
+            if KEPT > 0:
                 gl.inline_asm_elementwise(
                     _TURN[8 * TILES + WARPS], "=r,r,r", [x_now + turn_offset, plane_own], dtype=gl.int32, is_pure=False, pack=1
                 )
-            elif KEPT > 0:
-                sums = _add_products(sums, outliers, mine, x_outliers, rows, ((),) * TALL, WAY, TILES, TILE_BYTES)
             x_lane = x_now + tid * 32
             for s in gl.static_range(4):
                 w = ()
@@ -504,15 +499,16 @@ def small_kernel(
                             new = new + d
                         after = after + (sums[t][SUMS:] + new,)
                     sums = after
-                if TURNED and s == 2:  # by all warps by now
+                if KEPT > 0 and s == 2:  # turned by all warps by now
                     gl.inline_asm_elementwise(_BARRIER, "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
-            if TURNED:
-                sums = _add_products(sums, outliers, mine, x_outliers, rows, ((),) * TALL, WAY, TILES, TILE_BYTES)
             if KEPT > 0:
+                outliers = at + (512 * BITS + _STATS_BYTES) - (lane * 16 - tid * 16)
+                mine = outliers + mine_offset
                 further = ()
                 for t in gl.static_range(TALL):
                     further = further + ((counts[0][t], outliers_at, pointers_at, tile_chunks[t] + chunk),)
-                sums = _add_products(sums, outliers, mine, x_outliers, rows, further, WAY, TILES, TILE_BYTES)
+                sums = _add_products(sums, outliers, mine, plane_read, rows, ((),) * TALL, KEPT, TILES, TILE_BYTES)
+                sums = _add_products(sums, outliers, mine, plane_read, rows, further, KEPT, TILES, TILE_BYTES)
                 counts = counts[1:]
             then = now
             now = gl.where(now == (STAGES - 1) * STAGE, 0, now + STAGE)
@@ -553,16 +549,15 @@ def small_kernel(
                 _AWAIT, "=r,l,r,r,~{memory}", [flags + mine, mine, none + program], dtype=gl.int32, is_pure=False, pack=1
             )
         barrier()
-        PARTS: gl.constexpr = min(4, 64 // (TALL * SUMS))  # so many at once are on their way, as registers hold
         total = (zero,) * (TALL * SUMS)
-        for other in range(source, program, PARTS):
+        for other in range(source, program, _PARTS):
             parts = ()
-            for k in gl.static_range(PARTS):
+            for k in gl.static_range(_PARTS):
                 part = Partial + 2 * (other + k) * (TALL * SUMS * THREADS) + thread
                 there = none + (other + k) < program
                 for i in gl.static_range(TALL * SUMS):
                     parts = parts + (gl.load(part + i * THREADS, mask=there, other=0, cache_modifier=".cg"),)
-            for k in gl.static_range(PARTS):
+            for k in gl.static_range(_PARTS):
                 new = ()
                 for i in gl.static_range(TALL * SUMS):
                     new = new + (total[i] + parts[k * TALL * SUMS + i],)
@@ -586,18 +581,12 @@ class Small:
     resident: int  # programs that a multiprocessor holds
     stages: int  # of chunks in shared memory
     sets: int  # of sums
-    turned: bool  # whether outliers find x turned
     least: int  # chunks of a program
 
 
-CHOICES = {  # of 8 and 16 measured on an H200
-    8: Small(4, 1, 96, 5, 2, 2, False, 3), 16: Small(4, 1, 128, 4, 3, 1, False, 2), 24: Small(4, 2, 168, 3, 2, 1, False, 2),
-    32: Small(4, 2, 168, 3, 2, 1, False, 2),
-}  # fmt: skip
-# Not measured: direct statistics wait in registers for a chunk, and with fewer, or for two tiles, the loop would spill.
-DIRECT_CHOICES = CHOICES | {
-    8: Small(4, 1, 112, 4, 2, 2, False, 3), 24: Small(4, 1, 128, 4, 2, 1, False, 2), 32: Small(4, 1, 168, 3, 3, 1, False, 2),
-}  # fmt: skip
+CHOICES = {8: Small(4, 1, 96, 5, 2, 2, 3), 16: Small(4, 1, 128, 4, 3, 1, 2)}  # measured on an H200
+# Not measured: direct statistics wait in registers for a chunk, and with fewer the loop would spill.
+DIRECT_CHOICES = CHOICES | {8: Small(4, 1, 112, 4, 2, 2, 3)}
 WIDEST = max(CHOICES)
 
 
@@ -635,7 +624,7 @@ def _launches(
 ) -> _Launches:  # fmt: skip
     """layout and kept: as `_without_outliers` has them. joined: whether the stored matrix is one tensor."""
     chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
-    width = min(width for width in CHOICES if width >= batch)
+    width = next(width for width in CHOICES if width >= batch)
     choice = choice_for(width, layout.statistics == "bilevel")
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     every = ceil_div(layout.tile_rows, choice.warps * choice.tall) * chunks
@@ -649,11 +638,9 @@ def _launches(
     integers = (
         batch, layout.out_features, layout.tile_rows, chunks, layout.groups, every // programs, every % programs,
     )  # fmt: skip
-    turned = choice.turned and kept > 0
-    room = room_bytes(layout.weight_bits, kept, width, choice.warps, choice.tall, choice.stages, turned)
+    room = room_bytes(layout.weight_bits, kept, width, choice.warps, choice.tall, choice.stages)
     constants = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": width} | overlaps | constants_of(layout) | {
-        "WARPS": choice.warps, "TALL": choice.tall, "STAGES": choice.stages, "KEPT": kept, "TURNED": turned,
-        "SETS": choice.sets, "ROOM": room,
+        "WARPS": choice.warps, "TALL": choice.tall, "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets, "ROOM": room,
         "num_warps": choice.warps, "maxnreg": choice.registers,
     }  # fmt: skip
     product = Launch(small_kernel, (programs, 1), device, dtypes, integers, constants)

@@ -20,8 +20,8 @@ from ptx_memory import Memory
 
 FP16, BF16 = torch.float16, torch.bfloat16
 EVERY_WAY = [
-    (8, None), (16, None), (32, None), (8, small.Small(2, 2, 255, 2, 2, 2, True, 2)),
-    (16, small.Small(4, 2, 168, 3, 3, 1, True, 2)), (24, small.Small(8, 1, 255, 1, 2, 1, True, 2)),
+    (8, None), (16, None), (8, small.Small(2, 2, 255, 2, 2, 2, 2)), (16, small.Small(4, 2, 168, 3, 3, 1, 2)),
+    (16, small.Small(8, 1, 255, 1, 2, 1, 2)),
 ]  # fmt: skip
 
 
@@ -76,9 +76,9 @@ def check(y, expected):
 
 KINDS = [  # matrix, rows of x, rows and columns of W, dtype of y
     ({"weight_bits": 3}, 16, 40, 2304, FP16),
-    ({"weight_bits": 3}, 31, 170, 768, BF16),
-    ({"weight_bits": 4, "outliers": 0.0}, 23, 40, 1536, FP16),
-    ({"weight_bits": 2, "group_size": 32, "statistics": "direct"}, 17, 100, 1536, FP16),
+    ({"weight_bits": 3}, 15, 170, 768, BF16),
+    ({"weight_bits": 4, "outliers": 0.0}, 11, 40, 1536, FP16),
+    ({"weight_bits": 2, "group_size": 32, "statistics": "direct"}, 16, 100, 1536, FP16),
     ({"weight_bits": 3, "outliers": 0.0}, 7, 136, 1270, FP16),
     ({"weight_bits": 3, "group_size": 32, "outliers": 0.004}, 13, 70, 1280, BF16),
     ({"weight_bits": 2, "group_size": 64}, 8, 24, 2290, BF16),
@@ -132,7 +132,7 @@ def test_crowded_outliers(random_matrix, way):
         check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
 
 
-@pytest.mark.parametrize("way", EVERY_WAY[2:4], ids=str, indirect=True)
+@pytest.mark.parametrize("way", EVERY_WAY[1:3], ids=str, indirect=True)
 def test_an_infinite_x(random_matrix, way):
     """Reaches its own row of y alone, and gives no NaN there where its column has no outlier."""
     matrix = random_matrix(24, 512, outliers=0.05)
