@@ -120,11 +120,9 @@ _FLOATS = gl.constexpr({n: (gl.float32,) * (4 * n) for n in _TILES})
 _LOAD4 = gl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
 _MMA = gl.constexpr(ptx.MMA)
 _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
-_WAIT = gl.constexpr({
-    stages: f"cp.async.wait_group {min(stages - 2, 1)}; bar.sync 0; mov.b32 $0, $1;" for stages in (2, 3, 4)
-})  # fmt: skip
-_BARRIER = gl.constexpr("bar.sync 0; mov.b32 $0, $1;")
-_PARTS = gl.constexpr(4)  # so many at once are on their way, as registers hold
+_WAIT = gl.constexpr("cp.async.wait_group 1; bar.sync 0; mov.b32 $0, $1;")
+# Waits for a chunk's outliers, if $1 is $2, and for the barrier.
+_WAIT_OUTLIERS = gl.constexpr("{ .reg .pred p; setp.eq.s32 p, $1, $2; @p cp.async.wait_group 2; bar.sync 0; mov.b32 $0, $1; }")
 _COMMIT = gl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
 # A program's part of a piece is there where its flag is this, a nan; one that is not is no sum of a kernel before, nor left by
 # one: who reads a part clears its flag. Memory that nobody wrote is this by chance in one of 2**64 cases.
@@ -342,10 +340,10 @@ def small_kernel(
     first_piece = first // chunks
     first_chunk = first - first_piece * chunks
 
-    # The one room of the kernel, so that it begins where all shared memory does; it would not be there without a use.
+    # The one room of the kernel, so that it begins where all shared memory does. It would not be there without a use: at its
+    # end, where nothing is copied to before the first barrier.
     memory = gl.allocate_shared_memory(gl.int32, [ROOM // (4 * THREADS), THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    memory.index(0).store(thread)
-    barrier()
+    memory.index(ROOM // (4 * THREADS) - 1).store(thread)
     room = gl.inline_asm_elementwise(_ROOM, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
     own = room + (warp * (TALL * TILE_BYTES) + lane * 16)
     x_own = room + (STAGES * STAGE + warp * _X_PITCH + lane * 16)
@@ -387,16 +385,15 @@ def small_kernel(
             asked = asked + (bounds,)
             counts = counts + (_counts(bounds),)
             bounds = _bounds(pointers_at, ask, before, none + (first + (k + 1)), lasts)
-    if KEPT > 0:
-        for k in gl.static_range(STAGES - 1):
-            _ask_outliers_of(own + k * STAGE, Outliers, asked[k], lane, BITS, KEPT, TILE_BYTES)
-
     x_at = X + warp.to(gl.int64) * (chunks * 256) + lane * 8
     if DEPENDENT:  # x, unlike the matrix, comes from the kernel before
         x_at = await_previous(x_at)
     _ask_x(x_own, x_at, none + first_chunk, chunks, batch - warp, BATCH, WARPS)
     _commit(lane)
-    _commit(lane)  # an empty group, where the loop has that of a chunk
+    if KEPT > 0:  # last, as their bounds must have arrived; the first chunk's codes are multiplied meanwhile
+        for k in gl.static_range(STAGES - 1):
+            _ask_outliers_of(own + k * STAGE, Outliers, asked[k], lane, BITS, KEPT, TILE_BYTES)
+    _commit(lane)
 
     rows = gid * 0x10001000
     unknown = none + (batch >> 30)
@@ -419,15 +416,18 @@ def small_kernel(
         sums = ((zero,) * (SUMS * SETS),) * TALL
         tile_chunks = _first_chunks(piece, warp, tile_rows, chunks, TALL, WARPS)
         for chunk in range(begin, end):
-            gl.inline_asm_elementwise(_WAIT[STAGES], "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
+            gl.inline_asm_elementwise(_WAIT, "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
             following = gl.where(chunk + 1 == chunks, 0, chunk + 1)
             x_rows = gl.where(position + 1 < last, batch - warp, 0)
             _ask_x(x_then, x_at, none + following, chunks, x_rows, BATCH, WARPS)
-            _commit(lane)
+            if STAGES > 2:
+                _commit(lane)
             _ask_weights_of(
                 own + then, words_at, stats_at, stats_step, ask, before, chunks, none + (position + (STAGES - 1)), lasts, lane,
                 BITS, BILEVEL, CHUNKS_A_SET, TILE_BYTES,
             )  # fmt: skip
+            if STAGES == 2:
+                _commit(lane)
             if KEPT > 0:
                 _ask_outliers_of(own + then, Outliers, bounds, lane, BITS, KEPT, TILE_BYTES)
                 counts = counts + (_counts(bounds),)
@@ -499,8 +499,12 @@ def small_kernel(
                             new = new + d
                         after = after + (sums[t][SUMS:] + new,)
                     sums = after
-                if KEPT > 0 and s == 2:  # turned by all warps by now
-                    gl.inline_asm_elementwise(_BARRIER, "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
+                if KEPT > 0 and s == 2:  # x is turned by all warps by now
+                    # of three stages, outliers came with the next chunk's copies: all but those of a program's first chunk
+                    waited = position if STAGES == 2 else first
+                    gl.inline_asm_elementwise(
+                        _WAIT_OUTLIERS, "=r,r,r", [none + position, none + waited], dtype=gl.int32, is_pure=False, pack=1
+                    )
             if KEPT > 0:
                 outliers = at + (512 * BITS + _STATS_BYTES) - (lane * 16 - tid * 16)
                 mine = outliers + mine_offset
@@ -543,30 +547,29 @@ def small_kernel(
             source = piece_begin // (base + 1)
         else:
             source = extra + (piece_begin - shares) // base
+        own_part = Partial + (2 * program + 1) * (TALL * SUMS * THREADS) + thread
+        total = ()
+        for i in gl.static_range(TALL * SUMS):
+            total = total + (gl.load(own_part + i * THREADS),)
         for other in range(source, program, THREADS):
             mine = other + thread
             gl.inline_asm_elementwise(
                 _AWAIT, "=r,l,r,r,~{memory}", [flags + mine, mine, none + program], dtype=gl.int32, is_pure=False, pack=1
             )
         barrier()
-        total = (zero,) * (TALL * SUMS)
-        for other in range(source, program, _PARTS):
+        PARTS: gl.constexpr = min(8, 64 // (TALL * SUMS))  # so many at once are on their way, as registers hold
+        for other in range(source, program, PARTS):
             parts = ()
-            for k in gl.static_range(_PARTS):
+            for k in gl.static_range(PARTS):
                 part = Partial + 2 * (other + k) * (TALL * SUMS * THREADS) + thread
                 there = none + (other + k) < program
                 for i in gl.static_range(TALL * SUMS):
                     parts = parts + (gl.load(part + i * THREADS, mask=there, other=0, cache_modifier=".cg"),)
-            for k in gl.static_range(_PARTS):
+            for k in gl.static_range(PARTS):
                 new = ()
                 for i in gl.static_range(TALL * SUMS):
                     new = new + (total[i] + parts[k * TALL * SUMS + i],)
                 total = new
-        part = Partial + (2 * program + 1) * (TALL * SUMS * THREADS) + thread
-        new = ()
-        for i in gl.static_range(TALL * SUMS):
-            new = new + (total[i] + gl.load(part + i * THREADS),)
-        total = new
         tile = (first_piece * WARPS + warp) * TALL
         _write(total, Scale, Bias, Y, tile, batch, out_features, gid, tid, SCALED, HAS_BIAS, TILES, TALL)
 
