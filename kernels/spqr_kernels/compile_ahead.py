@@ -160,17 +160,21 @@ def _beside_gemm() -> list[Variant]:
 
 
 def _small(title: str, kind: dict[str, Any], operands: dict[str, str], sizes: dict[str, str]) -> list[Variant]:
-    """The kernel of small batches; without outliers for the first kind alone."""
+    """The kernel of small batches, as it runs for small matrices and large ones; without outliers for the first kind alone."""
     found = []
     operands = operands | {"Partial": "*fp32"} | sizes | {"base": "i32", "extra": "i32"}
-    for width, kept in ((8, 64), (16, 64), (8, 0))[: 3 if title == "3-bit bilevel" else 2]:
-        choice = small.choice_for(width, kind["BILEVEL"])
+    dense = [(small.choice_for(8, True, False), 8, 0, " dense")]
+    for choice, width, kept, what in [
+        (small.choice_for(width, kind["BILEVEL"], large), width, 64, " large" * large)
+        for width in small.WIDTHS
+        for large in (False, True)[: 1 + kind["BILEVEL"]]
+    ] + dense * (title == "3-bit bilevel"):
         constants = kind | {
             "HAS_BIAS": False, "SCALED": False, "BATCH": width, "WARPS": choice.warps, "TALL": choice.tall,
             "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets,
             "ROOM": small.room_bytes(kind["BITS"], kept, width, choice.warps, choice.tall, choice.stages),
         }  # fmt: skip
-        name = f"small {title} batch {width}{'' if kept else ' dense'}"
+        name = f"small {title} batch {width}{what}"
         found.append(Variant(name, small.small_kernel, operands, constants, choice.warps, choice.registers, nvidia=(90,)))
     return found
 

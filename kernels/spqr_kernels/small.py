@@ -587,10 +587,18 @@ class Small:
     least: int  # chunks of a program
 
 
-CHOICES = {8: Small(4, 1, 96, 5, 2, 2, 3), 16: Small(4, 1, 128, 4, 3, 1, 2)}  # measured on an H200
-# Not measured: direct statistics wait in registers for a chunk, and with fewer the loop would spill.
-DIRECT_CHOICES = CHOICES | {8: Small(4, 1, 112, 4, 2, 2, 3)}
-WIDEST = max(CHOICES)
+WIDTHS = (8, 16)
+WIDEST = WIDTHS[-1]
+LARGE = 512 * 32  # chunks of all tiles: 8192 x 8192. With fewer, two tiles of a warp leave too few programs.
+CHOICES = {  # by width, whether statistics are bilevel, and whether the matrix is large; those of bilevel ones for an H200
+    (8, True, False): Small(4, 1, 96, 5, 2, 1, 3),
+    (8, True, True): Small(4, 2, 128, 4, 2, 1, 2),
+    (16, True, False): Small(4, 1, 128, 4, 3, 1, 2),
+    (16, True, True): Small(4, 2, 168, 3, 2, 1, 2),
+    # Direct statistics wait in registers for a chunk: for two tiles, and with fewer registers, the loop would spill.
+    **dict.fromkeys([(8, False, False), (8, False, True)], Small(4, 1, 112, 4, 2, 2, 3)),
+    **dict.fromkeys([(16, False, False), (16, False, True)], Small(4, 1, 128, 4, 3, 1, 2)),
+}
 
 
 class _Launches(NamedTuple):
@@ -601,9 +609,9 @@ class _Launches(NamedTuple):
     parts: int
 
 
-def choice_for(width: int, bilevel: bool) -> Small:
-    """The choice for statistics of a kind."""
-    return (CHOICES if bilevel else DIRECT_CHOICES)[width]
+def choice_for(width: int, bilevel: bool, large: bool) -> Small:
+    """How a kernel for so many rows of x runs. large: whether the matrix has LARGE chunks or more."""
+    return CHOICES[width, bilevel, large]
 
 
 def outliers_of_a_chunk(layout: Layout) -> int:
@@ -627,8 +635,8 @@ def _launches(
 ) -> _Launches:  # fmt: skip
     """layout and kept: as `_without_outliers` has them. joined: whether the stored matrix is one tensor."""
     chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
-    width = next(width for width in CHOICES if width >= batch)
-    choice = choice_for(width, layout.statistics == "bilevel")
+    width = next(width for width in WIDTHS if width >= batch)
+    choice = choice_for(width, layout.statistics == "bilevel", layout.tile_rows * chunks >= LARGE)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     every = ceil_div(layout.tile_rows, choice.warps * choice.tall) * chunks
     programs = max(1, min(multiprocessors * choice.resident, every // choice.least))
