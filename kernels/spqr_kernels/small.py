@@ -122,7 +122,7 @@ _MMA = gl.constexpr(ptx.MMA)
 _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
 _WAIT = gl.constexpr("cp.async.wait_group 1; bar.sync 0; mov.b32 $0, $1;")
 # Waits for a chunk's outliers, if $1 is $2, and for the barrier.
-_WAIT_OUTLIERS = gl.constexpr("{ .reg .pred p; setp.eq.s32 p, $1, $2; @p cp.async.wait_group 2; bar.sync 0; mov.b32 $0, $1; }")
+_WAIT_OUTLIERS = gl.constexpr("{ .reg .pred p; setp.eq.s32 p, $1, $2; @p cp.async.wait_group 1; bar.sync 0; mov.b32 $0, $1; }")
 _COMMIT = gl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
 # A program's part of a piece is there where its flag is this, a nan; one that is not is no sum of a kernel before, nor left by
 # one: who reads a part clears its flag. Memory that nobody wrote is this by chance in one of 2**64 cases.
@@ -428,17 +428,13 @@ def small_kernel(
             )  # fmt: skip
             if STAGES == 2:
                 _commit(lane)
-            if KEPT > 0:
-                _ask_outliers_of(own + then, Outliers, bounds, lane, BITS, KEPT, TILE_BYTES)
-                counts = counts + (_counts(bounds),)
-            _commit(lane)
+            if KEPT == 0:
+                _commit(lane)
             ask += 1
             if ask == chunks:
                 ask = 0
                 ask_piece += 1
                 before = _first_chunks(ask_piece, warp, tile_rows, chunks, TALL, WARPS)
-            if KEPT > 0:
-                bounds = _bounds(pointers_at, ask, before, none + (position + STAGES), lasts)
             at = own + now
             words = ()
             for t in gl.static_range(TALL):
@@ -505,6 +501,10 @@ def small_kernel(
                     gl.inline_asm_elementwise(
                         _WAIT_OUTLIERS, "=r,r,r", [none + position, none + waited], dtype=gl.int32, is_pure=False, pack=1
                     )
+                    _ask_outliers_of(own + then, Outliers, bounds, lane, BITS, KEPT, TILE_BYTES)
+                    _commit(lane)
+                    counts = counts + (_counts(bounds),)
+                    bounds = _bounds(pointers_at, ask, before, none + (position + STAGES), lasts)
             if KEPT > 0:
                 outliers = at + (512 * BITS + _STATS_BYTES) - (lane * 16 - tid * 16)
                 mine = outliers + mine_offset
