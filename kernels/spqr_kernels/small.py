@@ -172,6 +172,12 @@ def _ask_x(at, x_at, chunk, chunks, rows, BATCH: gl.constexpr, WARPS: gl.constex
 
 
 @gluon.jit
+def _last(program, base, extra):
+    """The position behind a program's last one; no position is before those of program 0."""
+    return (program + 1) * base + gl.minimum(program + 1, extra)
+
+
+@gluon.jit
 def _first_chunks(piece, warp, tile_rows, chunks, TALL: gl.constexpr, WARPS: gl.constexpr):
     """How many chunks are before each of the warp's tiles of a piece; a tile behind the last is that once more."""
     found = ()
@@ -335,8 +341,8 @@ def small_kernel(
     tid = lane % 4
     none = thread * 0
     program = gl.program_id(0)
-    first = program * base + gl.minimum(program, extra)
-    last = first + base + (program < extra).to(gl.int32)
+    first = _last(program - 1, base, extra)
+    last = _last(program, base, extra)
     first_piece = first // chunks
     first_chunk = first - first_piece * chunks
 
@@ -411,7 +417,8 @@ def small_kernel(
     x_then = x_own + X_STAGE
     position = first
     begin = first_chunk
-    for piece in range(first_piece, (last - 1) // chunks + 1):
+    piece = first_piece
+    while position < last:
         end = gl.minimum(begin + (last - position), chunks)
         sums = ((zero,) * (SUMS * SETS),) * TALL
         tile_chunks = _first_chunks(piece, warp, tile_rows, chunks, TALL, WARPS)
@@ -536,33 +543,33 @@ def small_kernel(
             if end < chunks:
                 _publish(flags + program + none, thread)
         begin = 0
+        piece += 1
     gl.inline_asm_elementwise("cp.async.wait_all; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
     if DEPENDENT:
         let_next_begin(thread)
 
     if (first_chunk > 0) & (first_chunk + (last - first) >= chunks):
-        piece_begin = first - first_chunk  # the position of the piece's first chunk, and whose it is
-        shares = extra * (base + 1)
-        if piece_begin < shares:
-            source = piece_begin // (base + 1)
-        else:
-            source = extra + (piece_begin - shares) // base
+        piece_begin = first - first_chunk  # the position of the piece's first chunk
         own_part = Partial + (2 * program + 1) * (TALL * SUMS * THREADS) + thread
         total = ()
         for i in gl.static_range(TALL * SUMS):
             total = total + (gl.load(own_part + i * THREADS),)
-        for other in range(source, program, THREADS):
-            mine = other + thread
+        other = program - 1
+        while _last(other, base, extra) > piece_begin:
+            mine = other - thread
             gl.inline_asm_elementwise(
-                _AWAIT, "=r,l,r,r,~{memory}", [flags + mine, mine, none + program], dtype=gl.int32, is_pure=False, pack=1
-            )
+                _AWAIT, "=r,l,r,r,~{memory}", [flags + mine, none + piece_begin, _last(mine, base, extra)], dtype=gl.int32,
+                is_pure=False, pack=1,
+            )  # fmt: skip
+            other -= THREADS
         barrier()
         PARTS: gl.constexpr = min(8, 64 // (TALL * SUMS))  # so many at once are on their way, as registers hold
-        for other in range(source, program, PARTS):
+        other = program - 1
+        while _last(other, base, extra) > piece_begin:
             parts = ()
             for k in gl.static_range(PARTS):
-                part = Partial + 2 * (other + k) * (TALL * SUMS * THREADS) + thread
-                there = none + (other + k) < program
+                part = Partial + 2 * (other - k) * (TALL * SUMS * THREADS) + thread
+                there = none + _last(other - k, base, extra) > piece_begin
                 for i in gl.static_range(TALL * SUMS):
                     parts = parts + (gl.load(part + i * THREADS, mask=there, other=0, cache_modifier=".cg"),)
             for k in gl.static_range(PARTS):
@@ -570,6 +577,7 @@ def small_kernel(
                 for i in gl.static_range(TALL * SUMS):
                     new = new + (total[i] + parts[k * TALL * SUMS + i],)
                 total = new
+            other -= PARTS
         tile = (first_piece * WARPS + warp) * TALL
         _write(total, Scale, Bias, Y, tile, batch, out_features, gid, tid, SCALED, HAS_BIAS, TILES, TALL)
 
