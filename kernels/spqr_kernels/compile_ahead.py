@@ -32,7 +32,7 @@ AMD = ("gfx942",)
 _STORED = {"Weight": "*i32", "StatCodes": "*i32", "TileStats": "*i16", "GroupSc": "*i16", "GroupZp": "*u8"}
 _UNALIGNED = (
     "batch", "out_features", "tile_rows", "chunks", "groups", "parts", "whole", "splits", "a_split", "all_outliers", "top",
-    "tiles", "experts", "pairs_a_row", "first1", "first2", "base", "extra",
+    "tiles", "experts", "pairs_a_row", "first1", "first2", "base", "extra", "reciprocal",
     *(f"{name}{i}" for name in ("out_features", "outliers") for i in range(TOGETHER)),
 )  # fmt: skip
 _FIT = ("search_kernel", "tile_start_kernel", "round_kernel", "residual_kernel")
@@ -162,7 +162,7 @@ def _beside_gemm() -> list[Variant]:
 def _small(title: str, kind: dict[str, Any], operands: dict[str, str], sizes: dict[str, str]) -> list[Variant]:
     """The kernel of small batches, as it runs for small matrices and large ones; without outliers for the first kind alone."""
     found = []
-    operands = operands | {"Partial": "*fp32"} | sizes | {"base": "i32", "extra": "i32"}
+    operands = operands | {"Partial": "*fp32"} | sizes | dict.fromkeys(("reciprocal", "base", "extra"), "i32")
     dense = [(small.choice_for(8, True, False), 8, 0, " dense")]
     for choice, width, kept, what in [
         (small.choice_for(width, kind["BILEVEL"], large), width, 64, " large" * large)

@@ -178,6 +178,15 @@ def _last(program, base, extra):
 
 
 @gluon.jit
+def _place(position, chunks, reciprocal):
+    """The piece of a position, below 2^31, and its chunk. Without a division, for which the first copies would wait; reciprocal
+    times chunks is less than 2^31 by chunks at most, so the piece is found too low by 1 at most."""
+    piece = (position.to(gl.int64) * reciprocal >> 31).to(gl.int32)
+    piece += (position - piece * chunks >= chunks).to(gl.int32)
+    return piece, position - piece * chunks
+
+
+@gluon.jit
 def _first_chunks(piece, warp, tile_rows, chunks, TALL: gl.constexpr, WARPS: gl.constexpr):
     """How many chunks are before each of the warp's tiles of a piece; a tile behind the last is that once more."""
     found = ()
@@ -305,13 +314,13 @@ def _direct_of_chunk(GroupSc, GroupZp, rows, chunk, groups, tid, BLOCKS_A_GROUP:
     return found
 
 
-_INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "base", "extra")
+_INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "reciprocal", "base", "extra")
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)  # one compiled kernel for all shapes
 def small_kernel(
     X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial,
-    batch, out_features, tile_rows, chunks, groups, base, extra,
+    batch, out_features, tile_rows, chunks, groups, reciprocal, base, extra,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr,
     BATCH: gl.constexpr, WARPS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
     SETS: gl.constexpr, ROOM: gl.constexpr, DEPENDENT: gl.constexpr,
@@ -343,8 +352,7 @@ def small_kernel(
     program = gl.program_id(0)
     first = _last(program - 1, base, extra)
     last = _last(program, base, extra)
-    first_piece = first // chunks
-    first_chunk = first - first_piece * chunks
+    first_piece, first_chunk = _place(first, chunks, reciprocal)
 
     # The one room of the kernel, so that it begins where all shared memory does. It would not be there without a use: at its
     # end, where nothing is copied to before the first barrier.
@@ -655,7 +663,8 @@ def _launches(
         prepare = prepare_launch(layout, batch, dtype, device, False, overlaps)
     dtypes = (torch.float16, torch.float32, *LEAVES.values(), bias or dtype, dtype, torch.float32)
     integers = (
-        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, every // programs, every % programs,
+        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, (2**31 - 1) // chunks, every // programs,
+        every % programs,
     )  # fmt: skip
     room = room_bytes(layout.weight_bits, kept, width, choice.warps, choice.tall, choice.stages)
     constants = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": width} | overlaps | constants_of(layout) | {

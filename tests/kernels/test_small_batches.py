@@ -82,6 +82,7 @@ KINDS = [  # matrix, rows of x, rows and columns of W, dtype of y, whether it co
     ({"weight_bits": 4, "group_size": 16, "outliers": 0.02}, 2, 72, 1536, FP16, False),
     ({"weight_bits": 4, "group_size": 128, "statistics": "direct"}, 9, 200, 1010, BF16, False),
     ({"weight_bits": 3, "group_size": 48, "statistics": "direct", "outliers": 0.0}, 3, 17, 1792, FP16, False),
+    ({"weight_bits": 3}, 13, 200, 256, FP16, False),
 ]
 
 
