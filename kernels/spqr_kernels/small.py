@@ -10,6 +10,8 @@ where the weight is an outlier its sign is that of what the outlier was added to
 
 Shared memory is read and written in PTX, for which the compiler puts no barriers: words and statistics are read by the warp
 that copied them, and x, which the whole program reads, needs one barrier a chunk, and one more where it is turned for outliers.
+A program asks for weights first, then for x, then for outliers, whose bounds must have arrived: it waits for a chunk's outliers
+when three quarters of its codes are multiplied, and so for those of its first chunk hardly at all.
 
 Programs, as many as run at once, have equal shares of the chunks of all pieces of Y. Where a piece is shared, the program that
 has its last chunk adds up the parts of the others: it waits for programs before it alone, and those began before it. Every sum
@@ -120,8 +122,9 @@ _FLOATS = gl.constexpr({n: (gl.float32,) * (4 * n) for n in _TILES})
 _LOAD4 = gl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
 _MMA = gl.constexpr(ptx.MMA)
 _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
+# Waits for all groups of copies but the last, and for the barrier.
 _WAIT = gl.constexpr("cp.async.wait_group 1; bar.sync 0; mov.b32 $0, $1;")
-# Waits for a chunk's outliers, if $1 is $2, and for the barrier.
+# The same, but for copies only if $1 is $2.
 _WAIT_OUTLIERS = gl.constexpr("{ .reg .pred p; setp.eq.s32 p, $1, $2; @p cp.async.wait_group 1; bar.sync 0; mov.b32 $0, $1; }")
 _COMMIT = gl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
 # A program's part of a piece is there where its flag is this, a nan; one that is not is no sum of a kernel before, nor left by
@@ -435,13 +438,13 @@ def small_kernel(
             following = gl.where(chunk + 1 == chunks, 0, chunk + 1)
             x_rows = gl.where(position + 1 < last, batch - warp, 0)
             _ask_x(x_then, x_at, none + following, chunks, x_rows, BATCH, WARPS)
-            if STAGES > 2:
+            if STAGES > 2:  # a group of x and one of all else, which the next chunk does not wait for
                 _commit(lane)
             _ask_weights_of(
                 own + then, words_at, stats_at, stats_step, ask, before, chunks, none + (position + (STAGES - 1)), lasts, lane,
                 BITS, BILEVEL, CHUNKS_A_SET, TILE_BYTES,
             )  # fmt: skip
-            if STAGES == 2:
+            if STAGES == 2:  # a group that the next chunk waits for, and one of outliers
                 _commit(lane)
             if KEPT == 0:
                 _commit(lane)
@@ -511,7 +514,7 @@ def small_kernel(
                         after = after + (sums[t][SUMS:] + new,)
                     sums = after
                 if KEPT > 0 and s == 2:  # x is turned by all warps by now
-                    # of three stages, outliers came with the next chunk's copies: all but those of a program's first chunk
+                    # with more than two stages, x came after a chunk's outliers: but for those of a program's first chunk
                     waited = position if STAGES == 2 else first
                     gl.inline_asm_elementwise(
                         _WAIT_OUTLIERS, "=r,r,r", [none + position, none + waited], dtype=gl.int32, is_pure=False, pack=1
