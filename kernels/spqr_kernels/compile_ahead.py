@@ -32,7 +32,7 @@ AMD = ("gfx942",)
 _STORED = {"Weight": "*i32", "StatCodes": "*i32", "TileStats": "*i16", "GroupSc": "*i16", "GroupZp": "*u8"}
 _UNALIGNED = (
     "batch", "out_features", "tile_rows", "chunks", "groups", "parts", "whole", "splits", "a_split", "all_outliers", "top",
-    "tiles", "experts", "pairs_a_row", "first1", "first2", "base", "extra",
+    "tiles", "experts", "pairs_a_row", "first1", "first2", "base", "extra", "reciprocal",
     *(f"{name}{i}" for name in ("out_features", "outliers") for i in range(TOGETHER)),
 )  # fmt: skip
 _FIT = ("search_kernel", "tile_start_kernel", "round_kernel", "residual_kernel")
@@ -161,18 +161,21 @@ def _beside_gemm() -> list[Variant]:
 
 
 def _small(title: str, kind: dict[str, Any], operands: dict[str, str], sizes: dict[str, str]) -> list[Variant]:
-    """The kernel of small batches; without outliers for the first kind alone."""
+    """The kernel of small batches, as it runs for small matrices and large ones; without outliers for the first kind alone."""
     found = []
-    operands = operands | {"Partial": "*fp32"} | sizes | {"base": "i32", "extra": "i32"}
-    for width, kept in ((8, 64), (16, 64), (32, 64), (8, 0))[: 4 if title == "3-bit bilevel" else 3]:
-        choice = small.choice_for(width, kind["BILEVEL"])
-        turned = choice.turned and kept > 0
+    operands = operands | {"Partial": "*fp32"} | sizes | dict.fromkeys(("reciprocal", "base", "extra"), "i32")
+    dense = [(small.choice_for(8, True, False), 8, 0, " dense")]
+    for choice, width, kept, what in [
+        (small.choice_for(width, kind["BILEVEL"], large), width, 64, " large" * large)
+        for width in small.WIDTHS
+        for large in (False, True)[: 1 + kind["BILEVEL"]]
+    ] + dense * (title == "3-bit bilevel"):
         constants = kind | {
             "HAS_BIAS": False, "SCALED": False, "BATCH": width, "WARPS": choice.warps, "TALL": choice.tall,
-            "STAGES": choice.stages, "KEPT": kept, "TURNED": turned, "SETS": choice.sets,
-            "ROOM": small.room_bytes(kind["BITS"], kept, width, choice.warps, choice.tall, choice.stages, turned),
+            "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets,
+            "ROOM": small.room_bytes(kind["BITS"], kept, width, choice.warps, choice.tall, choice.stages),
         }  # fmt: skip
-        name = f"small {title} batch {width}{'' if kept else ' dense'}"
+        name = f"small {title} batch {width}{what}"
         found.append(Variant(name, small.small_kernel, operands, constants, choice.warps, choice.registers, nvidia=(90,)))
     return found
 

@@ -21,7 +21,7 @@ from .launch import on_device
 # Largest batch of each kernel; beyond, dequantizing and cuBLAS are faster. The first is between what was measured on an H200
 # at 512, where it is faster, and at 2048 (kernels/benchmarks/README.md). Up to the second, at most `small.WIDEST`, a kernel for
 # few rows takes its place. The decode kernel, without outliers and with them, stands in where
-# `wgmma` is not, and there nothing was measured: `small` needs no `wgmma`, but its registers were chosen on an H200.
+# `wgmma` is not, and there nothing was measured: `small` needs `stmatrix`, which is on no GPU before those that have `wgmma`.
 GEMM_BATCH = 1024
 SMALL_BATCH = 16
 DECODE_BATCH = {False: 64, True: 32}

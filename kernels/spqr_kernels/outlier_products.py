@@ -1,9 +1,9 @@
 """PTX that multiplies x with a chunk's outliers, for `small_kernel`: products of their own, 16 outliers at a time.
 
-A has the value of outlier k in its row and zeros in the others, B has x of its column. A lane reads x of its four outliers
-from rows in shared memory, 2 bytes each, which takes 17 wavefronts for 16 rows of x and random columns. Or x is turned there
-(`turn`, sm_90), once a chunk and by all warps of a program, to 16 bytes for 8 rows of a column: `ldmatrix` reads these in 10
-wavefronts, and an infinite x is made finite there and not for every outlier.
+A has the value of outlier k in its row and zeros in the others, B has x of its column. x is turned in shared memory (`turn`,
+sm_90), once a chunk and by all warps of a program, to 16 bytes for 8 rows of a column. `ldmatrix` reads these: for 16 rows of x
+and random columns in 10 wavefronts, where 2 bytes at a time would take 17. An infinite x is made finite when it is turned, and
+not for every outlier.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def at_once(kept: int) -> int:
     return 16 * ceil_div(3 * kept, 64)
 
 
-def _sixteen(tiles: int, turned: bool) -> list[str]:
-    """PTX: the sums s times 16 outliers, of which a lane has four, w0 .. w3; its row in r. x of its rows at g, or where x is
-    turned the plane of its rows, and the lane's column in c."""
+def _sixteen(tiles: int) -> list[str]:
+    """PTX: the sums s times 16 outliers, of which a lane has four, w0 .. w3; its row in r. The plane of its rows of x at g, the
+    lane's column in c."""
     lines = []
     for pair in range(2):
         a, b = f"w{2 * pair}", f"w{2 * pair + 1}"
@@ -37,29 +37,13 @@ def _sixteen(tiles: int, turned: bool) -> list[str]:
             f"and.b32 a{2 * pair}, v, u;",
             f"and.b32 a{2 * pair + 1}, v, t;",
         ]
-    if turned:
-        lines.append("mad.lo.u32 c, c, 16, g;")
-    else:
-        lines += [f"dp4a.u32.u32 w{i}, w{i}, 2, g;" for i in range(4)]  # twice its lowest byte, the column, and g
+    x = [f"b{i}" for i in range(2 * tiles)]
+    lines.append(f"mad.lo.u32 c, c, 16, g; ldmatrix.sync.aligned.m8n8.x{len(x)}.trans.shared.b16 {{{', '.join(x)}}}, [c];")
     for tile in range(tiles):
-        first = 2 * (tile % 2) if turned else 0
-        if turned and tile % 2 == 0:
-            number = 4 if tile + 1 < tiles else 2
-            into = ", ".join(f"b{i}" for i in range(number))
-            lines.append(f"ldmatrix.sync.aligned.m8n8.x{number}.trans.shared.b16 {{{into}}}, [c+{PLANE * tile}];")
-        elif not turned:
-            lines += [f"ld.shared.b16 h{i}, [w{i}+{8 * X_PITCH * tile}];" for i in range(4)]
-            lines += ["mov.b32 b0, {h0, h1};", "mov.b32 b1, {h2, h3};", *_finite(2)]
         sums = "{" + ", ".join(f"s{4 * tile + i}" for i in range(4)) + "}"
-        x = f"{{b{first}, b{first + 1}}}"
-        lines.append(f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {sums}, {{a0, a1, a2, a3}}, {x}, {sums};")
+        b = "{" + ", ".join(x[2 * tile : 2 * tile + 2]) + "}"
+        lines.append(f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {sums}, {{a0, a1, a2, a3}}, {b}, {sums};")
     return lines
-
-
-def _finite(words: int) -> list[str]:
-    """PTX: 65504 for an infinite x in b0 .., which times the zeros of A would be NaN; it is infinite in the product of the
-    codes."""
-    return ["mov.b32 t, 0x7BFF7BFF;", *(f"min.xorsign.abs.f16x2 b{i}, b{i}, t;" for i in range(words))]
 
 
 def turn(tiles: int, warps: int) -> str:
@@ -74,7 +58,8 @@ def turn(tiles: int, warps: int) -> str:
             f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {four[i]}, [$1+{8 * X_PITCH * tile + 2 * columns}];"
             for i, (tile, columns) in some
         ]
-        lines += _finite(4 * len(some))
+        # 65504 for an infinite x, which times the zeros of A would be NaN; it is infinite in the product of the codes
+        lines += ["mov.b32 t, 0x7BFF7BFF;", *(f"min.xorsign.abs.f16x2 b{i}, b{i}, t;" for i in range(4 * len(some)))]
         lines += [
             f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [$2+{PLANE * tile + 16 * columns}], {four[i]};"
             for i, (tile, columns) in some
@@ -85,62 +70,55 @@ def turn(tiles: int, warps: int) -> str:
 _REGISTERS = ".reg .pred p, q; .reg .b32 w<4>, a<4>, b<4>, c, t, u, v, g, r, at, mine, end, left, i; .reg .b64 f, e;"
 
 
-def multiply_first(kept: int, tiles: int, turned: bool) -> str:
+def multiply_first(kept: int, tiles: int) -> str:
     """PTX: adds the products of the first `at_once` outliers of a chunk to a lane's sums, 4 for each 8 rows of x. There may be
     fewer, with zeros behind them.
 
     Inputs behind the sums: where in shared memory the lane's four of the first 16 words are; where the one whose column it is
-    asked for, if x is turned; x of row gid of the chunk, or the plane of the lane's rows; and gid << 12 in both halves."""
+    asked for; the plane of the lane's rows of x; and gid << 12 in both halves."""
     n = 4 * tiles
-    at, mine, x, rows = (f"${2 * n + i}" for i in range(4))
+    at, mine, plane, rows = (f"${2 * n + i}" for i in range(4))
     lines = [
-        _REGISTERS, ".reg .b16 h<4>; " + f".reg .f32 s<{n}>;",
+        _REGISTERS, f".reg .f32 s<{n}>;",
         *(f"mov.f32 s{i}, ${n + i};" for i in range(n)),
-        f"mov.b32 g, {x}; or.b32 r, {rows}, 0x04000400;",
+        f"mov.b32 g, {plane}; or.b32 r, {rows}, 0x04000400;",
     ]  # fmt: skip
     for i in range(at_once(kept) // 16):
-        lines += [f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [{at}+{64 * i}];"]
-        lines += [f"ld.shared.u8 c, [{mine}+{64 * i}];"] * turned + _sixteen(tiles, turned)
+        lines += [f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [{at}+{64 * i}]; ld.shared.u8 c, [{mine}+{64 * i}];", *_sixteen(tiles)]
     lines += [f"mov.f32 ${i}, s{i};" for i in range(n)]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-def multiply_more(kept: int, tiles: int, turned: bool) -> str:
+def multiply_more(kept: int, tiles: int) -> str:
     """PTX: the same of those behind the first `at_once`: one 16 after the other, those in shared memory and the rest.
 
     Inputs further: how many outliers the chunk has, where Outliers and Pointers are, and the number of the chunk."""
     n = 4 * tiles
-    at, mine, x, rows, count, outliers, pointers, chunk = (f"${2 * n + i}" for i in range(8))
+    at, mine, plane, rows, count, outliers, pointers, chunk = (f"${2 * n + i}" for i in range(8))
     begun = at_once(kept)
     near = [
         f"add.u32 at, {at}, {4 * begun}; min.s32 left, {count}, {kept}; mad.lo.s32 end, left, 4, {at};",
-        *[f"add.u32 mine, {mine}, {4 * begun};"] * turned,
-        "NEXT:", "ld.shared.v4.b32 {w0, w1, w2, w3}, [at];",
-        *["ld.shared.u8 c, [mine]; add.u32 mine, mine, 64;"] * turned,
-        *_sixteen(tiles, turned),
+        f"add.u32 mine, {mine}, {4 * begun};",
+        "NEXT:", "ld.shared.v4.b32 {w0, w1, w2, w3}, [at]; ld.shared.u8 c, [mine]; add.u32 mine, mine, 64;",
+        *_sixteen(tiles),
         "add.u32 at, at, 64;", "setp.lt.s32 p, at, end;", "@p bra NEXT;",
         f"setp.le.s32 p, {count}, {kept};", "@p bra DONE;",
     ]  # fmt: skip
-    far_column = (
-        f"sub.u32 t, {mine}, {at}; cvt.s64.s32 e, t; add.s64 e, f, e;",
-        "shr.s32 t, t, 2; sub.s32 mine, left, t;",
-    )  # fmt: skip
     lines = [
-        _REGISTERS, ".reg .b16 h<4>; " + f".reg .f32 s<{n}>;",
+        _REGISTERS, f".reg .f32 s<{n}>;",
         *(f"mov.f32 s{i}, ${n + i};" for i in range(n)),
         f"setp.le.s32 p, {count}, {begun};", "@p bra DONE;",
-        f"mov.b32 g, {x}; or.b32 r, {rows}, 0x04000400;",
+        f"mov.b32 g, {plane}; or.b32 r, {rows}, 0x04000400;",
         *(near if begun < kept else ()),
         f"mad.wide.u32 f, {chunk}, 8, {pointers}; ld.global.nc.b32 i, [f];",
         f"mov.u32 t, %tid.x; and.b32 t, t, 3; mad.lo.u32 t, t, 4, {kept};",  # the lane's first
         f"add.s32 i, i, t; mad.wide.s32 f, i, 4, {outliers}; sub.s32 left, {count}, t; sub.s32 i, {count}, {kept};",
-        *(far_column if turned else ()),
+        f"sub.u32 t, {mine}, {at}; cvt.s64.s32 e, t; add.s64 e, f, e; shr.s32 t, t, 2; sub.s32 mine, left, t;",
         "FAR:",
         *(f"mov.b32 w{i}, 0; setp.gt.s32 q, left, {i}; @q ld.global.nc.b32 w{i}, [f+{4 * i}];" for i in range(4)),
-        *["mov.b32 c, 0; setp.gt.s32 q, mine, 0; @q ld.global.nc.u8 c, [e];"] * turned,
-        *_sixteen(tiles, turned),
-        "add.s32 i, i, -16; add.s32 left, left, -16; add.u64 f, f, 64;",
-        *["add.s32 mine, mine, -16; add.u64 e, e, 64;"] * turned,
+        "mov.b32 c, 0; setp.gt.s32 q, mine, 0; @q ld.global.nc.u8 c, [e];",
+        *_sixteen(tiles),
+        "add.s32 i, i, -16; add.s32 left, left, -16; add.u64 f, f, 64; add.s32 mine, mine, -16; add.u64 e, e, 64;",
         "setp.gt.s32 p, i, 0;", "@p bra FAR;",
         "DONE:", *(f"mov.f32 ${i}, s{i};" for i in range(n)),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Kernel of small batches for NVIDIA GPUs (sm_86 and newer): y = x W^T for 2 .. 32 rows of x, `mma.m16n8k16`, outliers fused.
+"""Kernel of small batches for NVIDIA GPUs (sm_90 and newer): y = x W^T for 2 .. 16 rows of x, `mma.m16n8k16`, outliers fused.
 
 A warp holds one or two tiles, each 16 rows of W. A lane's words become fp16 weights in registers and are the A fragments as
 they stand; x is B, and because the order of columns within a product is free, 16 bytes of a row of x are the B fragments of two
@@ -9,7 +9,9 @@ infinite x counts as the largest finite one there, as infinity times zero is NaN
 where the weight is an outlier its sign is that of what the outlier was added to.
 
 Shared memory is read and written in PTX, for which the compiler puts no barriers: words and statistics are read by the warp
-that copied them, and x, which the whole program reads, needs one barrier a chunk, and one more where it is turned.
+that copied them, and x, which the whole program reads, needs one barrier a chunk, and one more where it is turned for outliers.
+A program asks for weights first, then for x, then for outliers, whose bounds must have arrived: it waits for a chunk's outliers
+when three quarters of its codes are multiplied, and so for those of its first chunk hardly at all.
 
 Programs, as many as run at once, have equal shares of the chunks of all pieces of Y. Where a piece is shared, the program that
 has its last chunk adds up the parts of the others: it waits for programs before it alone, and those began before it. Every sum
@@ -76,15 +78,18 @@ def tile_bytes(bits: int, kept: int) -> int:
     return 512 * bits + STATS_BYTES + 4 * kept
 
 
-def room_bytes(bits: int, kept: int, batch: int, warps: int, tall: int, stages: int, turned: bool) -> int:
+def room_bytes(bits: int, kept: int, batch: int, warps: int, tall: int, stages: int) -> int:
     """Of shared memory of a program, four for each of its threads."""
-    used = stages * warps * tall * tile_bytes(bits, kept) + X_STAGES * batch * X_PITCH + turned * batch // 8 * PLANE
+    used = stages * warps * tall * tile_bytes(bits, kept) + X_STAGES * batch * X_PITCH
+    if kept:
+        used += batch // 8 * PLANE
     return ceil_div(used, 128 * warps) * 128 * warps
 
 
 # The shared memory of a program, in the compiler's name for it: Gluon gives no addresses.
 _ROOM = gl.constexpr("mov.u32 $0, global_smem; // $1")
 _X_PITCH = gl.constexpr(X_PITCH)
+_PLANE = gl.constexpr(PLANE)
 _STATS_BYTES = gl.constexpr(STATS_BYTES)
 _ASK_WEIGHTS = gl.constexpr({bits: _ask_weights(bits) for bits in (2, 3, 4)})
 _ASK_OUTLIERS = gl.constexpr({kept: _ask_outliers(kept) for kept in KEPT})
@@ -105,10 +110,9 @@ _LANE_REGISTERS = gl.constexpr({
     bits: ptx.dequantize_lane_constraints(bits) + ",r" * len(lane[1]) for bits, lane in _LANES.items()
 })  # fmt: skip
 _SIXTEEN = gl.constexpr((gl.int32,) * 16)
-_TILES = (1, 2, 3, 4)  # eights of rows of x
-_WAYS = [(kept, tiles, turned) for kept in KEPT for tiles in _TILES for turned in (False, True)]
-_FIRST = gl.constexpr({kept + 2 * tiles + turned: multiply_first(kept, tiles, turned) for kept, tiles, turned in _WAYS})
-_MORE = gl.constexpr({kept + 2 * tiles + turned: multiply_more(kept, tiles, turned) for kept, tiles, turned in _WAYS})
+_TILES = (1, 2)  # eights of rows of x
+_FIRST = gl.constexpr({kept + tiles: multiply_first(kept, tiles) for kept in KEPT for tiles in _TILES})
+_MORE = gl.constexpr({kept + tiles: multiply_more(kept, tiles) for kept in KEPT for tiles in _TILES})
 _FIRST_REGISTERS, _MORE_REGISTERS = (
     gl.constexpr({n: ",".join(["=&f"] * (4 * n) + ["f"] * (4 * n) + inputs) for n in _TILES})
     for inputs in (["r"] * 4, ["r"] * 5 + ["l", "l", "r"])
@@ -118,10 +122,10 @@ _FLOATS = gl.constexpr({n: (gl.float32,) * (4 * n) for n in _TILES})
 _LOAD4 = gl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
 _MMA = gl.constexpr(ptx.MMA)
 _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
-_WAIT = gl.constexpr({
-    stages: f"cp.async.wait_group {min(stages - 2, 1)}; bar.sync 0; mov.b32 $0, $1;" for stages in (2, 3, 4)
-})  # fmt: skip
-_BARRIER = gl.constexpr("bar.sync 0; mov.b32 $0, $1;")
+# Waits for all groups of copies but the last, and for the barrier.
+_WAIT = gl.constexpr("cp.async.wait_group 1; bar.sync 0; mov.b32 $0, $1;")
+# The same, but for copies only if $1 is $2.
+_WAIT_OUTLIERS = gl.constexpr("{ .reg .pred p; setp.eq.s32 p, $1, $2; @p cp.async.wait_group 1; bar.sync 0; mov.b32 $0, $1; }")
 _COMMIT = gl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
 # A program's part of a piece is there where its flag is this, a nan; one that is not is no sum of a kernel before, nor left by
 # one: who reads a part clears its flag. Memory that nobody wrote is this by chance in one of 2**64 cases.
@@ -168,6 +172,21 @@ def _ask_x(at, x_at, chunk, chunks, rows, BATCH: gl.constexpr, WARPS: gl.constex
             _ASK_X, "=r,r,l,r,r,r", [at + i * WARPS * _X_PITCH, x_at, chunk + i * WARPS * chunks, rows * 0 + i * WARPS, rows],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
+
+
+@gluon.jit
+def _last(program, base, extra):
+    """The position behind a program's last one; no position is before those of program 0."""
+    return (program + 1) * base + gl.minimum(program + 1, extra)
+
+
+@gluon.jit
+def _place(position, chunks, reciprocal):
+    """The piece of a position, below 2^31, and its chunk. Without a division, for which the first copies would wait; reciprocal
+    times chunks is less than 2^31 by chunks at most, so the piece is found too low by 1 at most."""
+    piece = (position.to(gl.int64) * reciprocal >> 31).to(gl.int32)
+    piece += (position - piece * chunks >= chunks).to(gl.int32)
+    return piece, position - piece * chunks
 
 
 @gluon.jit
@@ -227,7 +246,7 @@ def _bounds(pointers_at, chunk, before, position, last):
 
 @gluon.jit
 def _add_products(
-    sums, outliers, mine, x, rows, further, WAY: gl.constexpr, TILES: gl.constexpr, TILE_BYTES: gl.constexpr
+    sums, outliers, mine, planes, rows, further, KEPT: gl.constexpr, TILES: gl.constexpr, TILE_BYTES: gl.constexpr
 ):  # fmt: skip
     """The sums of each tile with products of its outliers: the first ones', or those behind them where there are further inputs
     for each tile."""
@@ -235,8 +254,8 @@ def _add_products(
     MORE: gl.constexpr = len(further[0]) > 0
     for t in gl.static_range(len(sums)):
         new = gl.inline_asm_elementwise(
-            _MORE[WAY] if MORE else _FIRST[WAY], _MORE_REGISTERS[TILES] if MORE else _FIRST_REGISTERS[TILES],
-            sums[t][: 4 * TILES] + (outliers + t * TILE_BYTES, mine + t * TILE_BYTES, x, rows) + further[t],
+            _MORE[KEPT + TILES] if MORE else _FIRST[KEPT + TILES], _MORE_REGISTERS[TILES] if MORE else _FIRST_REGISTERS[TILES],
+            sums[t][: 4 * TILES] + (outliers + t * TILE_BYTES, mine + t * TILE_BYTES, planes, rows) + further[t],
             dtype=_FLOATS[TILES], is_pure=False, pack=1,
         )  # fmt: skip
         after = after + (sums[t][4 * TILES :] + new,)
@@ -298,16 +317,16 @@ def _direct_of_chunk(GroupSc, GroupZp, rows, chunk, groups, tid, BLOCKS_A_GROUP:
     return found
 
 
-_INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "base", "extra")
+_INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "reciprocal", "base", "extra")
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)  # one compiled kernel for all shapes
 def small_kernel(
     X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial,
-    batch, out_features, tile_rows, chunks, groups, base, extra,
+    batch, out_features, tile_rows, chunks, groups, reciprocal, base, extra,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr,
     BATCH: gl.constexpr, WARPS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
-    TURNED: gl.constexpr, SETS: gl.constexpr, ROOM: gl.constexpr, DEPENDENT: gl.constexpr,
+    SETS: gl.constexpr, ROOM: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out], batch at most BATCH, X fp16 [batch, chunks * 256].
 
@@ -316,8 +335,8 @@ def small_kernel(
     others base. What a program has of a piece that others share goes to Partial fp32 [programs, 2, 16 * TALL * WARPS * BATCH]:
     0 where the next programs go on, with a flag, 8 bytes, behind all parts; 1 where it has the piece's end, until it adds the
     parts of the programs before, which publish theirs before they wait. KEPT: words of outliers of a chunk and tile that are
-    copied, 0 where the matrix has none. TURNED: whether x is turned for them, 16 bytes for 8 rows of a column. SETS: of sums
-    that a lane has for each product, 1 or 2, so that products need not wait for each other.
+    copied, 0 where the matrix has none. SETS: of sums that a lane has for each product, 1 or 2, so that products need not wait
+    for each other.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
@@ -327,7 +346,6 @@ def small_kernel(
     STAGE: gl.constexpr = WARPS * TALL * TILE_BYTES
     X_STAGE: gl.constexpr = BATCH * _X_PITCH
     THREADS: gl.constexpr = 32 * WARPS
-    WAY: gl.constexpr = KEPT + 2 * TILES + TURNED
     thread = gl.arange(0, THREADS, layout=layout)
     lane = thread % 32
     warp = thread // 32
@@ -335,25 +353,24 @@ def small_kernel(
     tid = lane % 4
     none = thread * 0
     program = gl.program_id(0)
-    first = program * base + gl.minimum(program, extra)
-    last = first + base + (program < extra).to(gl.int32)
-    first_piece = first // chunks
-    first_chunk = first - first_piece * chunks
+    first = _last(program - 1, base, extra)
+    last = _last(program, base, extra)
+    first_piece, first_chunk = _place(first, chunks, reciprocal)
 
-    # The one room of the kernel, so that it begins where all shared memory does; it would not be there without a use.
+    # The one room of the kernel, so that it begins where all shared memory does. It would not be there without a use: at its
+    # end, where nothing is copied to before the first barrier.
     memory = gl.allocate_shared_memory(gl.int32, [ROOM // (4 * THREADS), THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    memory.index(0).store(thread)
-    barrier()
+    memory.index(ROOM // (4 * THREADS) - 1).store(thread)
     room = gl.inline_asm_elementwise(_ROOM, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
     own = room + (warp * (TALL * TILE_BYTES) + lane * 16)
     x_own = room + (STAGES * STAGE + warp * _X_PITCH + lane * 16)
     x_read = room + (STAGES * STAGE + gid * _X_PITCH)
 
-    if TURNED:
+    if KEPT > 0:  # x is turned to planes
         planes = room + (STAGES * STAGE + 2 * X_STAGE)
         turn_offset = lane % 8 * _X_PITCH + lane // 8 * 16 + warp * (512 // WARPS) - gid * _X_PITCH
-        plane_own = planes + (warp * (4096 // WARPS) + lane * 16)
-        plane_read = planes + lane // 16 * 4096
+        plane_own = planes + (warp * (_PLANE // WARPS) + lane * 16)
+        plane_read = planes + lane // 16 * _PLANE
         # the lane is asked for column k = lane % 16 of a product, which is that of word 4 (k % 8 / 2) + 2 (k / 8) + k % 2
         mine_offset = lane % 8 // 2 * 16 + lane % 16 // 8 * 8 + lane % 2 * 4 - tid * 16
 
@@ -385,16 +402,15 @@ def small_kernel(
             asked = asked + (bounds,)
             counts = counts + (_counts(bounds),)
             bounds = _bounds(pointers_at, ask, before, none + (first + (k + 1)), lasts)
-    if KEPT > 0:
-        for k in gl.static_range(STAGES - 1):
-            _ask_outliers_of(own + k * STAGE, Outliers, asked[k], lane, BITS, KEPT, TILE_BYTES)
-
     x_at = X + warp.to(gl.int64) * (chunks * 256) + lane * 8
     if DEPENDENT:  # x, unlike the matrix, comes from the kernel before
         x_at = await_previous(x_at)
     _ask_x(x_own, x_at, none + first_chunk, chunks, batch - warp, BATCH, WARPS)
     _commit(lane)
-    _commit(lane)  # an empty group, where the loop has that of a chunk
+    if KEPT > 0:  # last, as their bounds must have arrived; the first chunk's codes are multiplied meanwhile
+        for k in gl.static_range(STAGES - 1):
+            _ask_outliers_of(own + k * STAGE, Outliers, asked[k], lane, BITS, KEPT, TILE_BYTES)
+    _commit(lane)
 
     rows = gid * 0x10001000
     unknown = none + (batch >> 30)
@@ -412,33 +428,32 @@ def small_kernel(
     x_then = x_own + X_STAGE
     position = first
     begin = first_chunk
-    for piece in range(first_piece, (last - 1) // chunks + 1):
+    piece = first_piece
+    while position < last:
         end = gl.minimum(begin + (last - position), chunks)
         sums = ((zero,) * (SUMS * SETS),) * TALL
         tile_chunks = _first_chunks(piece, warp, tile_rows, chunks, TALL, WARPS)
         for chunk in range(begin, end):
-            gl.inline_asm_elementwise(_WAIT[STAGES], "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
+            gl.inline_asm_elementwise(_WAIT, "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
             following = gl.where(chunk + 1 == chunks, 0, chunk + 1)
             x_rows = gl.where(position + 1 < last, batch - warp, 0)
             _ask_x(x_then, x_at, none + following, chunks, x_rows, BATCH, WARPS)
-            _commit(lane)
+            if STAGES > 2:  # a group of x and one of all else, which the next chunk does not wait for
+                _commit(lane)
             _ask_weights_of(
                 own + then, words_at, stats_at, stats_step, ask, before, chunks, none + (position + (STAGES - 1)), lasts, lane,
                 BITS, BILEVEL, CHUNKS_A_SET, TILE_BYTES,
             )  # fmt: skip
-            if KEPT > 0:
-                _ask_outliers_of(own + then, Outliers, bounds, lane, BITS, KEPT, TILE_BYTES)
-                counts = counts + (_counts(bounds),)
-            _commit(lane)
+            if STAGES == 2:  # a group that the next chunk waits for, and one of outliers
+                _commit(lane)
+            if KEPT == 0:
+                _commit(lane)
             ask += 1
             if ask == chunks:
                 ask = 0
                 ask_piece += 1
                 before = _first_chunks(ask_piece, warp, tile_rows, chunks, TALL, WARPS)
-            if KEPT > 0:
-                bounds = _bounds(pointers_at, ask, before, none + (position + STAGES), lasts)
             at = own + now
-            outliers = at + (512 * BITS + _STATS_BYTES) - (lane * 16 - tid * 16)
             words = ()
             for t in gl.static_range(TALL):
                 its = ()
@@ -457,16 +472,10 @@ def small_kernel(
                 if chunk + 1 == chunks:
                     direct_rows = _group_rows(((piece + 1) * WARPS + warp) * TALL, gid, out_features, groups, TALL)
                 direct_next = _direct_of_chunk(GroupSc, GroupZp, direct_rows, following, groups, tid, BLOCKS_A_GROUP)
-            x_outliers = x_now
-            mine = outliers
-            if TURNED:
-                x_outliers = plane_read
-                mine = outliers + mine_offset
+            if KEPT > 0:
                 gl.inline_asm_elementwise(
                     _TURN[8 * TILES + WARPS], "=r,r,r", [x_now + turn_offset, plane_own], dtype=gl.int32, is_pure=False, pack=1
                 )
-            elif KEPT > 0:
-                sums = _add_products(sums, outliers, mine, x_outliers, rows, ((),) * TALL, WAY, TILES, TILE_BYTES)
             x_lane = x_now + tid * 32
             for s in gl.static_range(4):
                 w = ()
@@ -504,15 +513,24 @@ def small_kernel(
                             new = new + d
                         after = after + (sums[t][SUMS:] + new,)
                     sums = after
-                if TURNED and s == 2:  # by all warps by now
-                    gl.inline_asm_elementwise(_BARRIER, "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
-            if TURNED:
-                sums = _add_products(sums, outliers, mine, x_outliers, rows, ((),) * TALL, WAY, TILES, TILE_BYTES)
+                if KEPT > 0 and s == 2:  # x is turned by all warps by now
+                    # with more than two stages, x came after a chunk's outliers: but for those of a program's first chunk
+                    waited = position if STAGES == 2 else first
+                    gl.inline_asm_elementwise(
+                        _WAIT_OUTLIERS, "=r,r,r", [none + position, none + waited], dtype=gl.int32, is_pure=False, pack=1
+                    )
+                    _ask_outliers_of(own + then, Outliers, bounds, lane, BITS, KEPT, TILE_BYTES)
+                    _commit(lane)
+                    counts = counts + (_counts(bounds),)
+                    bounds = _bounds(pointers_at, ask, before, none + (position + STAGES), lasts)
             if KEPT > 0:
+                outliers = at + (512 * BITS + _STATS_BYTES) - (lane * 16 - tid * 16)
+                mine = outliers + mine_offset
                 further = ()
                 for t in gl.static_range(TALL):
                     further = further + ((counts[0][t], outliers_at, pointers_at, tile_chunks[t] + chunk),)
-                sums = _add_products(sums, outliers, mine, x_outliers, rows, further, WAY, TILES, TILE_BYTES)
+                sums = _add_products(sums, outliers, mine, plane_read, rows, ((),) * TALL, KEPT, TILES, TILE_BYTES)
+                sums = _add_products(sums, outliers, mine, plane_read, rows, further, KEPT, TILES, TILE_BYTES)
                 counts = counts[1:]
             then = now
             now = gl.where(now == (STAGES - 1) * STAGE, 0, now + STAGE)
@@ -536,30 +554,33 @@ def small_kernel(
             if end < chunks:
                 _publish(flags + program + none, thread)
         begin = 0
+        piece += 1
     gl.inline_asm_elementwise("cp.async.wait_all; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
     if DEPENDENT:
         let_next_begin(thread)
 
     if (first_chunk > 0) & (first_chunk + (last - first) >= chunks):
-        piece_begin = first - first_chunk  # the position of the piece's first chunk, and whose it is
-        shares = extra * (base + 1)
-        if piece_begin < shares:
-            source = piece_begin // (base + 1)
-        else:
-            source = extra + (piece_begin - shares) // base
-        for other in range(source, program, THREADS):
-            mine = other + thread
+        piece_begin = first - first_chunk  # the position of the piece's first chunk
+        own_part = Partial + (2 * program + 1) * (TALL * SUMS * THREADS) + thread
+        total = ()
+        for i in gl.static_range(TALL * SUMS):
+            total = total + (gl.load(own_part + i * THREADS),)
+        other = program - 1
+        while _last(other, base, extra) > piece_begin:
+            mine = other - thread
             gl.inline_asm_elementwise(
-                _AWAIT, "=r,l,r,r,~{memory}", [flags + mine, mine, none + program], dtype=gl.int32, is_pure=False, pack=1
-            )
+                _AWAIT, "=r,l,r,r,~{memory}", [flags + mine, none + piece_begin, _last(mine, base, extra)], dtype=gl.int32,
+                is_pure=False, pack=1,
+            )  # fmt: skip
+            other -= THREADS
         barrier()
-        PARTS: gl.constexpr = min(4, 64 // (TALL * SUMS))  # so many at once are on their way, as registers hold
-        total = (zero,) * (TALL * SUMS)
-        for other in range(source, program, PARTS):
+        PARTS: gl.constexpr = min(8, 64 // (TALL * SUMS))  # so many at once are on their way, as registers hold
+        other = program - 1
+        while _last(other, base, extra) > piece_begin:
             parts = ()
             for k in gl.static_range(PARTS):
-                part = Partial + 2 * (other + k) * (TALL * SUMS * THREADS) + thread
-                there = none + (other + k) < program
+                part = Partial + 2 * (other - k) * (TALL * SUMS * THREADS) + thread
+                there = none + _last(other - k, base, extra) > piece_begin
                 for i in gl.static_range(TALL * SUMS):
                     parts = parts + (gl.load(part + i * THREADS, mask=there, other=0, cache_modifier=".cg"),)
             for k in gl.static_range(PARTS):
@@ -567,11 +588,7 @@ def small_kernel(
                 for i in gl.static_range(TALL * SUMS):
                     new = new + (total[i] + parts[k * TALL * SUMS + i],)
                 total = new
-        part = Partial + (2 * program + 1) * (TALL * SUMS * THREADS) + thread
-        new = ()
-        for i in gl.static_range(TALL * SUMS):
-            new = new + (total[i] + gl.load(part + i * THREADS),)
-        total = new
+            other -= PARTS
         tile = (first_piece * WARPS + warp) * TALL
         _write(total, Scale, Bias, Y, tile, batch, out_features, gid, tid, SCALED, HAS_BIAS, TILES, TALL)
 
@@ -586,19 +603,21 @@ class Small:
     resident: int  # programs that a multiprocessor holds
     stages: int  # of chunks in shared memory
     sets: int  # of sums
-    turned: bool  # whether outliers find x turned
     least: int  # chunks of a program
 
 
-CHOICES = {  # of 8 and 16 measured on an H200
-    8: Small(4, 1, 96, 5, 2, 2, False, 3), 16: Small(4, 1, 128, 4, 3, 1, False, 2), 24: Small(4, 2, 168, 3, 2, 1, False, 2),
-    32: Small(4, 2, 168, 3, 2, 1, False, 2),
-}  # fmt: skip
-# Not measured: direct statistics wait in registers for a chunk, and with fewer, or for two tiles, the loop would spill.
-DIRECT_CHOICES = CHOICES | {
-    8: Small(4, 1, 112, 4, 2, 2, False, 3), 24: Small(4, 1, 128, 4, 2, 1, False, 2), 32: Small(4, 1, 168, 3, 3, 1, False, 2),
-}  # fmt: skip
-WIDEST = max(CHOICES)
+WIDTHS = (8, 16)
+WIDEST = WIDTHS[-1]
+LARGE = 512 * 32  # chunks of all tiles: 8192 x 8192. With fewer, two tiles of a warp leave too few programs.
+CHOICES = {  # by width, whether statistics are bilevel, and whether the matrix is large; those of bilevel ones for an H200
+    (8, True, False): Small(4, 1, 96, 5, 2, 1, 3),
+    (8, True, True): Small(4, 2, 128, 4, 2, 1, 2),
+    (16, True, False): Small(4, 1, 128, 4, 3, 1, 2),
+    (16, True, True): Small(4, 2, 168, 3, 2, 1, 2),
+    # Direct statistics wait in registers for a chunk: for two tiles, and with fewer registers, the loop would spill.
+    **dict.fromkeys([(8, False, False), (8, False, True)], Small(4, 1, 112, 4, 2, 2, 3)),
+    **dict.fromkeys([(16, False, False), (16, False, True)], Small(4, 1, 128, 4, 3, 1, 2)),
+}
 
 
 class _Launches(NamedTuple):
@@ -609,9 +628,9 @@ class _Launches(NamedTuple):
     parts: int
 
 
-def choice_for(width: int, bilevel: bool) -> Small:
-    """The choice for statistics of a kind."""
-    return (CHOICES if bilevel else DIRECT_CHOICES)[width]
+def choice_for(width: int, bilevel: bool, large: bool) -> Small:
+    """How a kernel for so many rows of x runs. large: whether the matrix has LARGE chunks or more."""
+    return CHOICES[width, bilevel, large]
 
 
 def outliers_of_a_chunk(layout: Layout) -> int:
@@ -635,8 +654,8 @@ def _launches(
 ) -> _Launches:  # fmt: skip
     """layout and kept: as `_without_outliers` has them. joined: whether the stored matrix is one tensor."""
     chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
-    width = min(width for width in CHOICES if width >= batch)
-    choice = choice_for(width, layout.statistics == "bilevel")
+    width = next(width for width in WIDTHS if width >= batch)
+    choice = choice_for(width, layout.statistics == "bilevel", layout.tile_rows * chunks >= LARGE)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     every = ceil_div(layout.tile_rows, choice.warps * choice.tall) * chunks
     programs = max(1, min(multiprocessors * choice.resident, every // choice.least))
@@ -647,13 +666,12 @@ def _launches(
         prepare = prepare_launch(layout, batch, dtype, device, False, overlaps)
     dtypes = (torch.float16, torch.float32, *LEAVES.values(), bias or dtype, dtype, torch.float32)
     integers = (
-        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, every // programs, every % programs,
+        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, (2**31 - 1) // chunks, every // programs,
+        every % programs,
     )  # fmt: skip
-    turned = choice.turned and kept > 0
-    room = room_bytes(layout.weight_bits, kept, width, choice.warps, choice.tall, choice.stages, turned)
+    room = room_bytes(layout.weight_bits, kept, width, choice.warps, choice.tall, choice.stages)
     constants = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": width} | overlaps | constants_of(layout) | {
-        "WARPS": choice.warps, "TALL": choice.tall, "STAGES": choice.stages, "KEPT": kept, "TURNED": turned,
-        "SETS": choice.sets, "ROOM": room,
+        "WARPS": choice.warps, "TALL": choice.tall, "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets, "ROOM": room,
         "num_warps": choice.warps, "maxnreg": choice.registers,
     }  # fmt: skip
     product = Launch(small_kernel, (programs, 1), device, dtypes, integers, constants)

@@ -109,10 +109,6 @@ def _funnel(left: bool) -> Callable[..., np.ndarray]:
     return shift
 
 
-def _dot_of_bytes(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    return c + sum((a >> np.uint32(8 * i) & np.uint32(255)) * (b >> np.uint32(8 * i) & np.uint32(255)) for i in range(4))
-
-
 def _least_of_magnitude(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     least = np.fmin(abs(a), abs(b))
     return np.where(np.isnan(least), least, np.where(np.signbit(a) ^ np.signbit(b), -least, least))
@@ -146,7 +142,6 @@ _OPERATIONS: dict[str, tuple[Callable[..., np.ndarray], str, str]] = {
     "shf.r.wrap": (_funnel(False), "t", "t t u32"),
     "lop3": (_logic, "t", "t t t u32"),
     "prmt": (_permute, "t", "t t u32"),
-    "dp4a.u32": (_dot_of_bytes, "t", "t t t"),
     "bfe": (_field, "t", "t u32 u32"),
     "selp": (_selected, "b", "b b pred"),
     "setp.eq": (np.equal, "pred", "t t"),
@@ -159,7 +154,7 @@ _OPERATIONS: dict[str, tuple[Callable[..., np.ndarray], str, str]] = {
     "setp.ge.and": (lambda a, b, p: (a >= b) & (p != 0), "pred", "t t pred"),
 }
 _INTEGERS = ("mul.lo", "mad.lo", "mul.hi", "mul.wide", "mad.wide", "div", "rem", "setp.ne")
-_OF_32_BITS = ("mul.hi", "dp4a.u32", "shf.l.wrap", "shf.r.wrap", "lop3", "prmt", "bfe")
+_OF_32_BITS = ("mul.hi", "shf.l.wrap", "shf.r.wrap", "lop3", "prmt", "bfe")
 
 
 def _wide(a: np.ndarray) -> np.ndarray:

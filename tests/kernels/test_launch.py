@@ -110,7 +110,7 @@ def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
         ]
         all_launches += [
             small._launches.__wrapped__(*small._without_outliers(layout), batch, dtype, bias, GPU, batch != 8)
-            for batch in (2, 7, 8, 9, 16, 17, 32)
+            for batch in (2, 7, 8, 9, 16)
         ]
         for launches in all_launches:
             for launch in launches:
@@ -168,13 +168,13 @@ def test_small_batches_copy_nearly_all_outliers_of_a_chunk(layout):
     assert (in_each > kept).mean() < 0.01
 
 
-@pytest.mark.parametrize("batch", [8, 16, 24, 32])
+@pytest.mark.parametrize("batch", [8, 16])
 @pytest.mark.parametrize("shape", [(16, 256), (48, 768), (4096, 11008), (28672, 8192)], ids=str)
 def test_small_batches_share_all_chunks_evenly(hopper, shape, batch):
     from spqr_kernels import small
 
     layout = Layout(*shape)
-    choice = small.choice_for(batch, True)
+    choice = small.choice_for(batch, True, shape[0] * shape[1] >= 8192 * 8192)
     launches = small._launches.__wrapped__(*small._without_outliers(layout), batch, torch.float16, None, GPU, True)
     product, width = launches.product, 16 * choice.warps * choice.tall
     programs = product.grid[0]
