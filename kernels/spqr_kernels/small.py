@@ -124,8 +124,8 @@ _MMA = gl.constexpr(ptx.MMA)
 _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
 # Waits for all groups of copies but the last, and for the barrier.
 _WAIT = gl.constexpr("cp.async.wait_group 1; bar.sync 0; mov.b32 $0, $1;")
-# The same, but for copies only if $1 is $2.
-_WAIT_OUTLIERS = gl.constexpr("{ .reg .pred p; setp.eq.s32 p, $1, $2; @p cp.async.wait_group 1; bar.sync 0; mov.b32 $0, $1; }")
+# The same but for the last two, and for copies only if $1 is $2.
+_WAIT_OUTLIERS = gl.constexpr("{ .reg .pred p; setp.eq.s32 p, $1, $2; @p cp.async.wait_group 2; bar.sync 0; mov.b32 $0, $1; }")
 _COMMIT = gl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
 # A program's part of a piece is there where its flag is this, a nan; one that is not is no sum of a kernel before, nor left by
 # one: who reads a part clears its flag. Memory that nobody wrote is this by chance in one of 2**64 cases.
@@ -446,13 +446,17 @@ def small_kernel(
             )  # fmt: skip
             if STAGES == 2:  # a group that the next chunk waits for, and one of outliers
                 _commit(lane)
-            if KEPT == 0:
-                _commit(lane)
+            if KEPT > 0:
+                _ask_outliers_of(own + then, Outliers, bounds, lane, BITS, KEPT, TILE_BYTES)
+                counts = counts + (_counts(bounds),)
+            _commit(lane)
             ask += 1
             if ask == chunks:
                 ask = 0
                 ask_piece += 1
                 before = _first_chunks(ask_piece, warp, tile_rows, chunks, TALL, WARPS)
+            if KEPT > 0:
+                bounds = _bounds(pointers_at, ask, before, none + (position + STAGES), lasts)
             at = own + now
             words = ()
             for t in gl.static_range(TALL):
@@ -519,10 +523,6 @@ def small_kernel(
                     gl.inline_asm_elementwise(
                         _WAIT_OUTLIERS, "=r,r,r", [none + position, none + waited], dtype=gl.int32, is_pure=False, pack=1
                     )
-                    _ask_outliers_of(own + then, Outliers, bounds, lane, BITS, KEPT, TILE_BYTES)
-                    _commit(lane)
-                    counts = counts + (_counts(bounds),)
-                    bounds = _bounds(pointers_at, ask, before, none + (position + STAGES), lasts)
             if KEPT > 0:
                 outliers = at + (512 * BITS + _STATS_BYTES) - (lane * 16 - tid * 16)
                 mine = outliers + mine_offset
@@ -609,15 +609,9 @@ class Small:
 WIDTHS = (8, 16)
 WIDEST = WIDTHS[-1]
 LARGE = 512 * 32  # chunks of all tiles: 8192 x 8192. With fewer, two tiles of a warp leave too few programs.
-CHOICES = {  # by width, whether statistics are bilevel, and whether the matrix is large; those of bilevel ones for an H200
-    (8, True, False): Small(4, 1, 96, 5, 2, 1, 3),
-    (8, True, True): Small(4, 2, 128, 4, 2, 1, 2),
-    (16, True, False): Small(4, 1, 128, 4, 3, 1, 2),
-    (16, True, True): Small(4, 2, 168, 3, 2, 1, 2),
-    # Direct statistics wait in registers for a chunk: for two tiles, and with fewer registers, the loop would spill.
-    **dict.fromkeys([(8, False, False), (8, False, True)], Small(4, 1, 112, 4, 2, 2, 3)),
-    **dict.fromkeys([(16, False, False), (16, False, True)], Small(4, 1, 128, 4, 3, 1, 2)),
-}
+CHOICES = {8: Small(4, 1, 112, 4, 2, 2, 3), 16: Small(4, 1, 128, 4, 3, 1, 2)}  # by width, measured on an H200
+# Of large matrices with bilevel statistics; direct ones wait in registers for a chunk, and for two tiles the loop would spill.
+LARGE_CHOICES = {8: Small(4, 2, 128, 4, 2, 1, 2), 16: Small(4, 2, 168, 3, 2, 1, 2)}
 
 
 class _Launches(NamedTuple):
@@ -630,7 +624,7 @@ class _Launches(NamedTuple):
 
 def choice_for(width: int, bilevel: bool, large: bool) -> Small:
     """How a kernel for so many rows of x runs. large: whether the matrix has LARGE chunks or more."""
-    return CHOICES[width, bilevel, large]
+    return (LARGE_CHOICES if bilevel and large else CHOICES)[width]
 
 
 def outliers_of_a_chunk(layout: Layout) -> int:
