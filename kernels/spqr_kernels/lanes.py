@@ -59,7 +59,6 @@ def codes_step(chunks, chunks_a_set):
 
 
 _STREAM4 = gl.constexpr(ptx.load(4, ".nc.L1::no_allocate"))  # weights are read once
-_LOAD4 = gl.constexpr(ptx.load(4))
 _LOAD4_REGISTERS = gl.constexpr(ptx.load_constraints(4))
 _LOAD2 = gl.constexpr(ptx.load(2))
 _LOAD2_REGISTERS = gl.constexpr(ptx.load_constraints(2))
@@ -76,16 +75,8 @@ def stream4(pointer):
 
 
 @gluon.jit
-def load4(pointer):
-    """Four words at a 16-byte boundary, such as of x, which a kernel before may write until `await_previous`."""
-    return gl.inline_asm_elementwise(
-        _LOAD4, _LOAD4_REGISTERS, [pointer], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
-    )
-
-
-@gluon.jit
 def load2(pointer):
-    """Two words at an 8-byte boundary, in the same way."""
+    """Two words at an 8-byte boundary."""
     return gl.inline_asm_elementwise(_LOAD2, _LOAD2_REGISTERS, [pointer], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
 
 

@@ -40,6 +40,7 @@ from .lanes import barrier
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
 from .outlier_products import KEPT, PLANE, X_PITCH, multiply_first, multiply_more, turn
 from .overlap import await_previous, let_next_begin
+from .ring import commit_copies
 from .stage_statistics import (
     STATS_BYTES,
     bilevel_constants,
@@ -126,7 +127,6 @@ _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
 _WAIT = gl.constexpr("cp.async.wait_group 1; bar.sync 0; mov.b32 $0, $1;")
 # The same but for the last two, and for copies only if $1 is $2.
 _WAIT_OUTLIERS = gl.constexpr("{ .reg .pred p; setp.eq.s32 p, $1, $2; @p cp.async.wait_group 2; bar.sync 0; mov.b32 $0, $1; }")
-_COMMIT = gl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
 # A program's part of a piece is there where its flag is this, a nan; one that is not is no sum of a kernel before, nor left by
 # one: who reads a part clears its flag. Memory that nobody wrote is this by chance in one of 2**64 cases.
 _MAGIC = 0x7FC0_5351_9E37_79B9
@@ -149,11 +149,6 @@ def _lane_constants(zero, BITS: gl.constexpr):
     for i in gl.static_range(len(_LANE_CONSTANTS[BITS])):
         found = found + (zero + _LANE_CONSTANTS[BITS][i],)
     return found
-
-
-@gluon.jit
-def _commit(lane):
-    gl.inline_asm_elementwise(_COMMIT, "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -406,11 +401,11 @@ def small_kernel(
     if DEPENDENT:  # x, unlike the matrix, comes from the kernel before
         x_at = await_previous(x_at)
     _ask_x(x_own, x_at, none + first_chunk, chunks, batch - warp, BATCH, WARPS)
-    _commit(lane)
+    commit_copies(lane)
     if KEPT > 0:  # last, as their bounds must have arrived; the first chunk's codes are multiplied meanwhile
         for k in gl.static_range(STAGES - 1):
             _ask_outliers_of(own + k * STAGE, Outliers, asked[k], lane, BITS, KEPT, TILE_BYTES)
-    _commit(lane)
+    commit_copies(lane)
 
     rows = gid * 0x10001000
     unknown = none + (batch >> 30)
@@ -439,17 +434,17 @@ def small_kernel(
             x_rows = gl.where(position + 1 < last, batch - warp, 0)
             _ask_x(x_then, x_at, none + following, chunks, x_rows, BATCH, WARPS)
             if STAGES > 2:  # a group of x and one of all else, which the next chunk does not wait for
-                _commit(lane)
+                commit_copies(lane)
             _ask_weights_of(
                 own + then, words_at, stats_at, stats_step, ask, before, chunks, none + (position + (STAGES - 1)), lasts, lane,
                 BITS, BILEVEL, CHUNKS_A_SET, TILE_BYTES,
             )  # fmt: skip
             if STAGES == 2:  # a group that the next chunk waits for, and one of outliers
-                _commit(lane)
+                commit_copies(lane)
             if KEPT > 0:
                 _ask_outliers_of(own + then, Outliers, bounds, lane, BITS, KEPT, TILE_BYTES)
                 counts = counts + (_counts(bounds),)
-            _commit(lane)
+            commit_copies(lane)
             ask += 1
             if ask == chunks:
                 ask = 0

@@ -12,8 +12,9 @@ from triton.experimental.gluon import language as gl
 
 from . import ptx
 from .ptx import half2
+from .ring import SET_BYTES, TOPS_BYTES
 
-STATS_BYTES = 320
+STATS_BYTES = SET_BYTES + TOPS_BYTES
 
 # Codes $0 .. $3 of groups tid, 4 + tid, 8 + tid, 12 + tid of a set (spec 4.3), by a rotation $6 of 2, or 22 where tid is odd:
 # of each sq of row l at bit 2 and zq at bit 5 of the low half, those of row l + 8 at bits 0 and 3 of the high half. The

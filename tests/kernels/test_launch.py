@@ -184,3 +184,22 @@ def test_small_batches_share_all_chunks_evenly(hopper, shape, batch):
     assert programs * base + extra == pieces * (layout.in_features // 256)
     assert programs == 1 or base >= choice.least
     assert launches.parts >= programs * (2 * width * batch + 2)  # two parts, and a flag of 8 bytes
+
+
+@pytest.mark.parametrize("tiles", [1, 255, 256, 700, 5000])
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.0005, 0.01, 0.05])
+@pytest.mark.parametrize("kind", [{"weight_bits": bits, "group_size": 16} for bits in (2, 3, 4)], ids=str)
+def test_a_program_of_one_row_has_room_and_a_pair_of_chunks_for_each_warp(kind, share, permuted, tiles):
+    pytest.importorskip("triton", reason="no Triton")
+    from spqr_kernels import matvec, pair_outliers, ring
+
+    for chunks in (1, 2, 3, 16, 43, 112):
+        layout = Layout(16 * tiles, 256 * chunks, permuted=permuted, outliers=int(share * 4096 * tiles * chunks), **kind)
+        entries = pair_outliers.entries(layout)
+        constants = matvec.row_constants(layout, entries, tiles, torch.float16)
+        warps = constants["WARPS"]
+        own = ring.warp_bytes(layout.weight_bits, True, entries, permuted and entries > 0)
+        assert warps * own + ring.ZEROS_BYTES < ring.MOST_BYTES
+        assert warps == 1 or 2 * (warps - 1) < chunks, "a warp that has nothing to do"
+        assert constants["WHOLE"] == (chunks % (2 * warps) == 0)
