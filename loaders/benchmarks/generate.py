@@ -1,6 +1,7 @@
 """Tokens a second and peak GPU memory of greedy decoding through `generate`: a SpQR model beside the same model in fp16.
 
     PYTHONPATH=.:kernels:loaders:kernels/benchmarks python loaders/benchmarks/generate.py [--layers 32] [--outliers 0.0045]
+        [--profile]
 
 The model has the shape of LLaMA-2-7B and random weights; both run in this process, one after the other, with a static cache
 under CUDA graphs as transformers compiles them. Speed and memory do not depend on what the weights are; quality is not
@@ -13,6 +14,8 @@ import argparse
 import json
 import statistics
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +56,8 @@ def pack(model: Any, outliers: float) -> None:
     share(model)
 
 
-def measure(model: Any, tokens: int, repeats: int) -> dict[str, float]:
-    """Tokens a second, median of `repeats` generations of `tokens` tokens after a warm-up, and the peak memory in bytes."""
+def generation(model: Any, tokens: int) -> Callable[[], None]:
+    """What generates `tokens` tokens, each time anew."""
     ids = torch.randint(0, 32000, (1, 16), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     # One cache for all: a new one for each call may lie elsewhere, and then torch records its graph anew, or gives up graphs.
     cache = StaticCache(model.config, max_cache_len=ids.shape[1] + tokens)
@@ -62,20 +65,53 @@ def measure(model: Any, tokens: int, repeats: int) -> dict[str, float]:
 
     def run() -> None:
         cache.reset()
-        model.generate(ids, **kwargs)
-
-    with torch.no_grad():
-        for _ in range(2):
-            run()
+        with torch.no_grad():
+            model.generate(ids, **kwargs)
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+
+    return run
+
+
+def measure(run: Callable[[], None], tokens: int, repeats: int) -> dict[str, float]:
+    """Tokens a second, median of `repeats` generations after a warm-up, and the peak memory in bytes."""
+    for _ in range(2):
+        run()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
     return {"tokens_per_s": tokens / statistics.median(times), "peak_bytes": float(torch.cuda.max_memory_allocated())}
+
+
+def spans(run: Callable[[], None]) -> list[tuple[float, float, str]]:
+    """Begin and end, in us, and name of all that the GPU does in a generation. The profiler makes it a little slower."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+    found = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [(event.time_range.start, event.time_range.end, event.name) for event in found]
+
+
+def by_token(found: Iterable[tuple[float, float, str]], tokens: int, most: int = 8) -> list[tuple[str, float, float]]:
+    """What a token costs of these spans: name, how many and us of the `most` that take longest, of all, and of pauses of more
+    and of less than 100 us, in which the GPU does nothing."""
+    each: dict[str, list[float]] = defaultdict(list)
+    pauses: list[float] = []
+    until = None
+    for begin, end, name in sorted(found):
+        each[name].append(end - begin)
+        if until is not None and begin > until:
+            pauses.append(begin - until)
+        until = end if until is None else max(until, end)
+    rows = sorted(each.items(), key=lambda row: -sum(row[1]))
+    rows = [
+        *rows[:most],
+        ("all kernels and copies", [time for times in each.values() for time in times]),
+        ("pauses between tokens, above 100 us", [pause for pause in pauses if pause > 100]),
+        ("pauses between kernels", [pause for pause in pauses if pause <= 100]),
+    ]
+    return [(name, len(times) / tokens, sum(times) / tokens) for name, times in rows]
 
 
 def main() -> None:
@@ -86,15 +122,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", action="store_true", help="print what the GPU does in a token")
     arguments = parser.parse_args()
     model = build(arguments.layers, torch.float16)
-    dense = measure(model, arguments.tokens, arguments.repeats)
+    profiles = {}
+    run = generation(model, arguments.tokens)
+    dense = measure(run, arguments.tokens, arguments.repeats)
     print(f"fp16: {dense}", flush=True)
+    if arguments.profile:
+        profiles["fp16"] = by_token(spans(run), arguments.tokens)
     pack(model, arguments.outliers)
     torch._dynamo.reset()
     model.__dict__.pop("_compiled_call", None)
     torch.cuda.empty_cache()
-    packed = measure(model, arguments.tokens, arguments.repeats)
+    run = generation(model, arguments.tokens)
+    packed = measure(run, arguments.tokens, arguments.repeats)
+    if arguments.profile:
+        profiles["SpQR"] = by_token(spans(run), arguments.tokens)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.layers} layers, {arguments.tokens} tokens")
     print("| | tokens/s | ratio | peak GB | ratio |\n|---|---:|---:|---:|---:|")
     print(f"| fp16 | {dense['tokens_per_s']:.1f} | | {dense['peak_bytes'] / 1e9:.2f} | |")
@@ -103,6 +147,10 @@ def main() -> None:
         f"| {packed['tokens_per_s'] / dense['tokens_per_s']:.2f} | {packed['peak_bytes'] / 1e9:.2f} "
         f"| {packed['peak_bytes'] / dense['peak_bytes']:.3f} |"
     )
+    for title, rows in profiles.items():
+        print(f"\n| {title}, of a token | number | us |\n|---|---:|---:|")
+        for name, number, us in rows:
+            print(f"| {name[:80]} | {number:.1f} | {us:.1f} |")
     if arguments.json:
         arguments.json.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(arguments).items()}, "fp16": dense,
                                               "spqr": packed}, indent=1) + "\n")  # fmt: skip
