@@ -1,9 +1,9 @@
 """PTX that multiplies x with a chunk's outliers, for `small_kernel`: products of their own, 16 outliers at a time.
 
 A has the value of outlier k in its row and zeros in the others, B has x of its column. x is turned in shared memory (`turn`,
-sm_90), once a chunk and by all warps of a program, to 16 bytes for 8 rows of a column. `ldmatrix` reads these: for 16 rows of x
-and random columns in 10 wavefronts, where 2 bytes at a time would take 17. An infinite x is made finite when it is turned, and
-not for every outlier.
+sm_90), once a chunk and by all warps of a program, to 16 bytes for 8 rows of a column. `ldmatrix` reads these 8 rows at
+once, in fewer wavefronts of shared memory than 2 bytes at a time. An infinite x is made finite when it is turned, and not for
+every outlier.
 """
 
 from __future__ import annotations

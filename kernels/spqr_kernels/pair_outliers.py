@@ -32,9 +32,9 @@ def _hold_bounds(warps: int) -> str:
 
 
 # What lane $4 % 32 holds in $2 and $3.
-_BOUNDS = (
+_BOUNDS = gl.constexpr(
     "{ .reg .b32 c; and.b32 c, $4, 31; shfl.sync.idx.b32 $0, $2, c, 31, -1; shfl.sync.idx.b32 $1, $3, c, 31, -1; }"
-)  # fmt: skip
+)
 
 
 def _copy(entries: int) -> str:
@@ -102,7 +102,6 @@ _ZERO_SUMS = gl.constexpr(
     + " bar.warp.sync -1; mov.b32 $0, $1; }"
 )  # fmt: skip
 _HOLD_BOUNDS = gl.constexpr({warps: _hold_bounds(warps) for warps in (1, 2, 4, 8)})
-_BOUNDS_OF = gl.constexpr(_BOUNDS)
 _COPY = gl.constexpr({n: _copy(n) for n in ENTRIES})
 _COLUMNS = (CHUNK * TILE, 2 * CHUNK * TILE)  # of a chunk, of a pair
 _PRODUCTS = gl.constexpr({(bf, n, c): _products(bool(bf), n, c) for bf in (0, 8) for n in ENTRIES for c in _COLUMNS})
@@ -131,7 +130,7 @@ def hold_bounds(held, step, lane, warp, pointers, cells, WARPS: gl.constexpr):
 def bounds(held, step):
     """Where the outliers of the warp's step begin and end; 0 and 0 behind the tile's last ones."""
     return gl.inline_asm_elementwise(
-        _BOUNDS_OF, "=&r,=&r,r,r,r", [held[0], held[1], held[0] * 0 + step], dtype=(gl.int32, gl.int32), is_pure=False, pack=1
+        _BOUNDS, "=&r,=&r,r,r,r", [held[0], held[1], held[0] * 0 + step], dtype=(gl.int32, gl.int32), is_pure=False, pack=1
     )
 
 

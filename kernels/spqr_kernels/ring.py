@@ -170,14 +170,14 @@ def read1(at):
 @gluon.jit
 def read2(at):
     """Two words."""
-    return gl.inline_asm_elementwise(_READ2, "=&r,=&r,r", [at], dtype=(gl.int32, gl.int32), is_pure=False, pack=1)
+    return gl.inline_asm_elementwise(_READ2, "=r,=r,r", [at], dtype=(gl.int32, gl.int32), is_pure=False, pack=1)
 
 
 @gluon.jit
 def read4(at):
     """Four words."""
     return gl.inline_asm_elementwise(
-        _READ4, "=&r,=&r,=&r,=&r,r", [at], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1
+        _READ4, "=r,=r,=r,=r,r", [at], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1
     )
 
 
@@ -190,4 +190,4 @@ def read_long(at):
 @gluon.jit
 def read2_long(at):
     """Eight bytes, and the next eight."""
-    return gl.inline_asm_elementwise(_READ2_LONG, "=&l,=&l,r", [at], dtype=(gl.int64, gl.int64), is_pure=False, pack=1)
+    return gl.inline_asm_elementwise(_READ2_LONG, "=l,=l,r", [at], dtype=(gl.int64, gl.int64), is_pure=False, pack=1)

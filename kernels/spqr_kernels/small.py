@@ -40,7 +40,7 @@ from .lanes import barrier
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
 from .outlier_products import KEPT, PLANE, X_PITCH, multiply_first, multiply_more, turn
 from .overlap import await_previous, let_next_begin
-from .ring import commit_copies
+from .ring import commit_copies, read4
 from .stage_statistics import (
     STATS_BYTES,
     bilevel_constants,
@@ -120,7 +120,6 @@ _FIRST_REGISTERS, _MORE_REGISTERS = (
 )
 _TURN = gl.constexpr({8 * tiles + warps: turn(tiles, warps) for tiles in _TILES for warps in (1, 2, 4, 8)})
 _FLOATS = gl.constexpr({n: (gl.float32,) * (4 * n) for n in _TILES})
-_LOAD4 = gl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
 _MMA = gl.constexpr(ptx.MMA)
 _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
 # Waits for all groups of copies but the last, and for the barrier.
@@ -149,14 +148,6 @@ def _lane_constants(zero, BITS: gl.constexpr):
     for i in gl.static_range(len(_LANE_CONSTANTS[BITS])):
         found = found + (zero + _LANE_CONSTANTS[BITS][i],)
     return found
-
-
-@gluon.jit
-def _load4(at):
-    """Four words of shared memory."""
-    return gl.inline_asm_elementwise(
-        _LOAD4, "=r,=r,=r,=r,r", [at], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1
-    )
 
 
 @gluon.jit
@@ -457,7 +448,7 @@ def small_kernel(
             for t in gl.static_range(TALL):
                 its = ()
                 for k in gl.static_range(BITS):
-                    its = its + (_load4(at + (t * TILE_BYTES + 512 * k)),)
+                    its = its + (read4(at + (t * TILE_BYTES + 512 * k)),)
                 words = words + (its,)
             if BILEVEL:
                 codes = ()
@@ -496,7 +487,7 @@ def small_kernel(
                 for half in gl.static_range(2):
                     b = ()
                     for n in gl.static_range(TILES):
-                        b = b + (_load4(x_lane + (8 * _X_PITCH * n + 128 * s + 16 * half)),)
+                        b = b + (read4(x_lane + (8 * _X_PITCH * n + 128 * s + 16 * half)),)
                     after = ()
                     for t in gl.static_range(TALL):
                         new = ()

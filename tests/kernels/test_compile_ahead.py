@@ -27,7 +27,7 @@ def spills(name: str) -> int:
     if name.startswith("decode"):
         return 16
     if name.startswith("small"):
-        return 24
+        return 10
     limited = VARIANTS[name].registers is not None
     return 16 if limited and name.split()[0] in ("matvec", "siblings", "experts") else 0
 

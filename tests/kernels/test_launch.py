@@ -200,6 +200,6 @@ def test_a_program_of_one_row_has_room_and_a_pair_of_chunks_for_each_warp(kind, 
         constants = matvec.row_constants(layout, entries, tiles, torch.float16)
         warps = constants["WARPS"]
         own = ring.warp_bytes(layout.weight_bits, True, entries, permuted and entries > 0)
-        assert warps * own + ring.ZEROS_BYTES < ring.MOST_BYTES
+        assert warps * own + ring.ZEROS_BYTES < 48 * 1024  # more than a kernel may declare
         assert warps == 1 or 2 * (warps - 1) < chunks, "a warp that has nothing to do"
         assert constants["WHOLE"] == (chunks % (2 * warps) == 0)

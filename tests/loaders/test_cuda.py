@@ -39,7 +39,7 @@ def test_loaded_on_the_gpu(tiny, dtype):
 
 
 def test_static_cache_compiles_as_the_first_thing(tiny):
-    # What a kernel keeps between calls must not lie in the memory of the CUDA graphs that are being recorded.
+    # No product has run before: what a kernel keeps between calls must not lie in the memory of the CUDA graphs.
     model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float16, device_map="cuda")
     kwargs = {"max_new_tokens": 24, "do_sample": False, "cache_implementation": "static"}
     first = model.generate(IDS.cuda(), **kwargs)
