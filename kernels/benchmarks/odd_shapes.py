@@ -69,8 +69,8 @@ def _experts(tensors: Stored, layout: Layout, weight: Tensor) -> Iterator[tuple[
 
 
 RUNS = {
-    "one-row": [_rows(1)], "batches": [_rows(batch) for batch in (2, 9, 17, 33, 65)], "older-gpus": [_older], "dense": [_dense],
-    "siblings": [_siblings], "experts": [_experts],
+    "one-row": [_rows(1)], "batches": [_rows(batch) for batch in (2, 9, 17, 33, 65, 300)], "older-gpus": [_older],
+    "dense": [_dense], "siblings": [_siblings], "experts": [_experts],
 }  # fmt: skip
 
 

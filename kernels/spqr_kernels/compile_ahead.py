@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from spqr_format.packing import SPREAD
 
-from . import decode, dequant, fit, gemm, grouped, matvec, small, unpack
+from . import decode, dequant, fit, gemm, gemm_plan, grouped, matvec, prepare, small, unpack
 from .dispatch import FIT_COLUMNS, TOGETHER
 from .weight_at import field_constants
 
@@ -111,21 +111,18 @@ def variants() -> list[Variant]:
             found.append(Variant(f"decode {title} batch {batch}", decode.decode_kernel, operands | sizes, constants, warps,
                                  decode.REGISTERS.get(batch)))  # fmt: skip
         found += _small(title, kind, operands, sizes)
-        sizes |= {"parts": "i32", "whole": "i32", "splits": "i32", "a_split": "i32"}
+        sizes |= dict.fromkeys(("parts", "base", "extra"), "i32")
         operands |= {"Partial": "*fp32"}
-        for batch, choice in gemm.CHOICES.items():
+        for batch, choice in gemm_plan.CHOICES.items():
             if title != "3-bit bilevel" and batch not in (32, 256):
                 continue  # minutes of compiling for little
-            constants = (
-                kind
-                | sparse
-                | {"SCALED": False, "SPLIT": True, "BATCH": batch, "WARPS": choice.warps,
-                   "TURN": choice.turn, "ENTRIES": 2}
-            )  # fmt: skip
-            x_map = f"tensordesc<fp16[{choice.turn}, {batch}, 64],{gemm.X_LAYOUT!r}>"
-            given = {"X": "*fp16", "Map": x_map} | operands
-            found.append(Variant(f"gemm {title} batch {batch}", gemm.gemm_kernel, given | sizes, constants, choice.warps,
-                                 choice.registers, nvidia=(90,)))  # fmt: skip
+            room = gemm_plan.room_bytes(kind["BITS"], 2, batch, choice.warps)
+            constants = kind | {
+                "OUTLIERS": True, "HAS_BIAS": False, "SCALED": False, "BATCH": batch, "WARPS": choice.warps,
+                "ROOM": room, "ENTRIES": 2,
+            }  # fmt: skip
+            found.append(Variant(f"gemm {title} batch {batch}", gemm.gemm_kernel, {"X": "*fp16"} | operands | sizes, constants,
+                                 choice.warps, choice.registers, nvidia=(90,)))  # fmt: skip
         sizes = {"out_features": "i32", "in_features": "i32", "chunks": "i32", "groups": "i32"}
         operands = _STORED | _OUTLIERS | {"Out": "*fp16"} | sizes
         words, bits_at = field_constants(kind["BITS"])
@@ -143,20 +140,16 @@ def variants() -> list[Variant]:
         operands = _STORED | {"Place": "*i64", "OutlierPtr": "*i32", "Outliers": "*i32"} | {"Out": "*fp16"} | shape
         constants = constants | {"CELLS": dequant.CELLS, "ENTRIES": dequant.ENTRIES}
         found.append(Variant(f"outliers {title}", dequant.outliers_kernel, operands, constants, 4))
-    return found + _beside_gemm() + _fit_variants()
+    return found + _prepare() + _fit_variants()
 
 
-def _beside_gemm() -> list[Variant]:
-    """What makes x anew before a product of many rows, and what adds up shared pieces behind it."""
-    before = {"X": "*bf16", "Out": "*fp16", "Scale": "*fp32", "in_features": "i32", "columns": "i32"}
-    behind = {"Partial": "*fp32", "Scale": "*fp32", "Bias": "*fp16", "Y": "*fp16"}
-    behind |= dict.fromkeys(("batch", "out_features", "parts", "whole", "splits"), "i32")
+def _prepare() -> list[Variant]:
+    """What makes x anew before a product of many rows."""
+    operands = {"X": "*bf16", "Out": "*fp16", "Scale": "*fp32", "in_features": "i32", "columns": "i32"}
     found = []
     for scaled in (False, True):
-        constants = {"SCALED": scaled, "ORDERED": True, "BLOCK": 2048}
-        found.append(Variant(f"prepare{' scaled' * scaled}", gemm.prepare_kernel, before, constants, 4, nvidia=(90,)))
-        constants = {"SCALED": scaled, "HAS_BIAS": True, "BATCH": 64, "ROWS": 64, "BLOCK": 512}
-        found.append(Variant(f"finish{' scaled' * scaled}", gemm.finish_kernel, behind, constants, 4, nvidia=(90,)))
+        constants = {"SCALED": scaled, "WIDTH": 64, "BLOCK": 2048}
+        found.append(Variant(f"prepare{' scaled' * scaled}", prepare.prepare_kernel, operands, constants, 4, nvidia=(90,)))
     return found
 
 

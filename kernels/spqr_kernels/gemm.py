@@ -1,10 +1,13 @@
 """Batched kernel for NVIDIA Hopper (sm_90): y = x W^T with `wgmma`, outliers fused, from 17 rows of x to prefill.
 
 A warp group of 4 warps holds 4 tiles, 64 rows of W: a lane's words become fp16 weights in registers, and these are the A
-operand of `wgmma` as they stand; x is B, in shared memory, read once for the 64 rows. The next weights are made while the
+operand of `wgmma` as they stand; x is B, in shared memory (`slots`), read once for the 64 rows. A warp's chunks come to stages
+of its own (`stages`), so no warp waits for the others but for x that they still read, and the next weights are made while the
 tensor cores work. Outliers are added to the weights before the product (`outliers`).
 
-Every sum has one fixed order, so results repeat bit for bit.
+Programs, as many as run at once, share the product evenly (`shares`), and go through their pieces from the last to the first:
+the part of a piece that another program adds up is made first, and so is there when that one comes to it, last. Every sum has
+one fixed order, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -18,30 +21,38 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
+from spqr_format.layout import CHUNK, Layout
 
 from . import outliers, overlap
 from .checks import aligned
-from .gemm_plan import CHOICES, Plan, plan_for
+from .gemm_plan import CHOICES, WINDOW_BYTES, Plan, plan_for, room_bytes
 from .joined import Joined
-from .lanes import (
-    barrier,
-    chunk_bytes,
-    chunks_at,
-    codes_step,
-    commit_copies,
-    copy_box,
-    copy_chunks,
-    reinterpret,
-    room_for_chunks,
-    wait_copies,
-)
+from .lanes import barrier, reinterpret
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
 from .overlap import await_previous, let_next_begin
-from .weights import dequantize_lane, half_statistics, lane_of_chunk
+from .pieces import add_parts, add_rest, opaque_zero, store_part, write
+from .prepare import prepare_launch, prepared
+from .ring import commit_copies, read1, read4, wait_for_copies
+from .shares import await_parts, last_position, publish
+from .slots import ask_half, await_half, begin_ring, free_half, release_room
+from .stage_statistics import (
+    STATS_BYTES,
+    bilevel_constants,
+    bilevel_statistics,
+    codes_of_chunk,
+    statistics_begin,
+    statistics_step,
+)
+from .stages import ask_outliers, ask_weights, first_chunks
+from .weights import dequantize_by, half_statistics, lane_constants
+
+_STATS_BYTES = gl.constexpr(STATS_BYTES)
+_CELL_BYTES = gl.constexpr(outliers.CELL_BYTES)
+_WINDOW_BYTES = gl.constexpr(WINDOW_BYTES)
+# The shared memory of a program, in the compiler's name for it: Gluon gives no addresses.
+_ROOM = gl.constexpr("mov.u32 $0, global_smem; // $1")
+_HOLD = gl.constexpr("st.shared.v4.b32 [$1], {$2, $3, $4, $4}; bar.warp.sync -1; mov.b32 $0, $1;")
 
 
 @gluon.jit
@@ -67,333 +78,289 @@ def _operand(a, A: gl.constexpr):
 
 
 @gluon.jit
-def _add_rest(
-    Y, stride, X, Scale, Pointers, Outliers, tile, begin, end, first_row, batch, out_features, tile_rows, cells,
-    SCALED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, FETCHED: gl.constexpr,
-):  # fmt: skip
-    """Y += Scale * x times those outliers of a tile's cells begin .. end - 1 that `fetch` left, one by one. Y points to the
-    tile's first row in the first row of x, and from one row of x to the next it is `stride`."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
-    row = gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
-    near = gl.arange(0, BATCH, layout=gl.SliceLayout(0, layout))
-    n = first_row + near
-    x_row = X + n.to(gl.int64) * (cells * 128)
-    total = gl.zeros([16, BATCH], gl.float32, layout)
-    if tile < tile_rows:
-        own = Pointers + tile.to(gl.int64) * cells
-        for cell in range(begin, end):
-            for at in range(gl.load(own + cell) + FETCHED, gl.load(own + cell + 1)):
-                word = gl.load(Outliers + at)
-                column = word & 127
-                column = column // 64 * 64 + column % 16 // 4 * 16 + column % 4 // 2 * 8 + column % 64 // 16 * 2 + column % 2
-                x = gl.load(x_row + (cell * 128 + column), mask=n < batch, other=0).to(gl.float32)
-                value = (word >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
-                total += gl.where(row == ((word >> 12) & 15), value, 0.0)[:, None] * x[None, :]
-        if SCALED:
-            total *= gl.load(Scale + n, mask=n < batch, other=0)[None, :]
-        at2 = Y + near.to(gl.int64)[None, :] * stride + row[:, None]
-        inside = ((tile * 16 + row) < out_features)[:, None] & (n < batch)[None, :]
-        gl.store(at2, (gl.load(at2, mask=inside, other=0).to(gl.float32) + total).to(Y.dtype.element_ty), mask=inside)
+def _hold_bounds(window, most, Pointers, cell, last_cell, chunks, lane):
+    """Where the outliers of 32 chunks begin and end, from the one that begins with `cell` on, each of two cells: to the warp's
+    `window` in shared memory. Returns the most that a lane saw in a cell, of the first so many chunks and before."""
+    own = cell + 2 * lane
+    begin = gl.load(Pointers + gl.minimum(own, last_cell))
+    middle = gl.load(Pointers + gl.minimum(own + 1, last_cell))
+    end = gl.load(Pointers + gl.minimum(own + 2, last_cell))
+    gl.inline_asm_elementwise(
+        _HOLD, "=r,r,r,r,r", [window + lane * 16, begin, middle, end], dtype=gl.int32, is_pure=False, pack=1
+    )
+    return gl.maximum(most, gl.where(lane < chunks, gl.maximum(middle - begin, end - middle), 0))
 
 
 @gluon.jit
-def _expect(arrived, asked: gl.constexpr, chunk, begin, end, TURN: gl.constexpr, RING: gl.constexpr, BATCH: gl.constexpr):
-    """Tells the barrier of TURN slots of x, from number `asked` on behind those before `chunk`, what `_ask` will copy."""
-    waited = chunk + asked // 4 < begin + (end - begin + 1) // 2 * 2  # by a pair of chunks
-    mbarrier.expect(arrived[asked % RING // TURN], TURN * BATCH * 128, pred=waited)
+def _ask_cells(to, window, chunk, there, Outliers, lane, ENTRIES: gl.constexpr):
+    """Begins to copy the outliers of both cells of chunk number `chunk` of the window; zeros where not there."""
+    begin, middle, end, _ = read4(window + chunk * 16)
+    ask_outliers(to, Outliers, begin, gl.where(there, middle, begin), lane, 32 * ENTRIES)
+    ask_outliers(to + 128 * ENTRIES, Outliers, middle, gl.where(there, end, middle), lane, 32 * ENTRIES)
 
 
 @gluon.jit
-def _ask(
-    Map, arrived, x_ring, asked: gl.constexpr, chunk, first_row, begin, end,
-    TURN: gl.constexpr, RING: gl.constexpr, BATCH: gl.constexpr,
-):  # fmt: skip
-    """Begins to copy the slots of x that `_expect` told of. What is not there becomes zeros."""
-    waited = chunk + asked // 4 < begin + (end - begin + 1) // 2 * 2
-    row = gl.where(chunk + asked // 4 < end, first_row, 1 << 30)  # outside of the map are zeros
-    turn: gl.constexpr = asked % RING // TURN
-    slots: gl.constexpr = gl.NVMMASharedLayout(128, 16, 3)
-    room = reinterpret(x_ring[turn], gl.float16, [TURN, BATCH, 64], slots)
-    copy_box(Map, [chunk * 4 + asked, row, 0], arrived[turn], room, pred=waited)
+def _slot_of(piece, chunk, chunks, parts):
+    """Number of the first slot of x of a chunk."""
+    return (gl.maximum(piece, 0) % parts * chunks + chunk) * 4
 
 
 @gluon.jit
+def _read_chunk(at, lane, chunk, chunks, BITS: gl.constexpr, BILEVEL: gl.constexpr, CHUNKS_A_SET: gl.constexpr):
+    """What a lane needs of a chunk whose copies have come to the stage `at`: its words, statistics codes, and where its tile
+    statistics are."""
+    words = ()
+    for k in gl.static_range(BITS):
+        words = words + (read4(at + (512 * k) + lane * 16),)
+    codes = (lane, lane, lane, lane)
+    tops = lane
+    if BILEVEL:
+        codes, tops = codes_of_chunk(at + lane * 16, lane, chunk, chunks, 512 * BITS, CHUNKS_A_SET)
+    return words, codes, tops
+
+
+@gluon.jit
+def _put_cell(at, room_of_cell, lane, ENTRIES: gl.constexpr):
+    """The outliers of a cell, from where they were copied to, into the warp's room."""
+    found = ()
+    for i in gl.static_range(ENTRIES):
+        found = found + (read1(at + (128 * i) + lane * 4),)
+    room_of_cell, places = outliers.put(room_of_cell, found, ENTRIES)
+    return room_of_cell, found, places
+
+
+@gluon.jit
+def _advance(piece, chunk, end, first_piece, first_chunk, chunks):
+    """The position behind a chunk of a piece that ends at `end`: piece, chunk, where that piece ends, whether it is new."""
+    new = chunk + 1 == end
+    piece = gl.where(new, piece - 1, piece)
+    chunk = gl.where(new, gl.where(piece == first_piece, first_chunk, 0), chunk + 1)
+    return piece, chunk, gl.where(new, chunks, end), new
+
+
+_INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "parts", "base", "extra")
+
+
+@gluon.jit(do_not_specialize=_INTEGERS)
 def gemm_kernel(
-    X, Map, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial,
-    batch, out_features, tile_rows, chunks, groups, parts, whole, splits, a_split,
+    X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial,
+    batch, out_features, tile_rows, chunks, groups, parts, base, extra,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, SPLIT: gl.constexpr,
-    BATCH: gl.constexpr, WARPS: gl.constexpr, TURN: gl.constexpr, ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, ROOM: gl.constexpr,
+    ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out].
 
-    A piece of Y is BATCH of the n and 16 * WARPS of the o; pieces are counted along n first, in `parts`. The first `whole`
-    programs make one piece each. Behind them, where SPLIT, `splits` programs share a piece: each writes its sum over a_split
-    chunks to Partial fp32 [program - whole, BATCH, 16 * WARPS], for `finish_kernel`.
-    X fp16 [batch, chunks * 256] in the order of `prepare_kernel`, and Map is its tensor map, by which it is copied. TURN
-    slots of 64 columns, 1 or 2, follow each other between two barriers.
+    A piece of Y is BATCH of the n and 16 * WARPS of the o; pieces are counted along n first, in `parts`. Positions, base and
+    extra: as `shares` has them. What a program has of a piece that ends in another goes to Partial fp32
+    [programs, 16 * WARPS * BATCH] in the order of its registers, with a flag, 8 bytes, behind all parts.
+    X fp16 as `prepare_kernel` makes it. ENTRIES: outliers of a cell that a lane copies; those beyond are added in the end, one
+    by one.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    x_halves: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BATCH, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    # Slots of x in shared memory, and how many turns ahead they are asked for. The products of one slot may still read
-    # when the next turn begins, where a turn is one slot.
-    RING: gl.constexpr = 4
-    AHEAD: gl.constexpr = 2 if TURN == 1 else 1
     CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
+    FIRST_CELL: gl.constexpr = 512 * BITS + _STATS_BYTES  # of a stage
+    STAGE: gl.constexpr = FIRST_CELL + 256 * ENTRIES * OUTLIERS
+    CELL: gl.constexpr = (_CELL_BYTES + _WINDOW_BYTES) * OUTLIERS
+    OWN: gl.constexpr = CELL + 2 * STAGE
+    SLOT: gl.constexpr = 128 * BATCH
     thread = gl.arange(0, 32 * WARPS, layout=layout)
     lane = thread % 32
     warp = thread // 32
     gid = lane // 4
     tid = lane % 4
-    piece = gl.program_id(0)
-    behind = piece - whole
-    begin = 0
-    end = chunks
-    if SPLIT:  # noqa: SIM102, the compiler's condition and the GPU's
-        if behind >= 0:
-            piece = whole + behind // splits
-            begin = behind % splits * a_split
-            end = gl.minimum(begin + a_split, chunks)
-    first_tile = piece // parts * WARPS
-    first_row = piece % parts * BATCH
-    tile = gl.minimum(first_tile + warp, tile_rows - 1)
-    row0 = tile * 16 + gid
-    row1 = row0 + 8
+    none = thread * 0
+    program = gl.program_id(0)
+    first = last_position(program - 1, base, extra)
+    last = last_position(program, base, extra)
+    first_piece = first // chunks
+    first_chunk = first - first_piece * chunks
+    piece = (last - 1) // chunks
+    begin = gl.where(piece == first_piece, first_chunk, 0)
+    end = last - piece * chunks
+    left = last - first  # positions to multiply
 
-    words_at, codes_at, tops_at, _, _, _, codes_lane = chunks_at(
-        Weight, StatCodes, TileStats, first_tile, tile_rows, chunks, begin, BITS, CHUNKS_A_SET, WARPS, WARPS
-    )
-    ring = (room_for_chunks(BITS, BILEVEL, CHUNKS_A_SET, WARPS), room_for_chunks(BITS, BILEVEL, CHUNKS_A_SET, WARPS))
-    # Memory of its own for all that is copied at once: the compiler puts a barrier between two copies to one.
-    x_ring = ()
-    for _ in gl.static_range(RING // TURN):
-        x_ring = x_ring + (gl.allocate_shared_memory(gl.float16, [TURN * BATCH, 64], x_halves),)
-    there = begin < end
-    copy_chunks(
-        ring[0], words_at, codes_at, tops_at, codes_lane, there, there, there, begin, chunks, BITS, BILEVEL, CHUNKS_A_SET
-    )
+    # The one room of the kernel, so that it begins where all shared memory does.
+    memory = gl.allocate_shared_memory(gl.int32, [ROOM // 1024, 256], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    x_ring = reinterpret(memory, gl.float16, [4, BATCH, 64], gl.NVMMASharedLayout(128, 16, 2))
+    room = gl.inline_asm_elementwise(_ROOM, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+    cell_room = room + (4 * SLOT + warp * OWN)
+    window = cell_room + _CELL_BYTES
+    own = cell_room + CELL  # the warp's stages
+    barriers = room + (4 * SLOT + WARPS * OWN)
+    begin_ring(barriers, thread, WARPS)
+
+    # What is copied next: the chunk after the next one.
+    ask_piece = piece
+    ask_chunk = begin
+    ask_end = end
+    words_at = Weight + lane * 4
+    stats_at = statistics_begin(StatCodes, TileStats, lane)
+    stats_step = statistics_step(lane, CHUNKS_A_SET)
+    before = first_chunks(piece // parts, warp, tile_rows, chunks, 1, WARPS)
+    x_slot = _slot_of(piece, begin, chunks, parts)
+    ask_slot = x_slot
     if OUTLIERS:
-        room = outliers.room_for_cells(2 * WARPS * chunk_bytes(BITS, BILEVEL, CHUNKS_A_SET) + RING * 128 * BATCH, warp, lane)
-        cell = (tile * chunks + begin) * 2
-        most = outliers.most_in_a_cell(Pointers, cell, (end - begin) * 2, lane)
-        rest = gl.max(most, axis=0) > 32 * ENTRIES
         last_cell = tile_rows * chunks * 2
-        bound0 = gl.load(Pointers + cell)
-        bound1 = gl.load(Pointers + cell + 1)
-        bound2 = gl.load(Pointers + cell + 2)
-        words = outliers.fetch(Outliers, bound0, bound1, lane, ENTRIES)
-        room, places = outliers.put(room, words, ENTRIES)
+        most = none
+        room_of_cell = outliers.cleared(cell_room, lane)
+        held_from = begin - 32
+    for k in gl.static_range(2):
+        if k == 1:
+            ask_piece, ask_chunk, ask_end, new = _advance(ask_piece, ask_chunk, ask_end, first_piece, first_chunk, chunks)
+            ask_slot += 4
+            if new:
+                before = first_chunks(gl.maximum(ask_piece, 0) // parts, warp, tile_rows, chunks, 1, WARPS)
+                ask_slot = _slot_of(ask_piece, ask_chunk, chunks, parts)
+        ask_weights(
+            own + (k * STAGE) + lane * 16, words_at, stats_at, stats_step, ask_chunk, before, chunks, none + k, none + left,
+            lane, BITS, BILEVEL, CHUNKS_A_SET, STAGE,
+        )  # fmt: skip
+        if OUTLIERS:
+            if k == 0 or new:
+                held_from = ask_chunk
+                cell = (before[0] + ask_chunk) * 2
+                most = _hold_bounds(window, most, Pointers, cell, last_cell, ask_end - ask_chunk, lane)
+            _ask_cells(own + (k * STAGE + FIRST_CELL), window, ask_chunk - held_from, left > k, Outliers, lane, ENTRIES)
+        commit_copies(lane)
+    next_chunk = ask_chunk
+    next_slot = ask_slot
 
-    commit_copies()
-    # Each in memory of its own: the compiler puts fewer barriers between what is done to them then.
-    arrived = ()
-    for turn in gl.static_range(RING // TURN):
-        arrived = arrived + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
-        mbarrier.init(arrived[turn], count=1)
-    barrier()
-    for turn in gl.static_range(AHEAD):
-        _expect(arrived, turn * TURN, begin, begin, end, TURN, RING, BATCH)
-    barrier()
     if DEPENDENT:  # x, unlike the matrix, comes from the kernel before
         await_previous(X + thread)
-    for turn in gl.static_range(AHEAD):
-        _ask(Map, arrived, x_ring, turn * TURN, begin, first_row, begin, end, TURN, RING, BATCH)
+    use = none
+    ask_half(room, barriers, X, 0, x_slot, use, warp, lane, BATCH)
 
-    acc = gl.zeros([16 * WARPS, BATCH], gl.float32, mma)
-    for chunk in range(begin, end, 2):
-        for j in gl.static_range(2):
+    unknown = none + (batch >> 30)
+    for_lane = lane_constants(unknown, BITS)
+    if BILEVEL:
+        for_statistics = bilevel_constants(unknown, BITS)
+    flags = Partial.to(gl.pointer_type(gl.int64)) + gl.num_programs(0) * (8 * WARPS * BATCH)
+    wait_for_copies(lane)
+    words, codes, tops = _read_chunk(own, lane, begin, chunks, BITS, BILEVEL, CHUNKS_A_SET)
+    if OUTLIERS:
+        room_of_cell, found, places = _put_cell(own + FIRST_CELL, room_of_cell, lane, ENTRIES)
+    stage = 0
+    while piece >= first_piece:
+        acc = gl.zeros([16 * WARPS, BATCH], gl.float32, mma)
+        if not BILEVEL:
+            row0 = gl.minimum(piece // parts * WARPS + warp, tile_rows - 1) * 16 + gid
+        for chunk in range(begin, end):
             for s in gl.static_range(4):
-                if s % TURN == 0:
-                    # What is asked for now: x of slots TURN * AHEAD further on, and the weights of the next chunk.
-                    _expect(arrived, 4 * j + s + TURN * AHEAD, chunk, begin, end, TURN, RING, BATCH)
-                    if s == 0:
-                        wait_copies(0)
-                    mbarrier.wait(arrived[(4 * j + s) % RING // TURN], j)
-                    barrier()  # all warps are done with what is overwritten
-                    _ask(Map, arrived, x_ring, 4 * j + s + TURN * AHEAD, chunk, first_row, begin, end, TURN, RING, BATCH)
-                    if s == 0:
-                        wanted = chunk + j + 1 < end
-                        words_at += 128 * BITS
-                        codes_at += codes_step(1, CHUNKS_A_SET)
-                        tops_at += 16 // CHUNKS_A_SET
-                        copy_chunks(
-                            ring[(j + 1) % 2], words_at, codes_at, tops_at, codes_lane, wanted, wanted, wanted, chunk + j + 1,
-                            chunks, BITS, BILEVEL, CHUNKS_A_SET,
-                        )  # fmt: skip
-                        commit_copies()
-                if s == 0:
-                    slots, codes, tops = lane_of_chunk(
-                        ring[j], StatCodes, tile, chunk + j, chunk + j, chunks, groups, gid, tid, layout, BITS, BILEVEL,
-                        CHUNKS_A_SET,
+                slot = ()
+                for k in gl.static_range(BITS):
+                    slot = slot + (words[k][s],)
+                if BILEVEL:
+                    s0, o0, s1, o1 = bilevel_statistics(codes[s], tops, s, for_statistics, BITS, CHUNKS_A_SET)
+                else:
+                    s0, o0, s1, o1 = half_statistics(
+                        none, none.to(gl.int64), GroupSc, GroupZp, row0, row0 + 8, out_features, groups,
+                        chunk * 16 + 4 * s + tid, BLOCKS_A_GROUP, BITS, False,
                     )  # fmt: skip
-                if OUTLIERS and s % 2 == 0:  # those of the next half of a chunk
-                    later = outliers.fetch(Outliers, bound1, bound2, lane, ENTRIES)
-                    bound1 = bound2
-                    cell += 1
-                    bound2 = gl.load(Pointers + gl.minimum(cell + 2, last_cell))
-                block = (chunk + j) * 16 + 4 * s + tid
-                s0, o0, s1, o1 = half_statistics(
-                    codes[s], tops[s], GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP, BITS, BILEVEL
-                )
-                weights = dequantize_lane(slots[s], s0, o0, s1, o1, BITS)
+                weights = dequantize_by(for_lane, slot, s0, o0, s1, o1, BITS)
                 if OUTLIERS:
-                    weights = outliers.add(weights, room, lane, s % 2)
+                    weights = outliers.add(weights, room_of_cell, lane, s % 2)
                 a = _operand(weights, operand)
-                x = x_ring[(4 * j + s) % RING // TURN].slice(s % TURN * BATCH, BATCH)
-                acc = hopper.warpgroup_mma(a, x.permute((1, 0)), acc, is_async=True)
-                if OUTLIERS and s % 2 == 1:  # while the tensor cores work
-                    room = outliers.clear(room, words, places, ENTRIES)
-                    words = later
-                    room, places = outliers.put(room, words, ENTRIES)
-                # The product before is done; of this turn's last one the next turn must not overwrite x. And none is left at
-                # the end of the loop: the assembler was seen to read the sums above a wait that follows the loop.
-                if (AHEAD == 1 and s % TURN == TURN - 1) or (j == 1 and s == 3):
+                if s % 2 == 0:
+                    await_half(barriers + s // 2 * 16, use, lane)
+                acc = hopper.warpgroup_mma(a, x_ring.index(s).permute((1, 0)), acc, is_async=True)
+                # The rest is done while the tensor cores work.
+                if s == 0:
+                    ask_half(room, barriers, X, 1, x_slot + 2, use, warp, lane, BATCH)
+                if s == 2:
+                    ask_half(room, barriers, X, 0, next_slot, use + 1, gl.where(left > 1, warp, 1), lane, BATCH)
+                at = own + stage
+                if OUTLIERS and s == 1:
+                    room_of_cell = outliers.clear(room_of_cell, found, places, ENTRIES)
+                    room_of_cell, found, places = _put_cell(at + (FIRST_CELL + 128 * ENTRIES), room_of_cell, lane, ENTRIES)
+                if s == 3:
+                    wait_for_copies(lane)
+                    other = own + (STAGE - stage)
+                    words, codes, tops = _read_chunk(other, lane, next_chunk, chunks, BITS, BILEVEL, CHUNKS_A_SET)
+                    if OUTLIERS:
+                        room_of_cell = outliers.clear(room_of_cell, found, places, ENTRIES)
+                        room_of_cell, found, places = _put_cell(other + FIRST_CELL, room_of_cell, lane, ENTRIES)
+                    # The chunk after the next one, to this one's stage.
+                    ask_piece, ask_chunk, ask_end, new = _advance(
+                        ask_piece, ask_chunk, ask_end, first_piece, first_chunk, chunks
+                    )
+                    ask_slot += 4
+                    if new:
+                        before = first_chunks(gl.maximum(ask_piece, 0) // parts, warp, tile_rows, chunks, 1, WARPS)
+                        ask_slot = _slot_of(ask_piece, ask_chunk, chunks, parts)
+                    ask_weights(
+                        at + lane * 16, words_at, stats_at, stats_step, ask_chunk, before, chunks, none + 2, none + left, lane,
+                        BITS, BILEVEL, CHUNKS_A_SET, STAGE,
+                    )  # fmt: skip
+                    if OUTLIERS:
+                        if new | (ask_chunk - held_from >= 32):
+                            held_from = ask_chunk
+                            cell = (before[0] + ask_chunk) * 2
+                            most = _hold_bounds(window, most, Pointers, cell, last_cell, ask_end - ask_chunk, lane)
+                        _ask_cells(at + FIRST_CELL, window, ask_chunk - held_from, left > 2, Outliers, lane, ENTRIES)
+                    commit_copies(lane)
+                    x_slot = next_slot
+                    next_slot = ask_slot
+                    next_chunk = ask_chunk
+                    left -= 1
+                if s % 2 == 1:
                     acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
-                else:
-                    acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
-    wait_copies(0)
-    if DEPENDENT:
-        let_next_begin(thread)
-    total = hopper.warpgroup_mma_wait(0, deps=(acc,))
+                    free_half(barriers + s // 2 * 16, lane)
+            stage = STAGE - stage
+            use += 1
+        if DEPENDENT and piece == first_piece:
+            let_next_begin(thread)
 
-    near_row = gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(1, mma))[:, None]
-    near_n = gl.arange(0, BATCH, layout=gl.SliceLayout(0, mma))[None, :]
-    row = first_tile * 16 + near_row
-    n = first_row + near_n
-    inside = (row < out_features) & (n < batch)
-    partial = Partial + behind.to(gl.int64) * (16 * WARPS * BATCH)
-    if SPLIT and behind >= 0:
-        gl.store(partial + (near_n * (16 * WARPS) + near_row), total)
-    else:
-        if SCALED:
-            total *= gl.load(Scale + n, mask=n < batch, other=0)
-        if HAS_BIAS:
-            total += gl.load(Bias + row, mask=row < out_features, other=0).to(gl.float32)
-        gl.store(Y + n.to(gl.int64) * out_features + row, total.to(Y.dtype.element_ty), mask=inside)
-    if OUTLIERS:  # noqa: SIM102, the compiler's condition and the GPU's
-        if rest:
-            barrier()
-            for each in range(WARPS):
-                one = first_tile + each
-                if SPLIT and behind >= 0:
-                    _add_rest(
-                        partial + each * 16, 16 * WARPS, X, Scale, Pointers, Outliers, one, 2 * begin, 2 * end, first_row,
-                        batch, out_features, tile_rows, 2 * chunks, False, BATCH, WARPS, 32 * ENTRIES,
+        first_tile = piece // parts * WARPS
+        first_row = piece % parts * BATCH
+        near_row = gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(1, mma))[:, None]
+        near_n = gl.arange(0, BATCH, layout=gl.SliceLayout(0, mma))[None, :]
+        zero = opaque_zero(piece)
+        own_part = Partial + program.to(gl.int64) * (16 * WARPS * BATCH)
+        if end < chunks:
+            store_part(acc, own_part, near_row, near_n, zero)
+        else:
+            if begin > 0:
+                await_parts(flags, program, first - first_chunk, base, extra, thread)
+                acc = add_parts(acc, Partial, program, first - first_chunk, base, extra, near_row, near_n, zero)
+            if SCALED:
+                acc *= gl.load(Scale + first_row + near_n, mask=first_row + near_n < batch, other=0)
+            row = first_tile * 16 + near_row
+            if HAS_BIAS:
+                acc += gl.load(Bias + row, mask=row < out_features, other=0).to(gl.float32)
+            barrier()  # the second half of the ring is free now
+            write(acc, room, Y, near_row, near_n, first_row, first_tile * 16, batch, out_features, thread, zero, 2 * SLOT)
+        if OUTLIERS:  # noqa: SIM102, the compiler's condition and the GPU's
+            if gl.max(most, axis=0) > 32 * ENTRIES:
+                barrier()
+                for each in range(WARPS):
+                    add_rest(
+                        Y, own_part, X, Scale, Pointers, Outliers, first_tile, each, begin, end, first_row, batch, out_features,
+                        tile_rows, chunks, SCALED, BATCH, WARPS, 32 * ENTRIES,
                     )  # fmt: skip
-                else:
-                    _add_rest(
-                        Y + first_row.to(gl.int64) * out_features + one * 16, out_features, X, Scale, Pointers, Outliers,
-                        one, 2 * begin, 2 * end, first_row, batch, out_features, tile_rows, 2 * chunks, SCALED, BATCH,
-                        WARPS, 32 * ENTRIES,
-                    )  # fmt: skip
-
-
-@gluon.jit
-def finish_kernel(
-    Partial, Scale, Bias, Y, batch, out_features, parts, whole, splits,
-    SCALED: gl.constexpr, HAS_BIAS: gl.constexpr, BATCH: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
-    DEPENDENT: gl.constexpr,
-):  # fmt: skip
-    """The pieces of Y that several programs of `gemm_kernel` shared: Scale * (sum of Partial) + Bias. ROWS is 16 * WARPS."""
-    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    at = gl.program_id(0).to(gl.int64) * BLOCK + gl.arange(0, BLOCK, layout=layout)
-    shared = at // (ROWS * BATCH)
-    near = (at % (ROWS * BATCH)).to(gl.int32)
-    piece = whole + shared.to(gl.int32)
-    row = piece // parts * ROWS + near % ROWS
-    n = piece % parts * BATCH + near // ROWS
-    inside = (row < out_features) & (n < batch)
-    total = gl.zeros([BLOCK], gl.float32, layout)
-    source = Partial + shared * splits * (ROWS * BATCH) + near
-    if DEPENDENT:
-        let_next_begin(near)
-        source = await_previous(source)
-    for _ in range(splits):
-        total += gl.load(source, mask=inside, other=0)
-        source += ROWS * BATCH
-    if SCALED:
-        total *= gl.load(Scale + n, mask=inside, other=0)
-    if HAS_BIAS:
-        total += gl.load(Bias + row, mask=inside, other=0).to(gl.float32)
-    gl.store(Y + n.to(gl.int64) * out_features + row, total.to(Y.dtype.element_ty), mask=inside)
-
-
-@gluon.jit
-def prepare_kernel(
-    X, Out, Scale, in_features, columns,
-    SCALED: gl.constexpr, ORDERED: gl.constexpr, BLOCK: gl.constexpr, DEPENDENT: gl.constexpr,
-):  # fmt: skip
-    """A row of X [batch, in_features] in fp16, Out [batch, columns], zeros behind in_features.
-
-    SCALED: by a power of two that brings its largest value below 2**15, with the inverse in Scale; exact for all that is
-    within 2**-29 of the largest. ORDERED: column 16 b + 4 c + 2 h + i of each 64 stands at 16 c + 8 h + 2 b + i. A program
-    takes BLOCK columns, or a whole row where SCALED."""
-    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    row = gl.program_id(0).to(gl.int64)
-    begin = gl.program_id(1) * BLOCK
-    end = begin + BLOCK
-    near = gl.arange(0, BLOCK, layout=layout)
-    if DEPENDENT:
-        await_previous(X + near)
-    factor = 1.0
-    if SCALED:
-        end = columns
-        largest = gl.zeros([BLOCK], gl.float32, layout)
-        for at in range(0, in_features, BLOCK):
-            x = gl.load(X + row * in_features + at + near, mask=at + near < in_features, other=0)
-            largest = gl.maximum(largest, gl.abs(x.to(gl.float32)))
-        # fields of the exponent: 268 - e brings 2**(e - 127) to 2**14; 253 at most, for its inverse to be no subnormal
-        exponent = gl.minimum(268 - (gl.max(largest, axis=0).to(gl.int32, bitcast=True) >> 23), 253)
-        factor = (exponent << 23).to(gl.float32, bitcast=True)
-        gl.store(Scale + row, ((254 - exponent) << 23).to(gl.float32, bitcast=True))
-    for at in range(begin, end, BLOCK):
-        to = at + near
-        source = to
-        if ORDERED:
-            source = to // 64 * 64 + to % 8 // 2 * 16 + to % 64 // 16 * 4 + to % 16 // 8 * 2 + to % 2
-        x = gl.load(X + row * in_features + source, mask=source < in_features, other=0)
-        gl.store(Out + row * columns + to, (x.to(gl.float32) * factor).to(gl.float16), mask=to < columns)
-
-
-X_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)  # of slots of x in shared memory
-WIDEST_OVERLAP = 64
+        if end < chunks:
+            publish(flags + program + none, thread)
+        release_room(thread)
+        piece -= 1
+        begin = gl.where(piece == first_piece, first_chunk, 0)
+        end = chunks
+    wait_for_copies(lane)
 
 
 @lru_cache(REMEMBERED)
-def _plan(batch: int, tile_rows: int, chunks: int, device: torch.device) -> Plan:
+def _plan(layout: Layout, entries: int, batch: int, device: torch.device) -> Plan:
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return plan_for(batch, tile_rows, chunks, multiprocessors)
-
-
-def prepare_launch(
-    layout: Layout, batch: int, dtype: torch.dtype, device: torch.device, ordered: bool, overlaps: dict[str, bool]
-) -> Launch:
-    """`prepare_kernel` for x of this dtype, [batch, in]: scaled from bf16, as weights are exact enough in fp16 but not in
-    bf16."""
-    scaled, columns = dtype == torch.bfloat16, layout.blocks * TILE
-    grid = (batch, 1 if scaled else ceil_div(columns, 2048))
-    constants = {"SCALED": scaled, "ORDERED": ordered, "BLOCK": 2048, "num_warps": 4} | overlaps
-    return Launch(prepare_kernel, grid, device, (dtype, torch.float16, torch.float32), (layout.in_features, columns), constants)
-
-
-def prepared(prepare: Launch, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """x as `prepare` makes it, fp16 [batch, blocks * 16], and what the rows of the product are multiplied with, float32
-    [batch] for bf16; else it is not read."""
-    made = torch.empty(x.shape[0], layout.blocks * TILE, dtype=torch.float16, device=x.device)
-    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if x.dtype == torch.bfloat16 else made
-    prepare(x.data_ptr(), made.data_ptr(), scale.data_ptr())
-    return made, scale
+    return plan_for(batch, layout.tile_rows, layout.blocks // CHUNK, multiprocessors, entries > 0)
 
 
 class _Launches(NamedTuple):
-    """The kernels of a product and its plan; finish where programs share pieces."""
+    """The kernels of a product and its plan."""
 
     plan: Plan
     prepare: Launch
     product: Launch
-    finish: Launch | None
 
 
 @lru_cache(REMEMBERED)
@@ -402,31 +369,22 @@ def _launches(
 ) -> _Launches:
     """layout and entries: as `outliers.without_outliers` has them. joined: whether the stored matrix is one tensor."""
     chunks = layout.blocks // CHUNK
-    plan = _plan(batch, layout.tile_rows, chunks, device)
+    plan = _plan(layout, entries, batch, device)
     choice = CHOICES[plan.width]
     scaled = dtype == torch.bfloat16
-    # Beside programs of wide pieces, one a multiprocessor, those of the next product only take places unevenly.
-    overlaps = overlap.options(device, joined and plan.width <= WIDEST_OVERLAP)
-    prepare = prepare_launch(layout, batch, dtype, device, True, overlaps)
-    finish = None
-    common = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": plan.width} | overlaps
-    if plan.splits > 1:
-        rows = 16 * choice.warps
-        grid = (ceil_div((plan.pieces - plan.whole) * plan.width * rows, 512), 1)
-        integers = (batch, layout.out_features, plan.parts, plan.whole, plan.splits)
-        dtypes = (torch.float32, torch.float32, bias or dtype, dtype)
-        constants = common | {"ROWS": rows, "BLOCK": 512, "num_warps": 4}
-        finish = Launch(finish_kernel, grid, device, dtypes, integers, constants)
-    dtypes = (torch.float16, torch.float16, torch.float32, *LEAVES.values(), bias or dtype, dtype, torch.float32)
+    overlaps = overlap.options(device, joined)
+    prepare = prepare_launch(layout, batch, dtype, device, plan.width, overlaps)
+    dtypes = (torch.float16, torch.float32, *LEAVES.values(), bias or dtype, dtype, torch.float32)
     integers = (
-        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, plan.parts, plan.whole, plan.splits, plan.a_split,
+        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, plan.parts, plan.base, plan.extra,
     )  # fmt: skip
-    constants = common | constants_of(layout) | {
-        "OUTLIERS": entries > 0, "SPLIT": plan.splits > 1, "WARPS": choice.warps,
-        "TURN": choice.turn, "ENTRIES": max(entries, 1), "num_warps": choice.warps,
+    constants = overlaps | constants_of(layout) | {
+        "OUTLIERS": entries > 0, "HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": plan.width, "WARPS": choice.warps,
+        "ROOM": room_bytes(layout.weight_bits, entries, plan.width, choice.warps),
+        "ENTRIES": max(entries, 1), "num_warps": choice.warps,
     } | ({"maxnreg": choice.registers} if choice.registers else {})  # fmt: skip
     product = Launch(gemm_kernel, (plan.programs, 1), device, dtypes, integers, constants)
-    return _Launches(plan, prepare, product, finish)
+    return _Launches(plan, prepare, product)
 
 
 def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
@@ -435,21 +393,11 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     batch, dtype = x.shape[0], x.dtype
     shape, entries = outliers.without_outliers(layout)
     given = None if bias is None else bias.dtype
-    launches = _launches(shape, entries, batch, dtype, given, x.device, isinstance(tensors, Joined))
-    plan, prepare, product, finish = launches
+    plan, prepare, product = _launches(shape, entries, batch, dtype, given, x.device, isinstance(tensors, Joined))
     y = torch.empty(batch, layout.out_features, dtype=dtype, device=x.device)
     added = y if bias is None else aligned(bias)
-    partial = y  # where the kernels are told not to look
-    x, scale = prepared(prepare, aligned(x) if not layout.permuted else x.index_select(1, tensors["perm"]), layout)
-    # slots of 64 columns, one behind the other
-    choice, columns = CHOICES[plan.width], x.shape[1]
-    x_map = TensorDescriptor(x, [columns // 64, batch, 64], [64, columns, 1], [choice.turn, plan.width, 64], X_LAYOUT)
-    if finish is not None:
-        shared = (plan.pieces - plan.whole) * plan.splits * plan.width * 16 * choice.warps
-        partial = torch.empty(shared, dtype=torch.float32, device=x.device)
-    product(
-        x.data_ptr(), x_map, scale.data_ptr(), *addresses(tensors, layout), added.data_ptr(), y.data_ptr(), partial.data_ptr()
-    )
-    if finish is not None:
-        finish(partial.data_ptr(), scale.data_ptr(), added.data_ptr(), y.data_ptr())
+    x = aligned(x) if not layout.permuted else x.index_select(1, tensors["perm"])
+    x, scale = prepared(prepare, x, layout, plan.parts * plan.width)
+    partial = torch.empty(plan.partial, dtype=torch.float32, device=x.device) if plan.partial else scale
+    product(x.data_ptr(), scale.data_ptr(), *addresses(tensors, layout), added.data_ptr(), y.data_ptr(), partial.data_ptr())
     return y

@@ -6,26 +6,29 @@ from dataclasses import dataclass
 
 from spqr_format.layout import ceil_div
 
+from .outliers import CELL_BYTES
+from .slots import BARRIER_BYTES
+from .stage_statistics import STATS_BYTES
+
+WINDOW_BYTES = 512  # of a warp: the bounds of the outliers of 32 chunks
+
 
 @dataclass(frozen=True)
 class Choice:
     """How the kernel runs for a width, the rows of x that a program multiplies with: measured on an H200."""
 
     warps: int
-    turn: int  # slots between two barriers
     registers: int | None  # the limit of a thread's
     resident: int  # programs that a multiprocessor holds
-    chunk_us: float  # time of a multiprocessor for a chunk of a program, when it is full
+    chunk_us: tuple[float, float]  # a multiprocessor's time for a chunk, without outliers and with 1 %
+    share_us: float  # for shared pieces
 
 
 CHOICES = {
-    32: Choice(4, 2, 168, 3, 0.45), 64: Choice(4, 2, 168, 3, 0.55), 128: Choice(4, 2, None, 2, 0.9),
-    256: Choice(8, 1, None, 1, 2.75),
+    32: Choice(4, 168, 3, (0.6, 0.75), 3), 64: Choice(8, None, 1, (1.4, 1.6), 3), 128: Choice(8, None, 1, (1.7, 2.1), 4),
+    256: Choice(8, None, 1, (2.85, 3.25), 8),
 }  # fmt: skip
-_START = 1.5  # chunks that the start and the end of a program take
-_FINISH_US = 3.0  # of `finish_kernel`, and its bytes a microsecond
-_FINISH_BYTES = 3.5e6
-_LEAST_CHUNKS = 3  # of a program that shares a piece
+_LEAST_CHUNKS = 2  # of a program
 
 
 @dataclass(frozen=True)
@@ -35,43 +38,42 @@ class Plan:
     width: int
     parts: int
     pieces: int
-    whole: int
-    splits: int
-    a_split: int
-
-    @property
-    def programs(self) -> int:
-        """How many there are."""
-        return self.whole + (self.pieces - self.whole) * self.splits
+    programs: int
+    base: int
+    extra: int
+    partial: int  # fp32 numbers that parts of shared pieces and their flags take
+    us: float  # predicted
 
 
-def _load(programs: int, multiprocessors: int, choice: Choice) -> float:
-    """How many programs one after the other take as long as so many at once: where a multiprocessor holds fewer than it could,
-    it gets less done, but not in proportion."""
-    slots = choice.resident * multiprocessors
-    rest = ceil_div(programs % slots, multiprocessors)
-    return programs // slots * choice.resident + (rest * choice.resident) ** 0.5
+def room_bytes(bits: int, entries: int, width: int, warps: int) -> int:
+    """Shared memory of a program: four slots of x; of each warp a cell of outliers, where there are any, bounds and two stages;
+    barriers."""
+    stage = 512 * bits + STATS_BYTES + 256 * entries
+    used = 4 * 128 * width + BARRIER_BYTES + warps * (2 * stage + (CELL_BYTES + WINDOW_BYTES) * (entries > 0))
+    return ceil_div(used, 1024) * 1024
 
 
-def plan_for(batch: int, tile_rows: int, chunks: int, multiprocessors: int) -> Plan:
-    """The plan of the least predicted time: pieces that do not fill all multiprocessors are split until they do."""
-    widest = next((n for n in CHOICES if n >= batch), max(CHOICES))
-    plans = []
-    for width in (widest, widest // 2) if widest > 128 else (widest,):
-        choice = CHOICES[width]
-        parts = ceil_div(batch, width)
-        pieces = ceil_div(tile_rows, choice.warps) * parts
-        slots = choice.resident * multiprocessors
-        time = _load(pieces, multiprocessors, choice) * (chunks + _START) * choice.chunk_us
-        plans.append((time, Plan(width, parts, pieces, pieces, 1, chunks)))
-        whole = pieces // slots * slots
-        for wanted in range(2, 1 + chunks // _LEAST_CHUNKS):
-            a_split = ceil_div(chunks, wanted)
-            splits = ceil_div(chunks, a_split)
-            shared = (pieces - whole) * splits
-            load = _load(whole, multiprocessors, choice) * (chunks + _START)
-            load += _load(shared, multiprocessors, choice) * (a_split + _START)
-            time = load * choice.chunk_us + _FINISH_US + shared * choice.warps * 16 * width * 8 / _FINISH_BYTES
-            if shared:
-                plans.append((time, Plan(width, parts, pieces, whole, splits, a_split)))
-    return min(plans, key=lambda plan: plan[0])[1]
+def _plan(width: int, batch: int, tile_rows: int, chunks: int, multiprocessors: int, sparse: bool) -> Plan:
+    """Whole pieces where that is as fast, else even shares of all their chunks."""
+    choice = CHOICES[width]
+    parts = ceil_div(batch, width)
+    pieces = ceil_div(tile_rows, choice.warps) * parts
+    most = choice.resident * multiprocessors
+    every = pieces * chunks
+    chunk_us = choice.chunk_us[sparse] * choice.resident
+    programs = max(1, min(most, every // _LEAST_CHUNKS))
+    us = every / programs * chunk_us + choice.share_us
+    rounds = ceil_div(pieces, most)
+    if pieces % rounds == 0 and rounds * chunks * chunk_us <= us:
+        programs, us = pieces // rounds, rounds * chunks * chunk_us
+    base, extra = divmod(every, programs)
+    shared = base % chunks > 0 or extra > 0
+    return Plan(width, parts, pieces, programs, base, extra, programs * (16 * choice.warps * width + 2) if shared else 0, us)
+
+
+def plan_for(batch: int, tile_rows: int, chunks: int, multiprocessors: int, sparse: bool) -> Plan:
+    """The plan of the least predicted time. sparse: whether the matrix has outliers."""
+    widest = next((width for width in CHOICES if width >= batch), max(CHOICES))
+    widths = [width for width in CHOICES if width <= widest][-2 if widest == max(CHOICES) else -1 :]
+    plans = [_plan(width, batch, tile_rows, chunks, multiprocessors, sparse) for width in widths]
+    return min(plans, key=lambda plan: plan.us)

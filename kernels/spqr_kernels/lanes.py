@@ -5,7 +5,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from . import ptx
 
@@ -13,7 +12,6 @@ from . import ptx
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
-copy_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 commit_copies = async_copy.commit_group
 wait_copies = async_copy.wait_group
 

@@ -84,9 +84,14 @@ def room_for_cells(SHARED: gl.constexpr, warp, lane):
     WARPS: gl.constexpr = warp.shape[0] // 32
     opt_in(_CELL_BYTES * WARPS, SHARED)
     room = gl.inline_asm_elementwise(_ROOMS[_CELL_BYTES * WARPS], "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
-    room += warp * _CELL_BYTES
-    cleared = gl.inline_asm_elementwise(_CLEAR, "=r,r", [room + lane * 16], dtype=gl.int32, is_pure=False, pack=1)
-    return cleared - lane * 16
+    return cleared(room + warp * _CELL_BYTES, lane)
+
+
+@gluon.jit
+def cleared(room, lane):
+    """A warp's room for a cell, all zeros."""
+    done = gl.inline_asm_elementwise(_CLEAR, "=r,r", [room + lane * 16], dtype=gl.int32, is_pure=False, pack=1)
+    return done - lane * 16
 
 
 @gluon.jit
@@ -97,17 +102,6 @@ def fetch(Outliers, begin, end, lane, ENTRIES: gl.constexpr):
         at = begin + lane + 32 * i
         words = words + (gl.load(Outliers + at, mask=at < end, other=_NONE),)
     return words
-
-
-@gluon.jit
-def most_in_a_cell(Pointers, begin, cells, lane):
-    """How many outliers the fullest of `cells` cells from `begin` on has, of those that the lane looks at."""
-    most = lane * 0
-    for first in range(0, cells, 32):
-        there = first + lane < cells
-        at = Pointers + begin + first + lane
-        most = gl.maximum(most, gl.load(at + 1, mask=there, other=0) - gl.load(at, mask=there, other=0))
-    return most
 
 
 @gluon.jit

@@ -34,13 +34,13 @@ from spqr_format.layout import CELL_COLUMNS, CHUNK, TILE, Layout, ceil_div
 
 from . import outliers, overlap, ptx
 from .checks import aligned
-from .gemm import prepare_launch, prepared
 from .joined import Joined
-from .lanes import barrier
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
 from .outlier_products import KEPT, PLANE, X_PITCH, multiply_first, multiply_more, turn
 from .overlap import await_previous, let_next_begin
+from .prepare import prepare_launch, prepared
 from .ring import commit_copies, read4
+from .shares import await_parts, last_position, publish
 from .stage_statistics import (
     STATS_BYTES,
     bilevel_constants,
@@ -48,30 +48,12 @@ from .stage_statistics import (
     codes_of_chunk,
     direct_of_chunk,
     statistics_begin,
-    statistics_number,
     statistics_step,
 )
-from .weights import direct_statistics
+from .stages import ask_outliers, ask_weights, first_chunks
+from .weights import dequantize_by, direct_statistics, lane_constants
 
 X_STAGES = 2
-
-
-def _ask_weights(bits: int) -> str:
-    """PTX: copies of a chunk to the lane's place $1: words from $2 + 512 bits $3 if $7 is before $8, statistics from
-    $4 + $5 $6 if before $9."""
-    lines = [".reg .pred p, q; .reg .b64 a, b;", "setp.lt.s32 p, $7, $8;", "setp.lt.s32 q, $7, $9;"]
-    lines += [f"mad.wide.u32 a, $3, {512 * bits}, $2;", "mad.wide.u32 b, $5, $6, $4;"]
-    lines += [f"@p cp.async.cg.shared.global [$1+{512 * k}], [a+{512 * k}], 16;" for k in range(bits)]
-    lines += [f"@q cp.async.cg.shared.global [$1+{512 * bits}], [b], 16;", "mov.b32 $0, $1;"]
-    return "{\n" + "\n".join(lines) + "\n}"
-
-
-def _ask_outliers(kept: int) -> str:
-    """PTX: copies of `kept` words from $2 on to the lane's place $1; zeros from number $3, counted from the lane's first."""
-    lines = [".reg .pred p;"]
-    for i in range(kept // 32):
-        lines += [f"setp.le.s32 p, $3, {32 * i};", f"cp.async.ca.shared.global [$1+{128 * i}], [$2+{128 * i}], 4, p;"]
-    return "{\n" + "\n".join([*lines, "mov.b32 $0, $1;"]) + "\n}"
 
 
 def tile_bytes(bits: int, kept: int) -> int:
@@ -92,8 +74,6 @@ _ROOM = gl.constexpr("mov.u32 $0, global_smem; // $1")
 _X_PITCH = gl.constexpr(X_PITCH)
 _PLANE = gl.constexpr(PLANE)
 _STATS_BYTES = gl.constexpr(STATS_BYTES)
-_ASK_WEIGHTS = gl.constexpr({bits: _ask_weights(bits) for bits in (2, 3, 4)})
-_ASK_OUTLIERS = gl.constexpr({kept: _ask_outliers(kept) for kept in KEPT})
 # Copies 16 bytes of x of chunk $3, from $2 + 512 $3, if $4 is before $5.
 _ASK_X = gl.constexpr(
     "{ .reg .pred p; .reg .b64 a; setp.lt.s32 p, $4, $5; mad.wide.u32 a, $3, 512, $2;"
@@ -104,13 +84,6 @@ _BOUNDS = gl.constexpr(
     "{ .reg .pred p; .reg .b64 a; setp.lt.s32 p, $4, $5; mad.wide.u32 a, $3, 8, $2;"
     " mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.nc.b32 $0, [a]; @p ld.global.nc.b32 $1, [a+8]; }"
 )
-_LANES = {bits: ptx.constants_in_registers(ptx.dequantize_lane(bits), 20 + bits) for bits in (2, 3, 4)}
-_LANE = gl.constexpr({bits: lane[0] for bits, lane in _LANES.items()})
-_LANE_CONSTANTS = gl.constexpr({bits: lane[1] for bits, lane in _LANES.items()})
-_LANE_REGISTERS = gl.constexpr({
-    bits: ptx.dequantize_lane_constraints(bits) + ",r" * len(lane[1]) for bits, lane in _LANES.items()
-})  # fmt: skip
-_SIXTEEN = gl.constexpr((gl.int32,) * 16)
 _TILES = (1, 2)  # eights of rows of x
 _FIRST = gl.constexpr({kept + tiles: multiply_first(kept, tiles) for kept in KEPT for tiles in _TILES})
 _MORE = gl.constexpr({kept + tiles: multiply_more(kept, tiles) for kept in KEPT for tiles in _TILES})
@@ -126,28 +99,6 @@ _MMA_REGISTERS = gl.constexpr(ptx.MMA_CONSTRAINTS)
 _WAIT = gl.constexpr("cp.async.wait_group 1; bar.sync 0; mov.b32 $0, $1;")
 # The same but for the last two, and for copies only if $1 is $2.
 _WAIT_OUTLIERS = gl.constexpr("{ .reg .pred p; setp.eq.s32 p, $1, $2; @p cp.async.wait_group 2; bar.sync 0; mov.b32 $0, $1; }")
-# A program's part of a piece is there where its flag is this, a nan; one that is not is no sum of a kernel before, nor left by
-# one: who reads a part clears its flag. Memory that nobody wrote is this by chance in one of 2**64 cases.
-_MAGIC = 0x7FC0_5351_9E37_79B9
-_PUBLISH = gl.constexpr(
-    f"{{ .reg .pred p; .reg .b64 m; mov.b64 m, {_MAGIC:#x}; setp.eq.s32 p, $2, 0; @p st.release.gpu.global.b64 [$1], m;"
-    " mov.b32 $0, $2; }"
-)
-# Waits for flag $1 and clears it, if $2 is before $3.
-_AWAIT = gl.constexpr(
-    f"{{ .reg .pred p, q; .reg .b64 f, m; mov.b64 m, {_MAGIC:#x}; mov.b64 f, m; setp.lt.s32 q, $2, $3;\nAGAIN:\n"
-    "@q ld.acquire.gpu.global.b64 f, [$1];\nsetp.ne.b64 p, f, m;\n@p bra AGAIN;\n"
-    "mov.b64 m, 0; @q st.global.b64 [$1], m; mov.b32 $0, $2; }"
-)
-
-
-@gluon.jit
-def _lane_constants(zero, BITS: gl.constexpr):
-    """Those of _LANE plus zero, of which the compiler does not know that it is 0."""
-    found = ()
-    for i in gl.static_range(len(_LANE_CONSTANTS[BITS])):
-        found = found + (zero + _LANE_CONSTANTS[BITS][i],)
-    return found
 
 
 @gluon.jit
@@ -161,12 +112,6 @@ def _ask_x(at, x_at, chunk, chunks, rows, BATCH: gl.constexpr, WARPS: gl.constex
 
 
 @gluon.jit
-def _last(program, base, extra):
-    """The position behind a program's last one; no position is before those of program 0."""
-    return (program + 1) * base + gl.minimum(program + 1, extra)
-
-
-@gluon.jit
 def _place(position, chunks, reciprocal):
     """The piece of a position, below 2^31, and its chunk. Without a division, for which the first copies would wait; reciprocal
     times chunks is less than 2^31 by chunks at most, so the piece is found too low by 1 at most."""
@@ -176,45 +121,11 @@ def _place(position, chunks, reciprocal):
 
 
 @gluon.jit
-def _first_chunks(piece, warp, tile_rows, chunks, TALL: gl.constexpr, WARPS: gl.constexpr):
-    """How many chunks are before each of the warp's tiles of a piece; a tile behind the last is that once more."""
-    found = ()
-    for t in gl.static_range(TALL):
-        found = found + (gl.minimum((piece * WARPS + warp) * TALL + t, tile_rows - 1) * chunks,)
-    return found
-
-
-@gluon.jit
-def _ask_weights_of(
-    at, words_at, stats_at, stats_step, chunk, before, chunks, position, last, lane, BITS: gl.constexpr, BILEVEL: gl.constexpr,
-    CHUNKS_A_SET: gl.constexpr, TILE_BYTES: gl.constexpr,
-):  # fmt: skip
-    """Begins to copy a chunk of the tiles that have `before` chunks before them, if position is before last. at: the lane's
-    first 16 bytes of the warp's part of a stage."""
-    for t in gl.static_range(len(before)):
-        asked = before[t] + chunk
-        if BILEVEL:
-            number, there = statistics_number(asked, chunk, chunks, lane, CHUNKS_A_SET)
-            stats_last = gl.where(there, last, 0)
-        else:
-            number, stats_last = asked, lane * 0
-        gl.inline_asm_elementwise(
-            _ASK_WEIGHTS[BITS], "=r,r,l,r,l,r,r,r,r,r",
-            [at + t * TILE_BYTES, words_at, asked, stats_at, number, stats_step, position, last, stats_last],
-            dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@gluon.jit
 def _ask_outliers_of(at, Outliers, bounds, lane, BITS: gl.constexpr, KEPT: gl.constexpr, TILE_BYTES: gl.constexpr):
     """The same of the outliers between the bounds of each tile."""
-    room = at + (512 * BITS + _STATS_BYTES) - lane * 12
+    room = at + (512 * BITS + _STATS_BYTES) - lane * 16
     for t in gl.static_range(len(bounds)):
-        gl.inline_asm_elementwise(
-            _ASK_OUTLIERS[KEPT], "=r,r,l,r",
-            [room + t * TILE_BYTES, Outliers + (bounds[t][0] + lane), bounds[t][1] - bounds[t][0] - lane],
-            dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+        ask_outliers(room + t * TILE_BYTES, Outliers, bounds[t][0], bounds[t][1], lane, KEPT)
 
 
 @gluon.jit
@@ -255,12 +166,6 @@ def _counts(bounds):
     for t in gl.static_range(len(bounds)):
         found = found + (bounds[t][1] - bounds[t][0],)
     return found
-
-
-@gluon.jit
-def _publish(flag, thread):
-    barrier()
-    gl.inline_asm_elementwise(_PUBLISH, "=r,l,r,~{memory}", [flag, thread], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -339,8 +244,8 @@ def small_kernel(
     tid = lane % 4
     none = thread * 0
     program = gl.program_id(0)
-    first = _last(program - 1, base, extra)
-    last = _last(program, base, extra)
+    first = last_position(program - 1, base, extra)
+    last = last_position(program, base, extra)
     first_piece, first_chunk = _place(first, chunks, reciprocal)
 
     # The one room of the kernel, so that it begins where all shared memory does. It would not be there without a use: at its
@@ -363,7 +268,7 @@ def small_kernel(
     # What is copied next: chunk `ask` of piece `ask_piece`, behind the chunks `before` of all tiles before the warp's.
     ask = first_chunk
     ask_piece = first_piece
-    before = _first_chunks(ask_piece, warp, tile_rows, chunks, TALL, WARPS)
+    before = first_chunks(ask_piece, warp, tile_rows, chunks, TALL, WARPS)
     words_at = Weight + lane * 4
     stats_at = statistics_begin(StatCodes, TileStats, lane)
     stats_step = statistics_step(lane, CHUNKS_A_SET)
@@ -375,7 +280,7 @@ def small_kernel(
     if KEPT > 0:
         bounds = _bounds(pointers_at, ask, before, none + first, lasts)
     for k in gl.static_range(STAGES - 1):
-        _ask_weights_of(
+        ask_weights(
             own + k * STAGE, words_at, stats_at, stats_step, ask, before, chunks, none + (first + k), lasts, lane, BITS,
             BILEVEL, CHUNKS_A_SET, TILE_BYTES,
         )  # fmt: skip
@@ -383,7 +288,7 @@ def small_kernel(
         if ask == chunks:
             ask = 0
             ask_piece += 1
-            before = _first_chunks(ask_piece, warp, tile_rows, chunks, TALL, WARPS)
+            before = first_chunks(ask_piece, warp, tile_rows, chunks, TALL, WARPS)
         if KEPT > 0:
             asked = asked + (bounds,)
             counts = counts + (_counts(bounds),)
@@ -400,7 +305,7 @@ def small_kernel(
 
     rows = gid * 0x10001000
     unknown = none + (batch >> 30)
-    for_lane = _lane_constants(unknown, BITS)
+    for_lane = lane_constants(unknown, BITS)
     if BILEVEL:
         for_statistics = bilevel_constants(unknown, BITS)
     else:
@@ -418,7 +323,7 @@ def small_kernel(
     while position < last:
         end = gl.minimum(begin + (last - position), chunks)
         sums = ((zero,) * (SUMS * SETS),) * TALL
-        tile_chunks = _first_chunks(piece, warp, tile_rows, chunks, TALL, WARPS)
+        tile_chunks = first_chunks(piece, warp, tile_rows, chunks, TALL, WARPS)
         for chunk in range(begin, end):
             gl.inline_asm_elementwise(_WAIT, "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
             following = gl.where(chunk + 1 == chunks, 0, chunk + 1)
@@ -426,7 +331,7 @@ def small_kernel(
             _ask_x(x_then, x_at, none + following, chunks, x_rows, BATCH, WARPS)
             if STAGES > 2:  # a group of x and one of all else, which the next chunk does not wait for
                 commit_copies(lane)
-            _ask_weights_of(
+            ask_weights(
                 own + then, words_at, stats_at, stats_step, ask, before, chunks, none + (position + (STAGES - 1)), lasts, lane,
                 BITS, BILEVEL, CHUNKS_A_SET, TILE_BYTES,
             )  # fmt: skip
@@ -440,7 +345,7 @@ def small_kernel(
             if ask == chunks:
                 ask = 0
                 ask_piece += 1
-                before = _first_chunks(ask_piece, warp, tile_rows, chunks, TALL, WARPS)
+                before = first_chunks(ask_piece, warp, tile_rows, chunks, TALL, WARPS)
             if KEPT > 0:
                 bounds = _bounds(pointers_at, ask, before, none + (position + STAGES), lasts)
             at = own + now
@@ -479,10 +384,7 @@ def small_kernel(
                     slot = ()
                     for k in gl.static_range(BITS):
                         slot = slot + (words[t][k][s],)
-                    of_tile = gl.inline_asm_elementwise(
-                        _LANE[BITS], _LANE_REGISTERS[BITS], slot + (s0, o0, s1, o1) + for_lane, dtype=_SIXTEEN, is_pure=True,
-                        pack=1,
-                    )  # fmt: skip
+                    of_tile = dequantize_by(for_lane, slot, s0, o0, s1, o1, BITS)
                     w = w + (of_tile,)
                 for half in gl.static_range(2):
                     b = ()
@@ -538,7 +440,7 @@ def small_kernel(
             for i in gl.static_range(TALL * SUMS):
                 gl.store(part + i * THREADS, total[i])
             if end < chunks:
-                _publish(flags + program + none, thread)
+                publish(flags + program + none, thread)
         begin = 0
         piece += 1
     gl.inline_asm_elementwise("cp.async.wait_all; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
@@ -551,22 +453,14 @@ def small_kernel(
         total = ()
         for i in gl.static_range(TALL * SUMS):
             total = total + (gl.load(own_part + i * THREADS),)
-        other = program - 1
-        while _last(other, base, extra) > piece_begin:
-            mine = other - thread
-            gl.inline_asm_elementwise(
-                _AWAIT, "=r,l,r,r,~{memory}", [flags + mine, none + piece_begin, _last(mine, base, extra)], dtype=gl.int32,
-                is_pure=False, pack=1,
-            )  # fmt: skip
-            other -= THREADS
-        barrier()
+        await_parts(flags, program, piece_begin, base, extra, thread)
         PARTS: gl.constexpr = min(8, 64 // (TALL * SUMS))  # so many at once are on their way, as registers hold
         other = program - 1
-        while _last(other, base, extra) > piece_begin:
+        while last_position(other, base, extra) > piece_begin:
             parts = ()
             for k in gl.static_range(PARTS):
                 part = Partial + 2 * (other - k) * (TALL * SUMS * THREADS) + thread
-                there = none + _last(other - k, base, extra) > piece_begin
+                there = none + last_position(other - k, base, extra) > piece_begin
                 for i in gl.static_range(TALL * SUMS):
                     parts = parts + (gl.load(part + i * THREADS, mask=there, other=0, cache_modifier=".cg"),)
             for k in gl.static_range(PARTS):
@@ -643,7 +537,7 @@ def _launches(
     overlaps = overlap.options(device, joined)
     prepare = None
     if scaled or columns != layout.in_features:
-        prepare = prepare_launch(layout, batch, dtype, device, False, overlaps)
+        prepare = prepare_launch(layout, batch, dtype, device, 0, overlaps)
     dtypes = (torch.float16, torch.float32, *LEAVES.values(), bias or dtype, dtype, torch.float32)
     integers = (
         batch, layout.out_features, layout.tile_rows, chunks, layout.groups, (2**31 - 1) // chunks, every // programs,
@@ -670,7 +564,7 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     scale = y  # where the kernels are told not to look
     x = aligned(x) if not layout.permuted else x.index_select(1, tensors["perm"])
     if prepare is not None:
-        x, scale = prepared(prepare, x, layout)
+        x, scale = prepared(prepare, x, layout, batch)
     partial = torch.empty(parts, dtype=torch.float32, device=x.device)
     product(x.data_ptr(), scale.data_ptr(), *addresses(tensors, layout), added.data_ptr(), y.data_ptr(), partial.data_ptr())
     return y

@@ -14,6 +14,12 @@ from .wide_groups import group_pairs, with_last_groups
 
 _LANE = gl.constexpr({bits: ptx.dequantize_lane(bits) for bits in (2, 3, 4)})
 _LANE_REGISTERS = gl.constexpr({bits: ptx.dequantize_lane_constraints(bits) for bits in (2, 3, 4)})
+_BY = {bits: ptx.constants_in_registers(ptx.dequantize_lane(bits), 20 + bits) for bits in (2, 3, 4)}
+_LANE_BY = gl.constexpr({bits: lane[0] for bits, lane in _BY.items()})
+_CONSTANTS = gl.constexpr({bits: lane[1] for bits, lane in _BY.items()})
+_BY_REGISTERS = gl.constexpr({
+    bits: ptx.dequantize_lane_constraints(bits) + ",r" * len(lane[1]) for bits, lane in _BY.items()
+})  # fmt: skip
 _BILEVEL = gl.constexpr({bits: ptx.half_statistics(bits) for bits in (2, 3, 4)})
 _BILEVEL_REGISTERS = gl.constexpr(ptx.HALF_STATISTICS_CONSTRAINTS)
 _MIDDLE = gl.constexpr({2: 0x40004000, 3: 0x44004400, 4: 0x48004800})  # half2 of 2, 4, 8
@@ -153,6 +159,27 @@ def dequantize_lane(words, s0, o0, s1, o1, BITS: gl.constexpr):
     0 .. 7 of row l, then of row l + 8."""
     return gl.inline_asm_elementwise(
         _LANE[BITS], _LANE_REGISTERS[BITS], words + (s0, o0, s1, o1),
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32,
+               gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def lane_constants(zero, BITS: gl.constexpr):
+    """What `dequantize_by` takes, plus zero, of which the compiler does not know that it is 0."""
+    found = ()
+    for i in gl.static_range(len(_CONSTANTS[BITS])):
+        found = found + (zero + _CONSTANTS[BITS][i],)
+    return found
+
+
+@gluon.jit
+def dequantize_by(constants, words, s0, o0, s1, o1, BITS: gl.constexpr):
+    """`dequantize_lane` with its constants in registers, those of `lane_constants`: the assembler makes the others anew again
+    and again."""
+    return gl.inline_asm_elementwise(
+        _LANE_BY[BITS], _BY_REGISTERS[BITS], words + (s0, o0, s1, o1) + constants,
         dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32,
                gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
         is_pure=True, pack=1,

@@ -224,6 +224,38 @@ def test_groups_of_several_blocks_on_cuda(random_matrix, kernel, kind):
             assert relative_error(y, x.double() @ exact.double().T) < 1e-3, (chunks, batch)
 
 
+@pytest.mark.parametrize("width", [32, 64, 128, 256])
+@pytest.mark.gpu
+def test_every_width_of_batches_on_cuda(random_matrix, monkeypatch, width):
+    """Whatever a plan would choose: whole pieces and shared ones, by many programs too, rows that are no multiple of 8, and
+    more outliers in a cell than are copied."""
+    from spqr_kernels import gemm, gemm_plan
+
+    for other in set(gemm_plan.CHOICES) - {width}:
+        monkeypatch.delitem(gemm_plan.CHOICES, other)
+    caches = (gemm._plan, gemm._launches)
+    for cache in caches:
+        cache.cache_clear()
+    for (rows, columns), share in (((200, 256), 0.01), ((72, 4096), 0.0), ((72, 4096), 0.01), ((133, 2816), 0.06)):
+        matrix = random_matrix(rows, columns, outliers=share)
+        tensors = stored(matrix, "cuda")
+        exact = torch.from_numpy(matrix.dequantize()).double()
+        for batch, dtype in (
+            (17, torch.float16),
+            (width, torch.bfloat16),
+            (width + 3, torch.float16),
+            (2 * width, torch.float16),
+        ):
+            x = torch.randn(batch, columns).to(dtype)
+            bias = torch.randn(rows).to(dtype)
+            y = gemm.linear(x.cuda(), tensors, matrix.layout, bias.cuda())
+            expected = x.double() @ exact.T + bias.double()
+            assert relative_error(y, expected) < (1e-3 if dtype == torch.float16 else 5e-3), (rows, columns, share, batch)
+            assert torch.equal(y, gemm.linear(x.cuda(), tensors, matrix.layout, bias.cuda()))
+    for cache in caches:
+        cache.cache_clear()
+
+
 def test_which_matrices_the_tensor_core_kernels_take():
     def taken(columns, group_size, statistics="bilevel"):
         return dispatch.whole_chunks(Layout(64, columns, 3, group_size, statistics))

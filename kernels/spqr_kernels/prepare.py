@@ -1,0 +1,74 @@
+"""x made anew in fp16 before a product of several rows: scaled where it is bf16, and in the order in which `gemm` copies it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from spqr_format.layout import TILE, Layout, ceil_div
+
+from .launch import Launch
+from .overlap import await_previous, let_next_begin
+
+
+@gluon.jit
+def prepare_kernel(
+    X, Out, Scale, in_features, columns,
+    SCALED: gl.constexpr, WIDTH: gl.constexpr, BLOCK: gl.constexpr, DEPENDENT: gl.constexpr,
+):  # fmt: skip
+    """A row of X [batch, in_features] in fp16, zeros behind in_features: to Out [batch, columns], or where WIDTH is not 0 to
+    slots as `slots.py` has them, Out [batch / WIDTH, columns / 64, WIDTH, 64].
+
+    SCALED: by a power of two that brings its largest value below 2**15, with the inverse in Scale; exact for all that is
+    within 2**-29 of the largest. A program takes BLOCK columns, or a whole row where SCALED."""
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    row = gl.program_id(0).to(gl.int64)
+    begin = gl.program_id(1) * BLOCK
+    end = begin + BLOCK
+    near = gl.arange(0, BLOCK, layout=layout)
+    if DEPENDENT:
+        let_next_begin(near)
+        await_previous(X + near)
+    factor = 1.0
+    if SCALED:
+        end = columns
+        largest = gl.zeros([BLOCK], gl.float32, layout)
+        for at in range(0, in_features, BLOCK):
+            x = gl.load(X + row * in_features + at + near, mask=at + near < in_features, other=0)
+            largest = gl.maximum(largest, gl.abs(x.to(gl.float32)))
+        # fields of the exponent: 268 - e brings 2**(e - 127) to 2**14; 253 at most, for its inverse to be no subnormal
+        exponent = gl.minimum(268 - (gl.max(largest, axis=0).to(gl.int32, bitcast=True) >> 23), 253)
+        factor = (exponent << 23).to(gl.float32, bitcast=True)
+        gl.store(Scale + row, ((254 - exponent) << 23).to(gl.float32, bitcast=True))
+    for at in range(begin, end, BLOCK):
+        to = at + near
+        source = to
+        target = Out + row * columns + to
+        if WIDTH > 0:
+            source = to // 64 * 64 + to % 8 // 2 * 16 + to % 64 // 16 * 4 + to % 16 // 8 * 2 + to % 2
+            slot = (row // WIDTH * (columns // 64) + to // 64) * WIDTH + row % WIDTH
+            target = Out + slot * 64 + (((to % 64 // 8) ^ (row % 8)) * 8 + to % 8)
+        x = gl.load(X + row * in_features + source, mask=source < in_features, other=0)
+        gl.store(target, (x.to(gl.float32) * factor).to(gl.float16), mask=to < columns)
+
+
+def prepare_launch(
+    layout: Layout, batch: int, dtype: torch.dtype, device: torch.device, width: int, overlaps: dict[str, bool]
+) -> Launch:
+    """`prepare_kernel` for x of this dtype, [batch, in]: scaled from bf16, as weights are exact enough in fp16 but not in
+    bf16. width: of the slots, 0 for rows."""
+    scaled, columns = dtype == torch.bfloat16, layout.blocks * TILE
+    grid = (batch, 1 if scaled else ceil_div(columns, 2048))
+    constants = {"SCALED": scaled, "WIDTH": width, "BLOCK": 2048, "num_warps": 4} | overlaps
+    return Launch(prepare_kernel, grid, device, (dtype, torch.float16, torch.float32), (layout.in_features, columns), constants)
+
+
+def prepared(prepare: Launch, x: Tensor, layout: Layout, rows: int) -> tuple[Tensor, Tensor]:
+    """x as `prepare` makes it, fp16 [rows, blocks * 16], where rows is a multiple of its width, and what the rows of the
+    product are multiplied with, float32 [batch] for bf16; else it is not read."""
+    made = torch.empty(rows, layout.blocks * TILE, dtype=torch.float16, device=x.device)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if x.dtype == torch.bfloat16 else made
+    prepare(x.data_ptr(), made.data_ptr(), scale.data_ptr())
+    return made, scale
