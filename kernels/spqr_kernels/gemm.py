@@ -52,7 +52,7 @@ _CELL_BYTES = gl.constexpr(outliers.CELL_BYTES)
 _WINDOW_BYTES = gl.constexpr(WINDOW_BYTES)
 # The shared memory of a program, in the compiler's name for it: Gluon gives no addresses.
 _ROOM = gl.constexpr("mov.u32 $0, global_smem; // $1")
-_HOLD = gl.constexpr("st.shared.v4.b32 [$1], {$2, $3, $4, $4}; bar.warp.sync -1; mov.b32 $0, $1;")
+_HOLD = gl.constexpr("bar.warp.sync -1; st.shared.v4.b32 [$1], {$2, $3, $4, $4}; bar.warp.sync -1; mov.b32 $0, $1;")
 
 
 @gluon.jit

@@ -131,6 +131,8 @@ _OPERATIONS: dict[str, tuple[Callable[..., np.ndarray], str, str]] = {
     "neg": (lambda a: -a, "t", "t"),
     "min": (np.fmin, "t", "t t"),  # what is not NaN
     "max": (np.fmax, "t", "t t"),
+    "max.relu": (lambda a, b: np.maximum(np.maximum(a, b), 0), "t", "t t"),
+    "min.relu": (lambda a, b: np.maximum(np.minimum(a, b), 0), "t", "t t"),
     "min.xorsign.abs": (_least_of_magnitude, "t", "t t"),
     "and": (lambda a, b: a & b, "t", "t t"),
     "or": (lambda a, b: a | b, "t", "t t"),
@@ -200,3 +202,16 @@ def matrix_product(a: Sequence[np.ndarray], b: Sequence[np.ndarray], c: Sequence
     with np.errstate(all="ignore"):
         sums += left @ right
     return [sums[warp, row + 8 * (i // 2), column + i % 2] for i in range(4)]
+
+
+def group_product(a: Sequence[np.ndarray], b: np.ndarray, c: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """D of `wgmma.m64nNk16` of a warp group: from the fragments of A, four pairs [128, 2], B [N, 16] and N / 2 values [128]."""
+    thread = np.arange(128)
+    row, column = thread // 32 * 16 + thread % 32 // 4, thread % 4 * 2
+    left = np.zeros((64, 16))
+    for i, pair in enumerate(a):
+        for j in range(2):
+            left[row + 8 * (i % 2), column + 8 * (i // 2) + j] = pair[:, j]
+    with np.errstate(all="ignore"):
+        sums = left @ b.T
+        return [c[i] + sums[row + 8 * (i % 4 // 2), column + (8 * (i // 4) + i % 2)] for i in range(len(c))]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from ptx_arithmetic import PtxError, arithmetic, matrix_product, read, size_of, write
+from ptx_arithmetic import PtxError, arithmetic, group_product, matrix_product, read, size_of, write
 from ptx_memory import Memory, SharedMemory
 from ptx_text import Address, Instruction, Kernel
 
@@ -32,6 +32,22 @@ class _Copy:
     to: np.ndarray
     data: np.ndarray
     group: np.ndarray
+
+
+@dataclass
+class _Barrier:
+    """An mbarrier: `count` arrivals and all bytes that were told of end a phase. copies: (address, data) on their way."""
+
+    count: int
+    arrived: int = 0
+    expected: int = 0
+    phase: int = 0
+    copies: list[tuple[int, np.ndarray]] = field(default_factory=list)
+
+    def step(self) -> None:
+        """Ends the phase if all is there."""
+        if self.arrived == self.count and self.expected == 0:
+            self.arrived, self.phase = 0, self.phase + 1
 
 
 @dataclass
@@ -57,6 +73,9 @@ class Program:
         self.shared = SharedMemory(kernel)
         self.copies: list[_Copy] = []
         self.committed = np.zeros(threads, np.int64)
+        self.barriers: dict[int, _Barrier] = {}
+        self.products: list[tuple[int, list, np.ndarray]] = []  # group, operands, threads
+        self.groups = np.zeros(threads, np.int64)  # of products, committed
         self.at = np.zeros(threads, np.int64)  # the next instruction of each thread
         self.ended, self.waits = np.zeros(threads, bool), np.zeros(threads, bool)
         while not self.ended.all():
@@ -188,6 +207,126 @@ class Program:
             place = row + (lane % 4 * 4).astype(np.uint64)
             self.shared.put(on, place, self._of(register, on, "b32").reshape(-1, 1).view(np.uint8))
 
+    def _matrix_by_columns(self, name: str, operands: list, on: np.ndarray) -> None:
+        """stmatrix of a transposed matrix: of a row of memory eight lanes have two bytes each."""
+        self._warps(on)
+        address, registers = operands
+        lane = np.arange(len(on)) % 32
+        for i, register in enumerate(registers):
+            halves = self._of(register, on, "b32").reshape(-1, 1).view(np.uint8)
+            for k in range(2):
+                row = self._addresses(address, on - lane + 8 * i + lane % 4 * 2 + k)
+                if (row % np.uint64(16)).any():
+                    raise PtxError("not aligned to 16 bytes")
+                self.shared.put(on, row + (lane // 4 * 2).astype(np.uint64), halves[:, 2 * k : 2 * k + 2])
+
+    def _barrier(self, address: Address, thread: int) -> _Barrier:
+        place = int(self._addresses(address, np.array([thread]))[0])
+        if place not in self.barriers:
+            raise PtxError(f"no mbarrier at {place}")
+        return self.barriers[place]
+
+    def _begin_barrier(self, name: str, operands: list, on: np.ndarray) -> None:
+        for thread, place in zip(on, self._addresses(operands[0], on), strict=True):
+            self.barriers[int(place)] = _Barrier(int(self.registers[operands[1], thread]))
+
+    def _arrive(self, name: str, operands: list, on: np.ndarray) -> None:
+        for thread in on:
+            barrier = self._barrier(operands[1], thread)
+            barrier.arrived += 1
+            if "expect_tx" in name:
+                barrier.expected += int(self.registers[operands[2], thread])
+            if barrier.arrived > barrier.count:
+                raise PtxError("more arrivals than the barrier knows")
+            barrier.step()
+
+    def _land(self, barrier: _Barrier) -> None:
+        """What was on its way to a barrier is there. Nobody may still read there, or have written without a barrier."""
+        for place, data in barrier.copies:
+            room = slice(place, place + len(data))
+            if any((at <= place + len(data)) and (at + size > place) for at, size in map(self._read_by, self.products)):
+                raise PtxError("a copy to what a product still reads")
+            if (self.shared.owner[room] == 0).any():
+                raise PtxError(f"outside of all arrays: {place}")
+            if self.shared.used_since_barrier(room):
+                raise PtxError("a copy to what threads used, without a barrier between")
+            self.shared.bytes[room] = data
+            barrier.expected -= len(data)
+        barrier.copies = []
+        barrier.step()
+
+    def _bulk_copy(self, name: str, operands: list, on: np.ndarray) -> None:
+        """cp.async.bulk: of one thread, so many bytes; the last operand is the barrier that is told."""
+        for thread in on:
+            one = np.array([thread])
+            to, source = (int(self._addresses(operands[i], one)[0]) for i in range(2))
+            size = int(self.registers[operands[2], thread])
+            if (to | source | size) % 16:
+                raise PtxError("not aligned to 16 bytes")
+            places = self.memory.bytes_at(np.arange(source, source + size, 16, dtype=np.uint64), 16)
+            barrier = self._barrier(operands[3], thread)
+            barrier.copies.append((to, self.memory.bytes[places].reshape(-1)))
+            if not self.late:
+                self._land(barrier)
+
+    def _try_wait(self, name: str, operands: list, on: np.ndarray) -> None:
+        """Whether the phase of that parity has ended."""
+        to, address, parity = operands
+        for thread in on:
+            barrier = self._barrier(address, thread)
+            if barrier.phase % 2 == int(self.registers[parity, thread]) and barrier.copies:
+                self._land(barrier)
+            self.registers[to, thread] = np.uint64(barrier.phase % 2 != int(self.registers[parity, thread]))
+
+    @staticmethod
+    def _read_by(product: tuple[int, list, np.ndarray]) -> tuple[int, int]:
+        """Where the shared operand of a product begins, and its bytes, whole rows of 128."""
+        _, operands, _ = product
+        return operands[-1], len(operands[0]) * 2 * 128
+
+    def _group_mma(self, name: str, operands: list, on: np.ndarray) -> None:
+        """wgmma of warp groups, each of 128 threads. Reads and sums when it is waited for, or at once."""
+        self._warps(on)
+        if len(on) % 128:
+            raise PtxError("part of a warp group")
+        for group in on.reshape(-1, 128):
+            begin = (int(self.registers[operands[2], group[0]]) & 0x3FFF) << 4
+            product = (int(self.groups[group[0]]), [*operands[:3], begin // 1024 * 1024], group)
+            if self.late:
+                self.products.append(product)
+            else:
+                self._multiply(product)
+
+    def _multiply(self, product: tuple[int, list, np.ndarray]) -> None:
+        _, (sums, a, descriptor, _), group = product
+        columns = 2 * len(sums)
+        word = int(self.registers[descriptor, group[0]])
+        if word >> 62 != 1 or (word >> 32 & 0x3FFF) != 64:
+            raise PtxError("another order of shared memory than rows of 128 bytes, swizzled")
+        n, k = np.meshgrid(np.arange(columns), np.arange(16), indexing="ij")
+        places = ((word & 0x3FFF) << 4) + n * 128 + 2 * k
+        places ^= (places >> 7 & 7) << 4
+        if (self.shared.owner[places] == 0).any():
+            raise PtxError("outside of all arrays")
+        b = self.shared.bytes[places[..., None] + np.arange(2)].view(np.float16)[..., 0].astype(np.float64)
+        fragments = [self._of(register, group, "f16x2") for register in a]
+        before = [self._of(register, group, "f32") for register in sums]
+        for register, values in zip(sums, group_product(fragments, b, before), strict=True):
+            self.registers[register, group] = write(values, "f32")
+
+    def _commit_products(self, name: str, operands: list, on: np.ndarray) -> None:
+        self.groups[on] += 1
+
+    def _wait_for_products(self, name: str, operands: list, on: np.ndarray) -> None:
+        left = int(self.registers[operands[0], on[0]])
+        products, self.products = self.products, []
+        for product in products:
+            number, _, group = product
+            if np.isin(group, on).all() and number < self.groups[group[0]] - left:
+                self._multiply(product)
+            else:
+                self.products.append(product)
+
     def _copy(self, name: str, operands: list, on: np.ndarray) -> None:
         """cp.async. A fourth operand is how many bytes are read, the others become 0; or whether none is."""
         to, source = self._addresses(operands[0], on), self._addresses(operands[1], on)
@@ -261,7 +400,7 @@ class Program:
             self.registers[register, on] = write(values, "f32")
 
     def _nothing(self, name: str, operands: list, on: np.ndarray) -> None:
-        """Kernels before and after are not there."""
+        """Kernels before and after are not there, and memory is one."""
 
 
 _BESIDE: dict[str, Callable[[Program, str, list, np.ndarray], None]] = {  # arithmetic
@@ -270,6 +409,15 @@ _BESIDE: dict[str, Callable[[Program, str, list, np.ndarray], None]] = {  # arit
     r"ld\.((acquire\.gpu\.)?global(\.nc|\.cg)?|shared)(\.v[24])?\.[buf]\d+": Program._load,
     r"st\.((release\.gpu\.)?global|shared)(\.v[24])?\.[buf]\d+": Program._store,
     r"(ldmatrix\.sync\.aligned\.m8n8\.x[124]\.trans|stmatrix\.sync\.aligned\.m8n8\.x[124])\.shared\.b16": Program._matrix,
+    r"stmatrix\.sync\.aligned\.m8n8\.x[124]\.trans\.shared\.b16": Program._matrix_by_columns,
+    r"mbarrier\.init\.shared::cta\.b64": Program._begin_barrier,
+    r"mbarrier\.arrive(\.expect_tx)?\.shared::cta\.b64": Program._arrive,
+    r"mbarrier\.try_wait\.parity\.shared::cta\.b64": Program._try_wait,
+    r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier::complete_tx::bytes": Program._bulk_copy,
+    r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.f16\.f16": Program._group_mma,
+    r"wgmma\.commit_group\.sync\.aligned": Program._commit_products,
+    r"wgmma\.wait_group\.sync\.aligned": Program._wait_for_products,
+    r"wgmma\.fence\.sync\.aligned|fence\.(mbarrier_init\.release\.cluster|proxy\.async\.shared::cta)": Program._nothing,
     r"cp\.async\.c[ag]\.shared\.global": Program._copy,
     r"cp\.async\.commit_group": Program._commit,
     r"cp\.async\.wait_(group|all)": Program._wait,

@@ -80,3 +80,7 @@ class SharedMemory(Memory):
         self.bytes[places] = raw
         if (self.bytes[places] != raw).any():
             raise PtxError("two threads write the same byte at once, and not the same")
+
+    def used_since_barrier(self, places: slice) -> bool:
+        """Whether a thread has written or read there since the last barrier of all threads."""
+        return any((last[2, places] >= self.common).any() for last in self._last.values())

@@ -135,4 +135,4 @@ class Kernel:
             return arguments[int(parameter[1])] % 2**64
         if re.fullmatch(r"0[fFdD][0-9A-Fa-f]+", name):
             return int(name[2:], 16)
-        return int(name, 0) % 2**64 if re.fullmatch(r"-?\d\w*", name) else NOTHING
+        return int(name.rstrip("U"), 0) % 2**64 if re.fullmatch(r"-?\d\w*", name) else NOTHING

@@ -1,0 +1,168 @@
+"""The batched kernel as Triton compiles it, run by `ptx_machine`, against float64 of the matrix as it was packed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from spqr_kernels import gemm, gemm_plan, outliers, overlap, prepare
+from spqr_kernels.launch import LEAVES
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ptx_launch import CPU, bits, empty, run, with_outliers  # beside this file, not part of a package
+from ptx_memory import Memory
+
+FP16, BF16 = torch.float16, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def plan_of(monkeypatch):
+    """Called with a width and a number of multiprocessors: plans know these alone."""
+
+    def have(width, multiprocessors=1):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=multiprocessors)
+        )
+        choice = gemm_plan.CHOICES[width]
+        monkeypatch.setattr(gemm_plan, "CHOICES", {width: choice})
+        monkeypatch.setattr(gemm, "CHOICES", {width: choice})
+        gemm._plan.cache_clear()
+
+    monkeypatch.setattr(overlap, "options", lambda *_: {"DEPENDENT": True, "launch_pdl": True})
+    yield have
+    gemm._plan.cache_clear()
+
+
+def rows_of_x(batch, columns, seed=1):
+    return torch.randn(batch, columns, generator=torch.Generator().manual_seed(seed)).half()
+
+
+def slots(x, blocks, width):
+    """x as the kernel has it (`slots`): by rows of a piece, 64 columns in their order, 16 bytes exchanged. Behind the last row
+    NaN, which nobody writes."""
+    batch, columns = x.shape
+    padded = torch.zeros(batch, blocks * 16, dtype=x.dtype)
+    padded[:, :columns] = x
+    full = torch.full((-(-batch // width) * width, blocks * 16), float("nan"), dtype=x.dtype)
+    full[:batch] = padded
+    place = torch.arange(64)
+    source = place % 8 // 2 * 16 + place // 16 * 4 + place % 16 // 8 * 2 + place % 2
+    made = full.reshape(-1, width, blocks // 4, 64)[..., source].permute(0, 2, 1, 3).reshape(-1, blocks // 4, width, 8, 8)
+    piece = torch.arange(8)[None, :] ^ (torch.arange(width) % 8)[:, None]
+    return torch.gather(made, 3, piece[None, None, :, :, None].expand_as(made)).contiguous()
+
+
+def product(matrix, x, dtype=FP16, scale=None, bias=None, modes=(True,)):
+    """The launch, and x W^T [batch, out] times scale [batch], where y is bf16, plus bias [out]."""
+    shape, entries = outliers.without_outliers(matrix.layout)
+    given = None if bias is None else bias.dtype
+    launches = gemm._launches.__wrapped__(shape, entries, len(x), dtype, given, CPU, True)
+    memory, packed = Memory(), matrix.pack()
+    y = memory.add(empty(len(x) * matrix.layout.out_features, dtype), writable=True)
+    addresses = [
+        memory.add(bits(slots(x, matrix.layout.blocks, launches.plan.width))),
+        0 if scale is None else memory.add(scale.numpy()),
+        *(memory.add(packed[leaf]) if leaf in packed else 0 for leaf in LEAVES), 0 if bias is None else memory.add(bits(bias)),
+        y, memory.add(np.full(max(launches.plan.partial, 1), np.nan, np.float32), writable=True),
+    ]  # fmt: skip
+    run(launches.product, memory, addresses, modes)
+    return launches.plan, torch.from_numpy(memory.array(y).copy()).view(dtype).reshape(len(x), -1)
+
+
+def check(y, expected):
+    """Each row of y against float64, by its norm or what rows have; 7.7e-4 is what was measured at most, with eight numbers in
+    a row, and bf16 rounds y by 1.7e-3."""
+    assert torch.isfinite(y).all()
+    norm = expected.norm(dim=1)
+    error = (y.double() - expected).norm(dim=1) / norm.clamp_min(norm.mean())
+    assert error.max() < (9e-4 if y.dtype == FP16 else 3e-3)
+
+
+KINDS = [  # matrix, width, rows of x, rows and columns of W, dtype of y
+    ({"weight_bits": 3}, 32, 40, 40, 1280, FP16),
+    ({"weight_bits": 3, "outliers": 0.0}, 32, 32, 136, 768, FP16),
+    ({"weight_bits": 2, "group_size": 32}, 32, 17, 70, 1270, BF16),
+    ({"weight_bits": 4, "group_size": 64, "statistics": "direct"}, 64, 33, 100, 512, FP16),
+    ({"weight_bits": 3, "group_size": 64, "outliers": 0.004}, 128, 66, 17, 1280, BF16),
+    ({"weight_bits": 3}, 256, 257, 130, 512, FP16),
+]
+
+
+@pytest.mark.parametrize(("kind", "width", "batch", "rows", "columns", "dtype"), KINDS, ids=lambda k: str(k).replace(" ", ""))
+def test_every_kind_of_matrix(random_matrix, plan_of, kind, width, batch, rows, columns, dtype):
+    """Rows that fill no piece, columns that fill no block; programs begin and end within pieces."""
+    plan_of(width)
+    matrix = random_matrix(rows, columns, **kind)
+    x, bias, scale = rows_of_x(batch, columns), None, None
+    expected = x.double() @ torch.from_numpy(matrix.dequantize()).double().T
+    if dtype == BF16:
+        bias, scale = torch.randn(rows, generator=torch.Generator().manual_seed(2)).bfloat16(), torch.rand(batch) + 0.5
+        expected = expected * scale.double()[:, None] + bias.double()
+    _, y = product(matrix, x, dtype, scale, bias)
+    check(y, expected)
+
+
+@pytest.mark.parametrize("width", gemm_plan.CHOICES)
+def test_programs_share_pieces(random_matrix, plan_of, width):
+    """Many share one, pieces of one program alone between them, and copies and products that come late or at once."""
+    plan_of(width, 5)
+    matrix = random_matrix(16 * gemm_plan.CHOICES[width].warps + 5, 256 * 7, outliers=0.01)
+    x = rows_of_x(width - 3, 256 * 7)
+    plan, y = product(matrix, x, modes=(True, False))
+    assert plan.programs > 2
+    assert plan.partial
+    check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
+
+
+@pytest.mark.parametrize("rows", [8, 33], ids=str)
+def test_more_than_32_chunks(random_matrix, plan_of, rows):
+    """Bounds of outliers are read for 32 chunks at once; more programs share a piece than are added up together."""
+    plan_of(32, 3 if rows == 8 else 1)
+    matrix = random_matrix(rows, 256 * 37, outliers=0.01)
+    x = rows_of_x(19, 256 * 37)
+    plan, y = product(matrix, x)
+    assert plan.programs >= 3
+    check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
+
+
+@pytest.mark.parametrize("width", [32, 128])
+def test_crowded_outliers(random_matrix, plan_of, width):
+    """Cells with none, with as many as are copied and one more or less, and with all of their weights; the last tile's, behind
+    which no outlier is."""
+    plan_of(width)
+    share = np.zeros((40, 1024))
+    for cell, count in enumerate((1, 31, 32, 33, 63, 64, 65, 0)):
+        share[3, 128 * cell : 128 * cell + count] = 1
+    share[16:32, :256] = share[20, 300:] = 1
+    share[39, -1] = share[32, 0] = 1
+    matrix = with_outliers(random_matrix(40, 1024, outliers=0.0), share)
+    x = rows_of_x(width, 1024)
+    _, y = product(matrix, x)
+    check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
+
+
+@pytest.mark.parametrize("width", [32, 256])
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+def test_x_is_prepared_as_the_kernel_reads_it(random_matrix, dtype, width):
+    layout = random_matrix(16, 1010).layout
+    x = rows_of_x(37, 1010).to(dtype)
+    x[5] *= 1e-30 if dtype == BF16 else 1e-3
+    x[7] *= 1e30 if dtype == BF16 else 1e3
+    launch = prepare.prepare_launch(layout, 37, dtype, CPU, width, {"DEPENDENT": True, "launch_pdl": True})
+    memory = Memory()
+    rows = -(-37 // width) * width
+    made = memory.add(empty(rows * layout.blocks * 16, FP16), writable=True)
+    scale = memory.add(np.ones(37, np.float32), writable=True)
+    run(launch, memory, [memory.add(bits(x)), made, scale], modes=(True,))
+    found = torch.from_numpy(memory.array(made).copy()).view(FP16)
+    factor = torch.from_numpy(memory.array(scale).copy()).double()
+    expected = (x.double() / factor[:, None]).half()
+    assert (expected.double() * factor[:, None] - x.double()).abs().max() <= (x.double().abs() * 2.0**-11).max()
+    expected = slots(expected, layout.blocks, width).reshape(-1)
+    assert torch.equal(found[~expected.isnan()], expected[~expected.isnan()])
