@@ -36,9 +36,11 @@ class _Copy:
 
 @dataclass
 class _Barrier:
-    """An mbarrier: `count` arrivals and all bytes that were told of end a phase. copies: (address, data) on their way."""
+    """An mbarrier: `count` arrivals and all bytes that were told of end a phase. told: up to which product of each warp those
+    know that see it end. copies: (address, data) on their way."""
 
     count: int
+    told: np.ndarray
     arrived: int = 0
     expected: int = 0
     phase: int = 0
@@ -76,12 +78,17 @@ class Program:
         self.barriers: dict[int, _Barrier] = {}
         self.products: list[tuple[int, list, np.ndarray]] = []  # group, operands, threads
         self.groups = np.zeros(threads, np.int64)  # of products, committed
+        # Numbers of products: the last one of each warp that read each KB of shared memory, and of which each thread knows.
+        self.issued = 0
+        self.reads = np.zeros((len(self.shared.bytes) // 1024 + 1, threads // 32), np.int64)
+        self.known = np.zeros((threads, threads // 32), np.int64)
         self.at = np.zeros(threads, np.int64)  # the next instruction of each thread
         self.ended, self.waits = np.zeros(threads, bool), np.zeros(threads, bool)
         while not self.ended.all():
             free = ~(self.ended | self.waits)
             if not free.any():  # all have come to the barrier
                 self.waits[:] = False
+                self.known[:] = self.issued
                 self.shared.barriers += 1
                 self.shared.common += 1
                 continue
@@ -218,6 +225,8 @@ class Program:
                 row = self._addresses(address, on - lane + 8 * i + lane % 4 * 2 + k)
                 if (row % np.uint64(16)).any():
                     raise PtxError("not aligned to 16 bytes")
+                if (self.reads[row.astype(np.int64) // 1024] > self.known[on]).any():
+                    raise PtxError("a write to what a product read, and nobody told that it is done")
                 self.shared.put(on, row + (lane // 4 * 2).astype(np.uint64), halves[:, 2 * k : 2 * k + 2])
 
     def _barrier(self, address: Address, thread: int) -> _Barrier:
@@ -228,12 +237,15 @@ class Program:
 
     def _begin_barrier(self, name: str, operands: list, on: np.ndarray) -> None:
         for thread, place in zip(on, self._addresses(operands[0], on), strict=True):
-            self.barriers[int(place)] = _Barrier(int(self.registers[operands[1], thread]))
+            nothing = np.zeros(self.kernel.threads // 32, np.int64)
+            self.barriers[int(place)] = _Barrier(int(self.registers[operands[1], thread]), nothing)
 
     def _arrive(self, name: str, operands: list, on: np.ndarray) -> None:
         for thread in on:
             barrier = self._barrier(operands[1], thread)
             barrier.arrived += 1
+            barrier.told = np.maximum(barrier.told, self.known[thread])
+            barrier.told[thread // 32] = self.issued
             if "expect_tx" in name:
                 barrier.expected += int(self.registers[operands[2], thread])
             if barrier.arrived > barrier.count:
@@ -263,6 +275,8 @@ class Program:
             size = int(self.registers[operands[2], thread])
             if (to | source | size) % 16:
                 raise PtxError("not aligned to 16 bytes")
+            if (self.reads[to // 1024 : -(-(to + size) // 1024)] > self.known[thread]).any():
+                raise PtxError("a copy to what a product read, and nobody told that it is done")
             places = self.memory.bytes_at(np.arange(source, source + size, 16, dtype=np.uint64), 16)
             barrier = self._barrier(operands[3], thread)
             barrier.copies.append((to, self.memory.bytes[places].reshape(-1)))
@@ -276,7 +290,10 @@ class Program:
             barrier = self._barrier(address, thread)
             if barrier.phase % 2 == int(self.registers[parity, thread]) and barrier.copies:
                 self._land(barrier)
-            self.registers[to, thread] = np.uint64(barrier.phase % 2 != int(self.registers[parity, thread]))
+            ended = barrier.phase % 2 != int(self.registers[parity, thread])
+            self.registers[to, thread] = np.uint64(ended)
+            if ended:
+                self.known[thread] = np.maximum(self.known[thread], barrier.told)
 
     @staticmethod
     def _read_by(product: tuple[int, list, np.ndarray]) -> tuple[int, int]:
@@ -292,6 +309,9 @@ class Program:
         for group in on.reshape(-1, 128):
             begin = (int(self.registers[operands[2], group[0]]) & 0x3FFF) << 4
             product = (int(self.groups[group[0]]), [*operands[:3], begin // 1024 * 1024], group)
+            first, size = self._read_by(product)
+            self.issued += 1
+            self.reads[first // 1024 : (first + size) // 1024, group[0] // 32 : group[0] // 32 + 4] = self.issued
             if self.late:
                 self.products.append(product)
             else:
@@ -326,6 +346,8 @@ class Program:
                 self._multiply(product)
             else:
                 self.products.append(product)
+        if left == 0:
+            self.known[on, on // 32] = self.issued  # of its own warp: others may be behind
 
     def _copy(self, name: str, operands: list, on: np.ndarray) -> None:
         """cp.async. A fourth operand is how many bytes are read, the others become 0; or whether none is."""

@@ -120,14 +120,25 @@ def test_programs_share_pieces(random_matrix, plan_of, width):
     check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
 
 
-@pytest.mark.parametrize("rows", [8, 33], ids=str)
-def test_more_than_32_chunks(random_matrix, plan_of, rows):
-    """Bounds of outliers are read for 32 chunks at once; more programs share a piece than are added up together."""
-    plan_of(32, 3 if rows == 8 else 1)
-    matrix = random_matrix(rows, 256 * 37, outliers=0.01)
+@pytest.mark.parametrize("width", gemm_plan.CHOICES)
+def test_programs_have_several_pieces(random_matrix, plan_of, width):
+    """Y is written by way of shared memory of the next x. Without outliers, which have barriers of their own."""
+    plan_of(width)
+    matrix = random_matrix(16 * gemm_plan.CHOICES[width].warps * 3 + 8, 256 * 3, outliers=0.0)
+    x = rows_of_x(width, 256 * 3)
+    plan, y = product(matrix, x)
+    assert plan.pieces > plan.programs
+    check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
+
+
+@pytest.mark.parametrize(("width", "programs"), [(32, 9), (64, 1)], ids=str)
+def test_more_than_32_chunks(random_matrix, plan_of, width, programs):
+    """Bounds of outliers are read for 32 chunks at once; or more programs share a piece than are added up together."""
+    plan_of(width, -(-programs // gemm_plan.CHOICES[width].resident))
+    matrix = random_matrix(8, 256 * 37, outliers=0.01)
     x = rows_of_x(19, 256 * 37)
     plan, y = product(matrix, x)
-    assert plan.programs >= 3
+    assert plan.programs == programs
     check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
 
 
