@@ -152,10 +152,15 @@ def test_crowded_outliers(random_matrix, plan_of, width):
         share[3, 128 * cell : 128 * cell + count] = 1
     share[16:32, :256] = share[20, 300:] = 1
     share[39, -1] = share[32, 0] = 1
-    matrix = with_outliers(random_matrix(40, 1024, outliers=0.0), share)
-    x = rows_of_x(width, 1024)
-    _, y = product(matrix, x)
-    check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
+    few = np.zeros((40, 1024))
+    few[17, 128:168] = few[39, -33:] = 1  # more than are copied where there are few, and hardly more
+    base = random_matrix(40, 1024, outliers=0.0)
+    for some, entries in ((share, 4), (few, 1)):
+        matrix = with_outliers(base, some)
+        assert outliers.outliers_a_lane(matrix.layout) == entries
+        x = rows_of_x(width, 1024)
+        _, y = product(matrix, x)
+        check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
 
 
 @pytest.mark.parametrize("width", [32, 256])
