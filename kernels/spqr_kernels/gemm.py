@@ -52,6 +52,7 @@ _CELL_BYTES = gl.constexpr(outliers.CELL_BYTES)
 _WINDOW_BYTES = gl.constexpr(WINDOW_BYTES)
 # The shared memory of a program, in the compiler's name for it: Gluon gives no addresses.
 _ROOM = gl.constexpr("mov.u32 $0, global_smem; // $1")
+# To the window, which no lane of the warp reads any more, for all of its lanes to read.
 _HOLD = gl.constexpr("bar.warp.sync -1; st.shared.v4.b32 [$1], {$2, $3, $4, $4}; bar.warp.sync -1; mov.b32 $0, $1;")
 
 
@@ -161,7 +162,9 @@ def gemm_kernel(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BATCH, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     CHUNKS_A_SET: gl.constexpr = BLOCKS_A_GROUP if BILEVEL else 1
-    FIRST_CELL: gl.constexpr = 512 * BITS + _STATS_BYTES  # of a stage
+    # Shared memory: four slots of x; of each warp room for a cell and the window of bounds, then two stages; barriers. In a
+    # stage words and statistics of a chunk stand before the outliers of its two cells.
+    FIRST_CELL: gl.constexpr = 512 * BITS + _STATS_BYTES
     STAGE: gl.constexpr = FIRST_CELL + 256 * ENTRIES * OUTLIERS
     CELL: gl.constexpr = (_CELL_BYTES + _WINDOW_BYTES) * OUTLIERS
     OWN: gl.constexpr = CELL + 2 * STAGE
@@ -180,7 +183,7 @@ def gemm_kernel(
     piece = (last - 1) // chunks
     begin = gl.where(piece == first_piece, first_chunk, 0)
     end = last - piece * chunks
-    left = last - first  # positions to multiply
+    left = last - first  # positions that are not multiplied yet
 
     # The one room of the kernel, so that it begins where all shared memory does.
     memory = gl.allocate_shared_memory(gl.int32, [ROOM // 1024, 256], gl.SwizzledSharedLayout(1, 1, 1, [0]))
