@@ -28,8 +28,9 @@ def compiled(kernel, signature, constants, warps, registers):
     return Kernel(made.asm["ptx"], made.metadata.shared)
 
 
-def run(launch, memory, addresses, modes=(True, False), **forced):
-    """All programs of a launch, asynchronous copies late and at once. forced: constants that are other than the launch's."""
+def run(launch, memory, addresses, modes=(True, False), only=None, **forced):
+    """All programs of a launch, or the one of number `only`, asynchronous copies late and at once. forced: constants that are
+    other than the launch's."""
     constants = dict(launch.constants) | forced
     constants.pop("launch_pdl", None)
     warps, registers = constants.pop("num_warps"), constants.pop("maxnreg", None)
@@ -40,7 +41,7 @@ def run(launch, memory, addresses, modes=(True, False), **forced):
     for late in modes:
         before = memory.bytes.copy()
         for y in range(launch.grid[1]):
-            for x in range(launch.grid[0]):
+            for x in range(launch.grid[0]) if only is None else (only,):
                 Program(kernel, memory, [*addresses, *launch.integers], (x, y, 0), launch.grid, late).run()
         results.append(memory.bytes)
         memory.bytes = before

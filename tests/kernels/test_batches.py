@@ -15,7 +15,9 @@ from spqr_kernels import gemm, gemm_plan, outliers, overlap, prepare
 from spqr_kernels.launch import LEAVES
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ptx_launch import CPU, bits, empty, run, with_outliers  # beside this file, not part of a package
+import ptx_machine  # beside this file, not part of a package
+from ptx_arithmetic import PtxError
+from ptx_launch import CPU, bits, empty, run, with_outliers
 from ptx_memory import Memory
 
 FP16, BF16 = torch.float16, torch.bfloat16
@@ -58,7 +60,7 @@ def slots(x, blocks, width):
     return torch.gather(made, 3, piece[None, None, :, :, None].expand_as(made)).contiguous()
 
 
-def product(matrix, x, dtype=FP16, scale=None, bias=None, modes=(True,)):
+def product(matrix, x, dtype=FP16, scale=None, bias=None, modes=(True,), only=None):
     """The launch, and x W^T [batch, out] times scale [batch], where y is bf16, plus bias [out]."""
     shape, entries = outliers.without_outliers(matrix.layout)
     given = None if bias is None else bias.dtype
@@ -71,7 +73,7 @@ def product(matrix, x, dtype=FP16, scale=None, bias=None, modes=(True,)):
         *(memory.add(packed[leaf]) if leaf in packed else 0 for leaf in LEAVES), 0 if bias is None else memory.add(bits(bias)),
         y, memory.add(np.full(max(launches.plan.partial, 1), np.nan, np.float32), writable=True),
     ]  # fmt: skip
-    run(launches.product, memory, addresses, modes)
+    run(launches.product, memory, addresses, modes, only)
     return launches.plan, torch.from_numpy(memory.array(y).copy()).view(dtype).reshape(len(x), -1)
 
 
@@ -118,6 +120,17 @@ def test_programs_share_pieces(random_matrix, plan_of, width):
     assert plan.programs > 2
     assert plan.partial
     check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
+
+
+def test_a_program_waits_for_the_parts_of_others(random_matrix, plan_of, monkeypatch):
+    """The last one alone never ends. The machine runs programs one after the other, so a missing wait is seen in no result."""
+    plan_of(32)
+    monkeypatch.setattr(ptx_machine, "MOST_STEPS", 20_000)
+    matrix = random_matrix(8, 256 * 9, outliers=0.01)
+    x = rows_of_x(20, 256 * 9)
+    product(matrix, x, only=0)
+    with pytest.raises(PtxError, match="no end"):
+        product(matrix, x, only=2)
 
 
 @pytest.mark.parametrize("width", gemm_plan.CHOICES)

@@ -15,7 +15,9 @@ from spqr_kernels import overlap, small
 from spqr_kernels.launch import LEAVES
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ptx_launch import CPU, bits, empty, run, with_outliers  # beside this file, not part of a package
+import ptx_machine  # beside this file, not part of a package
+from ptx_arithmetic import PtxError
+from ptx_launch import CPU, bits, empty, run, with_outliers
 from ptx_memory import Memory
 
 FP16, BF16 = torch.float16, torch.bfloat16
@@ -47,7 +49,7 @@ def rows_of_x(batch, columns, seed=1):
     return torch.randn(batch, columns, generator=torch.Generator().manual_seed(seed)).half()
 
 
-def product(matrix, x, dtype=FP16, scale=None, bias=None, modes=(True,)):
+def product(matrix, x, dtype=FP16, scale=None, bias=None, modes=(True,), only=None):
     """The launch, and x W^T [batch, out] times scale [batch], where y is bf16, plus bias [out]."""
     shape, kept = small._without_outliers(matrix.layout)
     given = None if bias is None else bias.dtype
@@ -60,7 +62,7 @@ def product(matrix, x, dtype=FP16, scale=None, bias=None, modes=(True,)):
         *(memory.add(packed[leaf]) if leaf in packed else 0 for leaf in LEAVES), 0 if bias is None else memory.add(bits(bias)),
         y, memory.add(np.full(launches.parts, np.nan, np.float32), writable=True),
     ]  # fmt: skip
-    run(launches.product, memory, addresses, modes)
+    run(launches.product, memory, addresses, modes, only)
     return launches.product, torch.from_numpy(memory.array(y).copy()).view(dtype).reshape(len(x), -1)
 
 
@@ -110,6 +112,18 @@ def test_many_programs_share_a_piece(random_matrix, multiprocessors, way):
     launch, y = product(matrix, x, modes=(True, False))
     assert launch.grid[0] > 3
     check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
+
+
+@pytest.mark.parametrize("way", EVERY_WAY[:1], ids=str, indirect=True)
+def test_a_program_waits_for_the_parts_of_others(random_matrix, multiprocessors, way, monkeypatch):
+    """The last one alone never ends. The machine runs programs one after the other, so a missing wait is seen in no result."""
+    multiprocessors(1)
+    monkeypatch.setattr(ptx_machine, "MOST_STEPS", 20_000)
+    matrix = random_matrix(8, 256 * 12)
+    x = rows_of_x(way, 256 * 12)
+    launch, _ = product(matrix, x, only=0)
+    with pytest.raises(PtxError, match="no end"):
+        product(matrix, x, only=launch.grid[0] - 1)
 
 
 @pytest.mark.parametrize("way", EVERY_WAY[:4], ids=str, indirect=True)
