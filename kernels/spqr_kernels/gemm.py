@@ -26,7 +26,7 @@ from spqr_format.layout import CHUNK, Layout
 
 from . import outliers, overlap
 from .checks import aligned
-from .gemm_plan import CHOICES, WINDOW_BYTES, Plan, plan_for, room_bytes
+from .gemm_plan import WINDOW_BYTES, Plan, plan_for, room_bytes
 from .joined import Joined
 from .lanes import barrier, reinterpret
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
@@ -44,14 +44,12 @@ from .stage_statistics import (
     statistics_begin,
     statistics_step,
 )
-from .stages import ask_outliers, ask_weights, first_chunks
-from .weights import dequantize_by, half_statistics, lane_constants
+from .stages import ask_outliers, ask_weights, first_chunks, room_of_program
+from .weights import dequantize_by, direct_half_statistics, lane_constants
 
 _STATS_BYTES = gl.constexpr(STATS_BYTES)
 _CELL_BYTES = gl.constexpr(outliers.CELL_BYTES)
 _WINDOW_BYTES = gl.constexpr(WINDOW_BYTES)
-# The shared memory of a program, in the compiler's name for it: Gluon gives no addresses.
-_ROOM = gl.constexpr("mov.u32 $0, global_smem; // $1")
 # To the window, which no lane of the warp reads any more, for all of its lanes to read.
 _HOLD = gl.constexpr("bar.warp.sync -1; st.shared.v4.b32 [$1], {$2, $3, $4, $4}; bar.warp.sync -1; mov.b32 $0, $1;")
 
@@ -188,7 +186,7 @@ def gemm_kernel(
     # The one room of the kernel, so that it begins where all shared memory does.
     memory = gl.allocate_shared_memory(gl.int32, [ROOM // 1024, 256], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     x_ring = reinterpret(memory, gl.float16, [4, BATCH, 64], gl.NVMMASharedLayout(128, 16, 2))
-    room = gl.inline_asm_elementwise(_ROOM, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+    room = room_of_program(thread)
     cell_room = room + (4 * SLOT + warp * OWN)
     window = cell_room + _CELL_BYTES
     own = cell_room + CELL  # the warp's stages
@@ -258,10 +256,9 @@ def gemm_kernel(
                 if BILEVEL:
                     s0, o0, s1, o1 = bilevel_statistics(codes[s], tops, s, for_statistics, BITS, CHUNKS_A_SET)
                 else:
-                    s0, o0, s1, o1 = half_statistics(
-                        none, none.to(gl.int64), GroupSc, GroupZp, row0, row0 + 8, out_features, groups,
-                        chunk * 16 + 4 * s + tid, BLOCKS_A_GROUP, BITS, False,
-                    )  # fmt: skip
+                    s0, o0, s1, o1 = direct_half_statistics(
+                        GroupSc, GroupZp, row0, row0 + 8, out_features, groups, chunk * 16 + 4 * s + tid, BLOCKS_A_GROUP, BITS
+                    )
                 weights = dequantize_by(for_lane, slot, s0, o0, s1, o1, BITS)
                 if OUTLIERS:
                     weights = outliers.add(weights, room_of_cell, lane, s % 2)
@@ -352,12 +349,6 @@ def gemm_kernel(
     wait_for_copies(lane)
 
 
-@lru_cache(REMEMBERED)
-def _plan(layout: Layout, entries: int, batch: int, device: torch.device) -> Plan:
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return plan_for(batch, layout.tile_rows, layout.blocks // CHUNK, multiprocessors, entries > 0)
-
-
 class _Launches(NamedTuple):
     """The kernels of a product and its plan."""
 
@@ -372,8 +363,9 @@ def _launches(
 ) -> _Launches:
     """layout and entries: as `outliers.without_outliers` has them. joined: whether the stored matrix is one tensor."""
     chunks = layout.blocks // CHUNK
-    plan = _plan(layout, entries, batch, device)
-    choice = CHOICES[plan.width]
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    plan = plan_for(batch, layout.tile_rows, chunks, multiprocessors, entries > 0)
+    choice = plan.choice
     scaled = dtype == torch.bfloat16
     overlaps = overlap.options(device, joined)
     prepare = prepare_launch(layout, batch, dtype, device, plan.width, overlaps)

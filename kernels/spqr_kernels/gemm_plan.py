@@ -35,6 +35,7 @@ _LEAST_CHUNKS = 2  # of a program
 class Plan:
     """Which programs make which pieces of Y, as `gemm_kernel` has it."""
 
+    choice: Choice
     width: int
     parts: int
     pieces: int
@@ -68,7 +69,8 @@ def _plan(width: int, batch: int, tile_rows: int, chunks: int, multiprocessors: 
         programs, us = pieces // rounds, rounds * chunks * chunk_us
     base, extra = divmod(every, programs)
     shared = base % chunks > 0 or extra > 0
-    return Plan(width, parts, pieces, programs, base, extra, programs * (16 * choice.warps * width + 2) if shared else 0, us)
+    partial = programs * (16 * choice.warps * width + 2) if shared else 0
+    return Plan(choice, width, parts, pieces, programs, base, extra, partial, us)
 
 
 def plan_for(batch: int, tile_rows: int, chunks: int, multiprocessors: int, sparse: bool) -> Plan:

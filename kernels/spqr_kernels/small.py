@@ -50,7 +50,7 @@ from .stage_statistics import (
     statistics_begin,
     statistics_step,
 )
-from .stages import ask_outliers, ask_weights, first_chunks
+from .stages import ask_outliers, ask_weights, first_chunks, room_of_program
 from .weights import dequantize_by, direct_statistics, lane_constants
 
 X_STAGES = 2
@@ -69,8 +69,6 @@ def room_bytes(bits: int, kept: int, batch: int, warps: int, tall: int, stages: 
     return ceil_div(used, 128 * warps) * 128 * warps
 
 
-# The shared memory of a program, in the compiler's name for it: Gluon gives no addresses.
-_ROOM = gl.constexpr("mov.u32 $0, global_smem; // $1")
 _X_PITCH = gl.constexpr(X_PITCH)
 _PLANE = gl.constexpr(PLANE)
 _STATS_BYTES = gl.constexpr(STATS_BYTES)
@@ -252,7 +250,7 @@ def small_kernel(
     # end, where nothing is copied to before the first barrier.
     memory = gl.allocate_shared_memory(gl.int32, [ROOM // (4 * THREADS), THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     memory.index(ROOM // (4 * THREADS) - 1).store(thread)
-    room = gl.inline_asm_elementwise(_ROOM, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+    room = room_of_program(thread)
     own = room + (warp * (TALL * TILE_BYTES) + lane * 16)
     x_own = room + (STAGES * STAGE + warp * _X_PITCH + lane * 16)
     x_read = room + (STAGES * STAGE + gid * _X_PITCH)

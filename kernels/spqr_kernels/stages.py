@@ -28,8 +28,16 @@ def _ask_outliers(kept: int) -> str:
     return "{\n" + "\n".join([*lines, "mov.b32 $0, $1;"]) + "\n}"
 
 
+# The shared memory of a program, in the compiler's name for it: Gluon gives no addresses.
+_ROOM = gl.constexpr("mov.u32 $0, global_smem; // $1")
 _ASK_WEIGHTS = gl.constexpr({bits: _ask_weights(bits) for bits in (2, 3, 4)})
 _ASK_OUTLIERS = gl.constexpr({kept: _ask_outliers(kept) for kept in range(32, 257, 32)})
+
+
+@gluon.jit
+def room_of_program(thread):
+    """Address, for each thread, where all shared memory begins that Gluon allocates: of a kernel's one allocation."""
+    return gl.inline_asm_elementwise(_ROOM, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -129,6 +129,19 @@ def direct_statistics(scale, zero, BITS: gl.constexpr):
 
 
 @gluon.jit
+def direct_half_statistics(
+    GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP: gl.constexpr, BITS: gl.constexpr
+):  # fmt: skip
+    """Scale and offset, as half2, of rows row0 and row1 in the group of column block `block`, from GroupSc and GroupZp."""
+    group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
+    at0 = gl.minimum(row0, out_features - 1).to(gl.int64) * groups + group
+    at1 = gl.minimum(row1, out_features - 1).to(gl.int64) * groups + group
+    s0, o0 = direct_statistics(gl.load(GroupSc + at0).to(gl.int32), gl.load(GroupZp + at0).to(gl.int32), BITS)
+    s1, o1 = direct_statistics(gl.load(GroupSc + at1).to(gl.int32), gl.load(GroupZp + at1).to(gl.int32), BITS)
+    return s0, o0, s1, o1
+
+
+@gluon.jit
 def half_statistics(
     codes, tops, GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP: gl.constexpr, BITS: gl.constexpr,
     BILEVEL: gl.constexpr,
@@ -145,12 +158,7 @@ def half_statistics(
             dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
-        at0 = gl.minimum(row0, out_features - 1).to(gl.int64) * groups + group
-        at1 = gl.minimum(row1, out_features - 1).to(gl.int64) * groups + group
-        s0, o0 = direct_statistics(gl.load(GroupSc + at0).to(gl.int32), gl.load(GroupZp + at0).to(gl.int32), BITS)
-        s1, o1 = direct_statistics(gl.load(GroupSc + at1).to(gl.int32), gl.load(GroupZp + at1).to(gl.int32), BITS)
-        return s0, o0, s1, o1
+        return direct_half_statistics(GroupSc, GroupZp, row0, row1, out_features, groups, block, BLOCKS_A_GROUP, BITS)
 
 
 @gluon.jit

@@ -61,6 +61,22 @@ def row(columns, dtype=torch.float16, seed=1):
     return torch.randn(columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def rows_of_x(batch, columns, seed=1):
+    return torch.randn(batch, columns, generator=torch.Generator().manual_seed(seed)).half()
+
+
+def expected_of(matrix, x, dtype):
+    """What a kernel of several rows is given beside x, scale [batch] and bias [out], both for bf16 alone, and the product with
+    them in float64 [batch, out]."""
+    bias, scale = None, None
+    expected = x.double() @ torch.from_numpy(matrix.dequantize()).double().T
+    if dtype == torch.bfloat16:
+        bias = torch.randn(expected.shape[1], generator=torch.Generator().manual_seed(2)).bfloat16()
+        scale = torch.rand(len(x)) + 0.5
+        expected = expected * scale.double()[:, None] + bias.double()
+    return scale, bias, expected
+
+
 def check(y, dense, x, bias=None):
     """Each element of y [out] against W x + bias in float64, W = dense [out, in]."""
     dense, exact_x = torch.from_numpy(np.asarray(dense)).double(), x.double()

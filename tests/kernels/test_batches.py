@@ -17,7 +17,7 @@ from spqr_kernels.launch import LEAVES
 sys.path.insert(0, str(Path(__file__).parent))
 import ptx_machine  # beside this file, not part of a package
 from ptx_arithmetic import PtxError
-from ptx_launch import CPU, bits, empty, run, with_outliers
+from ptx_launch import CPU, bits, empty, expected_of, rows_of_x, run, with_outliers
 from ptx_memory import Memory
 
 FP16, BF16 = torch.float16, torch.bfloat16
@@ -31,18 +31,10 @@ def plan_of(monkeypatch):
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=multiprocessors)
         )
-        choice = gemm_plan.CHOICES[width]
-        monkeypatch.setattr(gemm_plan, "CHOICES", {width: choice})
-        monkeypatch.setattr(gemm, "CHOICES", {width: choice})
-        gemm._plan.cache_clear()
+        monkeypatch.setattr(gemm_plan, "CHOICES", {width: gemm_plan.CHOICES[width]})
 
     monkeypatch.setattr(overlap, "options", lambda *_: {"DEPENDENT": True, "launch_pdl": True})
-    yield have
-    gemm._plan.cache_clear()
-
-
-def rows_of_x(batch, columns, seed=1):
-    return torch.randn(batch, columns, generator=torch.Generator().manual_seed(seed)).half()
+    return have
 
 
 def slots(x, blocks, width):
@@ -101,11 +93,8 @@ def test_every_kind_of_matrix(random_matrix, plan_of, kind, width, batch, rows, 
     """Rows that fill no piece, columns that fill no block; programs begin and end within pieces."""
     plan_of(width)
     matrix = random_matrix(rows, columns, **kind)
-    x, bias, scale = rows_of_x(batch, columns), None, None
-    expected = x.double() @ torch.from_numpy(matrix.dequantize()).double().T
-    if dtype == BF16:
-        bias, scale = torch.randn(rows, generator=torch.Generator().manual_seed(2)).bfloat16(), torch.rand(batch) + 0.5
-        expected = expected * scale.double()[:, None] + bias.double()
+    x = rows_of_x(batch, columns)
+    scale, bias, expected = expected_of(matrix, x, dtype)
     _, y = product(matrix, x, dtype, scale, bias)
     check(y, expected)
 

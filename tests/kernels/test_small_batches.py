@@ -17,7 +17,7 @@ from spqr_kernels.launch import LEAVES
 sys.path.insert(0, str(Path(__file__).parent))
 import ptx_machine  # beside this file, not part of a package
 from ptx_arithmetic import PtxError
-from ptx_launch import CPU, bits, empty, run, with_outliers
+from ptx_launch import CPU, bits, empty, expected_of, rows_of_x, run, with_outliers
 from ptx_memory import Memory
 
 FP16, BF16 = torch.float16, torch.bfloat16
@@ -43,10 +43,6 @@ def way(request, monkeypatch):
     batch, choice = request.param
     monkeypatch.setattr(small, "choice_for", lambda *_: choice)
     return batch
-
-
-def rows_of_x(batch, columns, seed=1):
-    return torch.randn(batch, columns, generator=torch.Generator().manual_seed(seed)).half()
 
 
 def product(matrix, x, dtype=FP16, scale=None, bias=None, modes=(True,), only=None):
@@ -93,11 +89,8 @@ def test_every_kind_of_matrix(random_matrix, monkeypatch, kind, batch, rows, col
     """Rows that fill no piece, columns that fill no block; programs begin and end within pieces."""
     monkeypatch.setattr(small, "LARGE", 1 if large else 1 << 30)
     matrix = random_matrix(rows, columns, **kind)
-    x, bias, scale = rows_of_x(batch, columns), None, None
-    expected = x.double() @ torch.from_numpy(matrix.dequantize()).double().T
-    if dtype == BF16:
-        bias, scale = torch.randn(rows, generator=torch.Generator().manual_seed(2)).bfloat16(), torch.rand(batch) + 0.5
-        expected = expected * scale.double()[:, None] + bias.double()
+    x = rows_of_x(batch, columns)
+    scale, bias, expected = expected_of(matrix, x, dtype)
     launch, y = product(matrix, x, dtype, scale, bias)
     assert launch.grid[0] > 1
     check(y, expected)
