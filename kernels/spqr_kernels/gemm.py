@@ -167,6 +167,8 @@ def gemm_kernel(
     CELL: gl.constexpr = (_CELL_BYTES + _WINDOW_BYTES) * OUTLIERS
     OWN: gl.constexpr = CELL + 2 * STAGE
     SLOT: gl.constexpr = 128 * BATCH
+    # Two slots' products take less time than x to come, so a half is told free, and asked for, as soon as can be.
+    BRIEF: gl.constexpr = BATCH <= 128
     thread = gl.arange(0, 32 * WARPS, layout=layout)
     lane = thread % 32
     warp = thread // 32
@@ -249,6 +251,8 @@ def gemm_kernel(
         if not BILEVEL:
             row0 = gl.minimum(piece // parts * WARPS + warp, tile_rows - 1) * 16 + gid
         for chunk in range(begin, end):
+            if BRIEF:
+                ask_half(room, barriers, X, 1, x_slot + 2, use, warp, lane, BATCH)
             for s in gl.static_range(4):
                 slot = ()
                 for k in gl.static_range(BITS):
@@ -267,7 +271,7 @@ def gemm_kernel(
                     await_half(barriers + s // 2 * 16, use, lane)
                 acc = hopper.warpgroup_mma(a, x_ring.index(s).permute((1, 0)), acc, is_async=True)
                 # The rest is done while the tensor cores work.
-                if s == 0:
+                if s == 0 and not BRIEF:
                     ask_half(room, barriers, X, 1, x_slot + 2, use, warp, lane, BATCH)
                 if s == 2:
                     ask_half(room, barriers, X, 0, next_slot, use + 1, gl.where(left > 1, warp, 1), lane, BATCH)
@@ -282,6 +286,9 @@ def gemm_kernel(
                     if OUTLIERS:
                         room_of_cell = outliers.clear(room_of_cell, found, places, ENTRIES)
                         room_of_cell, found, places = _put_cell(other + FIRST_CELL, room_of_cell, lane, ENTRIES)
+                    if BRIEF:
+                        acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
+                        free_half(barriers + 16, lane)
                     # The chunk after the next one, to this one's stage.
                     ask_piece, ask_chunk, ask_end, new = _advance(
                         ask_piece, ask_chunk, ask_end, first_piece, first_chunk, chunks
@@ -305,7 +312,7 @@ def gemm_kernel(
                     next_slot = ask_slot
                     next_chunk = ask_chunk
                     left -= 1
-                if s % 2 == 1:
+                if s == 1 or (s == 3 and not BRIEF):
                     acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
                     free_half(barriers + s // 2 * 16, lane)
             stage = STAGE - stage
