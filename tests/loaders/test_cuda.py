@@ -55,6 +55,18 @@ def test_static_cache_compiles(tiny):
     assert torch.equal(eager[:, : IDS.shape[1] + 4], compiled[:, : IDS.shape[1] + 4])
 
 
+def test_static_cache_compiles_to_kernels_that_begin_early(tiny):
+    """`TORCHINDUCTOR_ENABLE_PDL=1`: Inductor's begin before ours have ended, as ours do before its."""
+    made = []
+    for early in (False, True):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch({"triton.enable_pdl": early}):
+            model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float16, device_map="cuda")
+            kwargs = {"max_new_tokens": 48, "do_sample": False, "cache_implementation": "static"}
+            made += [model.generate(IDS.cuda(), **kwargs) for _ in range(3)]
+    assert all(torch.equal(made[0], other) for other in made[1:])
+
+
 def test_broken_payload_never_reaches_the_gpu_kernels(copied):
     position_out_of_range(copied)
     with pytest.raises(SpqrError, match="E304"):
