@@ -262,6 +262,8 @@ class Program:
                 raise PtxError(f"outside of all arrays: {place}")
             if self.shared.used_since_barrier(room):
                 raise PtxError("a copy to what threads used, without a barrier between")
+            if self.shared.written_without_fence(room):
+                raise PtxError("a copy to what threads wrote, without a fence between")
             self.shared.bytes[room] = data
             barrier.expected -= len(data)
         barrier.copies = []
@@ -421,6 +423,9 @@ class Program:
         for register, values in zip(operands[0], matrix_product(a, b, c), strict=True):
             self.registers[register, on] = write(values, "f32")
 
+    def _fence(self, name: str, operands: list, on: np.ndarray) -> None:
+        self.shared.fences[on] += 1
+
     def _nothing(self, name: str, operands: list, on: np.ndarray) -> None:
         """Kernels before and after are not there, and memory is one."""
 
@@ -439,7 +444,8 @@ _BESIDE: dict[str, Callable[[Program, str, list, np.ndarray], None]] = {  # arit
     r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.f16\.f16": Program._group_mma,
     r"wgmma\.commit_group\.sync\.aligned": Program._commit_products,
     r"wgmma\.wait_group\.sync\.aligned": Program._wait_for_products,
-    r"wgmma\.fence\.sync\.aligned|fence\.(mbarrier_init\.release\.cluster|proxy\.async\.shared::cta)": Program._nothing,
+    r"wgmma\.fence\.sync\.aligned|fence\.mbarrier_init\.release\.cluster": Program._nothing,
+    r"fence\.proxy\.async\.shared::cta": Program._fence,
     r"cp\.async\.c[ag]\.shared\.global": Program._copy,
     r"cp\.async\.commit_group": Program._commit,
     r"cp\.async\.wait_(group|all)": Program._wait,

@@ -59,6 +59,8 @@ class SharedMemory(Memory):
         self.barriers = np.zeros(kernel.threads, np.int64)  # that each thread's warp has passed
         self.common = 0  # barriers of all threads
         self._last = {what: np.full((3, end), -1, np.int64) for what in ("write", "read")}  # thread, barriers, common
+        self.fences = np.zeros(kernel.threads, np.int64)  # between what each thread does itself and the copy engine
+        self._fences_before = np.zeros(end, np.int64)  # of the last writer of each byte, when it wrote
 
     def touch(self, threads: np.ndarray, addresses: np.ndarray, size: int, writes: bool = False) -> np.ndarray:
         """`bytes_at`, where no other thread's access without a barrier between conflicts."""
@@ -77,6 +79,7 @@ class SharedMemory(Memory):
     def put(self, threads: np.ndarray, addresses: np.ndarray, raw: np.ndarray) -> None:
         """Writes bytes [threads, size]."""
         places = self.touch(threads, addresses, raw.shape[1], True)
+        self._fences_before[places] = self.fences[threads][:, None]
         self.bytes[places] = raw
         if (self.bytes[places] != raw).any():
             raise PtxError("two threads write the same byte at once, and not the same")
@@ -84,3 +87,8 @@ class SharedMemory(Memory):
     def used_since_barrier(self, places: slice) -> bool:
         """Whether a thread has written or read there since the last barrier of all threads."""
         return any((last[2, places] >= self.common).any() for last in self._last.values())
+
+    def written_without_fence(self, places: slice) -> bool:
+        """Whether a thread has written there and passed no fence since."""
+        writer = self._last["write"][0][places]
+        return bool(((writer >= 0) & (self._fences_before[places] >= self.fences[writer])).any())
