@@ -137,7 +137,8 @@ def machine(peers: list[str], commit: str | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _shapes(words: list[str]) -> list[tuple[int, int]]:
+def shapes_of(words: list[str]) -> list[tuple[int, int]]:
+    """Out and in of each, by the name of a model or as out x in."""
     found: list[tuple[int, int]] = []
     for word in words:
         if word in MODELS:
@@ -167,7 +168,7 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for what is written")
     found = parser.parse_args(words)
     preset: dict[str, Any] = {**DEFAULT, **(FULL if found.full else QUICK if found.quick else {})}
-    found.shapes = _shapes(found.shapes) if found.shapes else preset["shapes"]
+    found.shapes = shapes_of(found.shapes) if found.shapes else preset["shapes"]
     for name in ("batches", "shares", "bits", "statistics", "peers"):
         setattr(found, name, getattr(found, name) or preset[name])
     return found

@@ -1,6 +1,8 @@
 """Table and plot of what linear.py measured, from its JSON alone: no GPU, and torch is not imported. Writes both beside it.
 
-python kernels/benchmarks/report.py results.json
+    python kernels/benchmarks/report.py results.json [--batches 8 16] [--shares 0 0.01]
+
+With batches or shares it prints one narrow table of these instead, ours beside fp16, and writes nothing.
 """
 
 from __future__ import annotations
@@ -95,6 +97,26 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def narrow(results: dict[str, Any], batches: list[int], shares: list[float]) -> str:
+    """Markdown: a row a shape, and of each batch size fp16's time and ours at these shares of outliers."""
+    rows = results["results"]
+    every = sorted({r["batch"] for r in rows})
+    outliers = sorted({r["share"] for r in rows if r["peer"] == "ours"})
+    batches, shares = batches or every, shares or outliers
+    titles = ["none" if share == 0 else f"{100 * share:g} %" for share in shares]
+    head = ["out x in", *(title for batch in batches for title in (f"fp16, batch {batch}", *titles))]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    for shape in dict.fromkeys(tuple(r["shape"]) for r in rows):
+        cells = [f"{shape[0]} x {shape[1]}"]
+        for batch in batches:
+            here = [r for r in rows if tuple(r["shape"]) == shape and r["batch"] == batch]
+            fp16 = next((r for r in here if r["peer"] == "fp16"), None)
+            ours = [next((r for r in here if r["peer"] == "ours" and r["share"] == share), None) for share in shares]
+            cells += [_cell(found, fp16) for found in (fp16, *ours)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _series(rows: list[Row]) -> dict[str, list[Row]]:
     """Label -> rows: ours without and with 1 % of outliers, peers with 1 %, or what comes closest of what was measured."""
     chosen: dict[str, list[Row]] = {}
@@ -169,12 +191,16 @@ def write(path: Path) -> str:
     return text
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+", help="results.json of linear.py")
-    for path in parser.parse_args().results:
-        print(write(path))
+    parser.add_argument("--batches", nargs="+", type=int, default=[])
+    parser.add_argument("--shares", nargs="+", type=float, default=[], help="of outliers")
+    asked = parser.parse_args(words)
+    for path in asked.results:
+        brief = asked.batches or asked.shares
+        print(narrow(json.loads(path.read_text()), asked.batches, asked.shares) if brief else write(path))
 
 
 if __name__ == "__main__":

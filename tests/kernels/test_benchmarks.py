@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import struct
 import sys
 import types
@@ -17,7 +18,7 @@ from spqr_format import Layout
 from spqr_format.payload import check_payload
 
 BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
-MODULES = ("linear", "peers", "random_weights", "report", "timing", "tune_gemlite")
+MODULES = ("beside", "linear", "peers", "random_weights", "report", "timing", "tune_gemlite")
 ABOUT = {
     "gpu": "Some GPU", "driver": "1", "cuda": "13.0", "torch": "2", "triton": "3", "python": "3", "date": "2026-11-22",
     "commit": "abc", "peers": {"spqr_quant": "0.2.0", "gemlite": "absent"}, "read_bytes_per_s": 4.3e12,
@@ -254,6 +255,21 @@ def some_rows():
     return rows
 
 
+def test_narrow_table(benchmark, tmp_path, capsys):
+    report = sys.modules["report"]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"machine": ABOUT, "left_out": 0, "results": some_rows()}))
+    report.main([str(path), "--batches", "8", "1", "--shares", "0.01", "0.02"])
+    assert capsys.readouterr().out.splitlines() == [
+        "| out x in | fp16, batch 8 | 1 % | 2 % | fp16, batch 1 | 1 % | 2 % |", "|---|---:|---:|---:|---:|---:|---:|",
+        "| 4096 x 4096 | 15.0 | 5.0 (3.00 x) | — | 15.0 | 5.0 (3.00 x) | — |",
+        "| 8192 x 28672 | 15.0 | 5.0 (3.00 x) | — | 15.0 | 5.0 (3.00 x) | — |", "",
+    ]  # fmt: skip
+    report.main([str(path), "--batches", "1"])
+    assert "| fp16, batch 1 | none | 1 % |" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_table_and_plot_come_from_the_json_alone(benchmark, tmp_path):
     report = sys.modules["report"]
     path = tmp_path / "results.json"
@@ -290,3 +306,23 @@ def test_a_loop_is_timed_where_no_graph_can_be(benchmark, monkeypatch):
 def test_tuning_imports_without_gemlite(benchmark):
     tune = importlib.import_module("tune_gemlite")
     assert tune._once(list) == [1.0, 1.0, 1.0]
+
+
+def test_two_checkouts_in_turns(benchmark, capsys, tmp_path):
+    """The other one's kernels run, not ours again: there a product of zeros is what is wrong."""
+    beside = importlib.import_module("beside")
+    turns = iter(range(1, 100))
+    options = ["--shapes", "64x256", "--batches", "1", "3", "--shares", "0", "0.02"]
+    beside.main([str(BENCHMARKS.parents[1]), *options], lambda calls: float(len([c() for c in calls]) * next(turns)), "cpu")
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows[0] == "| 64 x 256 | 1 | 0 | 1.00 / 3.00 | 2.00 / 4.00 | 0.667 |"
+    assert [row.split("|")[2:4] for row in rows] == [[" 1 ", " 0 "], [" 1 ", " 2 "], [" 3 ", " 0 "], [" 3 ", " 2 "]]
+    shutil.copytree(BENCHMARKS.parents[1] / "kernels" / "spqr_kernels", tmp_path / "kernels" / "spqr_kernels")
+    broken = tmp_path / "kernels" / "spqr_kernels" / "dispatch.py"
+    broken.write_text(
+        broken.read_text() + "\n\ndef linear(x, tensors, layout, bias):\n    return x @ torch.zeros(256, 64).half()\n"
+    )
+    with pytest.raises(SystemExit, match="before: 64 x 256, batch 1: error 1"):
+        beside.main([str(tmp_path), *options], lambda calls: 1.0, "cpu")
+    with pytest.raises(SystemExit, match="no kernels here"):
+        beside.main([str(tmp_path / "kernels"), *options], lambda calls: 1.0, "cpu")
