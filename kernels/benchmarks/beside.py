@@ -34,8 +34,8 @@ Bind = Callable[[Tensor, Layout], Callable[[Tensor], Tensor]]
 
 
 def kernels_of(package: Path, name: str) -> Bind:
-    """What makes a product of a stored matrix, all tensors in one: kernels in the folder `package`, imported anew as `name`. Its
-    own `__init__` is not run: operators of torch can be defined once."""
+    """What makes a product of a stored matrix, all its tensors in one: kernels in the folder `package`, imported as `name`.
+    Their `__init__` is not run: operators of torch can be defined once."""
     if not (package / "dispatch.py").is_file():
         raise SystemExit(f"{package}: no kernels here")
     for known in [known for known in sys.modules if known.split(".")[0] == name]:
