@@ -25,7 +25,8 @@ def await_previous(pointers):
 
 @gluon.jit
 def let_next_begin(thread):
-    """The next kernel may begin once all programs have come here or ended."""
+    """The next kernel may begin once all programs have come here or ended. Behind `await_previous`: what comes next may read at
+    once what this kernel does not write, but one before it did (Inductor's kernels, with its `triton.enable_pdl`)."""
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; mov.b32 $0, $1;", "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
     )

@@ -29,6 +29,8 @@ def prepare_kernel(
     end = begin + BLOCK
     near = gl.arange(0, BLOCK, layout=layout)
     if DEPENDENT:
+        # Before the wait: the next kernel is a product of ours, which waits for all of this one before it reads or writes what
+        # others do. Behind other kernels, torch's may follow that only wait for what they read of the one before them.
         let_next_begin(near)
         await_previous(X + near)
     factor = 1.0
