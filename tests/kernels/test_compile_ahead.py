@@ -105,6 +105,16 @@ def test_x_is_not_read_before_the_kernel_that_makes_it_has_ended(name):
     assert any(reads_x(line) for line in code[wait:])
 
 
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if "DEPENDENT" in variant.kernel.arg_names])
+def test_the_next_kernel_begins_behind_that_wait(name):
+    """As it may read at once what only kernels before this one wrote; but one that is followed by a product of ours."""
+    code = machine_code(VARIANTS[name].compile(GPUTarget("cuda", 90, 32)))
+    wait = next(i for i, line in enumerate(code) if "ACQBULK" in line)
+    begins = [i for i, line in enumerate(code) if "PREEXIT" in line]
+    assert all((i > wait) != name.startswith("prepare") for i in begins)
+    assert begins or name.split()[0] in ("siblings", "experts", "decode")
+
+
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("small")])
 def test_small_batches_copy_x_behind_that_wait(name):
     """x comes by copies of 16 bytes, as the matrix does: before the wait stand those of the matrix's first chunks."""
