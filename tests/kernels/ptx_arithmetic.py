@@ -94,11 +94,11 @@ def _permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
 
 
 def _field(a: np.ndarray, begin: np.ndarray, length: np.ndarray) -> np.ndarray:
-    begin, length = begin & 255, length & 255
-    if (length == 0).any() or (begin + length > 32).any():
+    bits, begin, length = 8 * a.itemsize, begin & 255, length & 255
+    if (length == 0).any() or (begin + length > bits).any():
         raise PtxError("bfe of no bits or beyond the word")  # PTX defines these too; no kernel has them
-    up = (32 - begin - length).astype(a.dtype)
-    return a << up >> (32 - length).astype(a.dtype)
+    up = (bits - begin - length).astype(a.dtype)
+    return a << up >> (bits - length).astype(a.dtype)
 
 
 def _funnel(left: bool) -> Callable[..., np.ndarray]:
@@ -156,7 +156,7 @@ _OPERATIONS: dict[str, tuple[Callable[..., np.ndarray], str, str]] = {
     "setp.ge.and": (lambda a, b, p: (a >= b) & (p != 0), "pred", "t t pred"),
 }
 _INTEGERS = ("mul.lo", "mad.lo", "mul.hi", "mul.wide", "mad.wide", "div", "rem", "setp.ne")
-_OF_32_BITS = ("mul.hi", "shf.l.wrap", "shf.r.wrap", "lop3", "prmt", "bfe")
+_OF_32_BITS = ("mul.hi", "shf.l.wrap", "shf.r.wrap", "lop3", "prmt")
 
 
 def _wide(a: np.ndarray) -> np.ndarray:

@@ -107,6 +107,8 @@ def test_bits(a, b, c, table):
     begin, length = c % 32, 1 + table % (32 - c % 32)
     assert one("bfe.u32", a, begin, length) == a >> begin & (1 << length) - 1
     assert one("bfe.s32", a, begin, length) == signed(a >> begin, length) % 2**32
+    assert one("bfe.u64", both, begin + by, length) == both >> begin + by & (1 << length) - 1
+    assert one("bfe.s64", both, begin + by, length) == signed(both >> begin + by, length) % 2**64
     chosen = b & 0x7777
     raw = (b << 32 | a).to_bytes(8, "little")
     assert one("prmt.b32", a, b, chosen) == int.from_bytes([raw[chosen >> 4 * i & 7] for i in range(4)], "little")
