@@ -1,12 +1,7 @@
-"""Small odd shapes through every kernel of an NVIDIA GPU, for compute-sanitizer to watch.
+"""Small odd shapes through every kernel of an NVIDIA GPU, for compute-sanitizer to watch: `scripts/test-gpu --sanitizer`.
 
-    export PYTHONPATH=.:kernels:kernels/benchmarks PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    for kernels in one-row batches older-gpus dense siblings experts; do for tool in memcheck racecheck; do
-        compute-sanitizer --tool $tool --kernel-name kernel_substring=_kernel python kernels/benchmarks/odd_shapes.py $kernels
-    done; done
-
-Prints the largest relative error against float64, and fails above 1e-3. With caching off each tensor is an allocation of its
-own.
+Prints the largest relative error against float64, and fails above 1e-3. With caching off (PYTORCH_NO_CUDA_MEMORY_CACHING=1)
+each tensor is an allocation of its own.
 """
 
 from __future__ import annotations
