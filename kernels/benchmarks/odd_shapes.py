@@ -46,10 +46,11 @@ def _dense(tensors: Stored, layout: Layout, weight: Tensor) -> Iterator[tuple[Te
 
 
 def _siblings(tensors: Stored, layout: Layout, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    x = torch.randn(1, layout.in_features, device=weight.device).half()
     whole, numbers = joined.join(tensors, layout), [int(number) for number in ops.geometry(layout)]
-    for y in torch.ops.spqr.linears(x, [], [whole] * 3, numbers * 3):
-        yield y, x.double() @ weight.T
+    for batch in (1, 5, 16, 18, 65, 130):
+        x = torch.randn(batch, layout.in_features, device=weight.device).half()
+        for y in torch.ops.spqr.linears(x, [], [whole] * 3, numbers * 3):
+            yield y, x.double() @ weight.T
 
 
 def _experts(tensors: Stored, layout: Layout, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

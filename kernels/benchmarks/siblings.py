@@ -1,11 +1,14 @@
-"""Time of products of one row x with several matrices: one by one, and in one launch (`spqr::linears`).
+"""Time of products of one x with several matrices: one by one, and in one launch (`spqr::linears`).
 
-    PYTHONPATH=.:kernels:kernels/benchmarks python kernels/benchmarks/siblings.py
+    PYTHONPATH=.:kernels:kernels/benchmarks python kernels/benchmarks/siblings.py [--batches 1 8 64] [--shares 0 0.0045 0.01]
 
 Prints a table. Clock and weights are those of linear.py; fp16 is one cuBLAS product with the rows of all.
 """
 
 from __future__ import annotations
+
+import argparse
+import itertools
 
 import torch
 from random_weights import random_tensors
@@ -32,11 +35,11 @@ def family(rows: tuple[int, ...], columns: int, share: float, seed: int) -> tupl
     return wholes, geometry
 
 
-def measure(rows: tuple[int, ...], columns: int, share: float) -> tuple[float, float, float]:
-    """Microseconds one by one, together, and of fp16."""
+def measure(rows: tuple[int, ...], columns: int, share: float, batch: int) -> tuple[float, float, float]:
+    """Microseconds one by one, together, and of fp16, for so many rows of x."""
     count = max(3, int(COLD_BYTES // (sum(rows) * columns * 0.46)))
     families = [family(rows, columns, share, seed) for seed in range(count)]
-    xs = [torch.randn(1, columns, device="cuda").half() for _ in range(count)]
+    xs = [torch.randn(batch, columns, device="cuda").half() for _ in range(count)]
 
     def one_by_one(k: int) -> None:
         wholes, geometry = families[k]
@@ -57,14 +60,18 @@ def measure(rows: tuple[int, ...], columns: int, share: float) -> tuple[float, f
 
 def main() -> None:
     """Print the table."""
-    print("| rows x columns | outliers % | one by one, us | together, us | fp16, us | fp16 / together |")
-    print("|---|---:|---:|---:|---:|---:|")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1], help="rows of x")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.0045, 0.01], help="of outliers")
+    arguments = parser.parse_args()
+    print("| rows x columns | batch | outliers % | one by one, us | together, us | fp16, us | fp16 / together |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     with torch.no_grad():
-        for rows, columns in FAMILIES:
-            for share in (0.0, 0.0045, 0.01):
-                single, together, dense = measure(rows, columns, share)
-                shape = " + ".join(map(str, rows)) + f" x {columns}"
-                print(f"| {shape} | {100 * share:g} | {single:.1f} | {together:.1f} | {dense:.1f} | {dense / together:.2f} |")
+        for (rows, columns), batch, share in itertools.product(FAMILIES, arguments.batches, arguments.shares):
+            single, together, dense = measure(rows, columns, share, batch)
+            shape, percent = " + ".join(map(str, rows)) + f" x {columns}", f"{100 * share:g}"
+            ratio = f"{dense / together:.2f}"
+            print(f"| {shape} | {batch} | {percent} | {single:.1f} | {together:.1f} | {dense:.1f} | {ratio} |", flush=True)
 
 
 if __name__ == "__main__":

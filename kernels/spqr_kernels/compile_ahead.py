@@ -7,6 +7,7 @@ kernel spills registers or keeps an array in local memory on sm_90 beyond what t
 from __future__ import annotations
 
 import collections
+import dataclasses
 import re
 import subprocess
 import tempfile
@@ -22,7 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from spqr_format.packing import SPREAD
 
-from . import decode, dequant, fit, gemm, gemm_plan, grouped, matvec, prepare, small, unpack
+from . import decode, dequant, fit, gemm, gemm_plan, grouped, matvec, prepare, siblings, small, unpack
 from .dispatch import FIT_COLUMNS, TOGETHER
 from .weight_at import field_constants
 
@@ -33,7 +34,7 @@ _STORED = {"Weight": "*i32", "StatCodes": "*i32", "TileStats": "*i16", "GroupSc"
 _UNALIGNED = (
     "batch", "out_features", "tile_rows", "chunks", "groups", "parts", "whole", "splits", "a_split", "all_outliers", "top",
     "tiles", "experts", "pairs_a_row", "first1", "first2", "base", "extra", "reciprocal",
-    *(f"{name}{i}" for name in ("out_features", "outliers") for i in range(TOGETHER)),
+    *(f"{name}{i}" for name in ("out_features", "outliers", "base", "extra") for i in range(TOGETHER)),
 )  # fmt: skip
 _FIT = ("search_kernel", "tile_start_kernel", "round_kernel", "residual_kernel")
 _ROW = {"BF": 0, "OUTLIERS": True, "WHOLE": True, "WARPS": 4, "ENTRIES": 3}  # of one row of x
@@ -89,7 +90,7 @@ def variants() -> list[Variant]:
             constants = kind | sparse | _ROW | {"BF": flavor, "PERMUTED": False}
             registers = matvec.registers_for(constants, _MANY)
             found.append(Variant(f"matvec {title} {dtype}", matvec.matvec_kernel, operands | sizes, constants, 4, registers))
-        found += [_siblings(title, kind), _experts(title, kind)]
+        found += [_sibling_rows(title, kind), _experts(title, kind)]
         operands = {"X": "*fp16", "Scale": "*fp32"} | _STORED | _OUTLIERS | {"Bias": "*fp16", "Y": "*fp16"}
         sizes = {"batch": "i32", "out_features": "i32", "tile_rows": "i32", "chunks": "i32", "groups": "i32"}
         for batch, tiles, warps, outliers in ((8, 4, 8, True), (32, 8, 8, True), (64, 8, 8, False)):
@@ -140,7 +141,7 @@ def variants() -> list[Variant]:
         operands = _STORED | {"Place": "*i64", "OutlierPtr": "*i32", "Outliers": "*i32"} | {"Out": "*fp16"} | shape
         constants = constants | {"CELLS": dequant.CELLS, "ENTRIES": dequant.ENTRIES}
         found.append(Variant(f"outliers {title}", dequant.outliers_kernel, operands, constants, 4))
-    return found + _prepare() + _fit_variants()
+    return found + _sibling_batches(found) + _prepare() + _fit_variants()
 
 
 def _prepare() -> list[Variant]:
@@ -173,18 +174,40 @@ def _small(title: str, kind: dict[str, Any], operands: dict[str, str], sizes: di
     return found
 
 
-def _siblings(title: str, kind: dict[str, Any]) -> Variant:
-    """Three matrices that share x."""
+def _siblings(sizes: tuple[str, ...], of_each: tuple[str, ...]) -> dict[str, str]:
+    """What kernels of three matrices that share x are given: these sizes, and of each matrix these besides its words."""
     three = range(TOGETHER)
-    operands = {"X": "*fp16"} | {f"Joined{i}": "*i32" for i in three}
+    operands = {"X": "*fp16", "Scale": "*fp32"} | {f"Joined{i}": "*i32" for i in three}
     operands |= {f"{name}{i}": "*fp16" for name in ("Bias", "Y") for i in three}
-    operands |= dict.fromkeys(("chunks", "groups", "first1", "first2"), "i32")
+    operands |= {"Partial": "*fp32"} | dict.fromkeys((*sizes, "first1", "first2"), "i32")
     for i in three:
-        names = ("at_scales", "at_zeros", "at_pointers", "at_outliers", "out_features", "outliers")
+        names = ("at_scales", "at_zeros", "at_pointers", "at_outliers", "out_features", *of_each)
         operands |= {f"{name}{i}": "i32" for name in names}
+    return operands
+
+
+def _sibling_rows(title: str, kind: dict[str, Any]) -> Variant:
+    """Three matrices that share a row."""
+    operands = _siblings(("chunks", "groups"), ("outliers",))
+    del operands["Scale"], operands["Partial"]
     constants = kind | _ROW | {"HAS_BIAS": False}
     registers = matvec.registers_for(constants, _MANY)
-    return Variant(f"siblings {title}", grouped.siblings_kernel, operands, constants, 4, registers)
+    return Variant(f"siblings {title}", siblings.row_kernel, operands, constants, 4, registers)
+
+
+def _sibling_batches(of_one: list[Variant]) -> list[Variant]:
+    """Three matrices that share a batch, for the kernels of small_kernel and gemm_kernel."""
+    kernels = {
+        small.small_kernel: (siblings.few_rows_kernel, "reciprocal"),
+        gemm.gemm_kernel: (siblings.many_rows_kernel, "parts"),
+    }
+    found = []
+    for variant in of_one:
+        if variant.kernel in kernels and "3-bit bilevel batch" in variant.name:
+            kernel, own = kernels[variant.kernel]
+            operands = _siblings(("batch", "chunks", "groups", own), ("base", "extra"))
+            found.append(dataclasses.replace(variant, name=f"siblings {variant.name}", kernel=kernel, arguments=operands))
+    return found
 
 
 def _experts(title: str, kind: dict[str, Any]) -> Variant:

@@ -27,6 +27,7 @@ SMALL_BATCH = 16
 DECODE_BATCH = {False: 64, True: 32}
 _SPLIT_BATCH = 256  # up to which cuBLAS may split columns: what was seen to lose exactness had 33 rows
 TOGETHER = 3  # matrices of one x that a launch takes at most
+TOGETHER_BATCH = GEMM_BATCH  # and rows of that x
 MOST_PAIRS = 65535  # of rows and experts in a launch: the second dimension of a grid
 # Bilevel groups of the tensor-core kernels. A lane's four blocks lie in two to four groups of these; wider ones, which hardly
 # save bits, and those that cross a chunk would need other lane maps.
@@ -72,10 +73,12 @@ def kind(layout: Layout) -> tuple[int, int, int, str, bool]:
 
 
 @functools.cache
-def in_one_launch(layouts: tuple[Layout, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether one launch can multiply x of this dtype with all of these matrices: two or three of a `kind`, of whole chunks,
-    not permuted."""
+def in_one_launch(layouts: tuple[Layout, ...], batch: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether one launch multiplies so many rows of x of this dtype with all of these matrices: two or three of a `kind`, of
+    whole chunks, not permuted; for more than one row all with outliers, or none."""
     if dtype not in (torch.float16, torch.bfloat16) or not has_tensor_cores(device) or not 2 <= len(layouts) <= TOGETHER:
+        return False
+    if batch > 1 and (batch > TOGETHER_BATCH or not has_wgmma(device) or len({layout.outliers > 0 for layout in layouts}) > 1):
         return False
     return len({kind(layout) for layout in layouts}) == 1 and whole_chunks(layouts[0]) and not layouts[0].permuted
 
@@ -95,11 +98,12 @@ def dequantize(tensors: Tensors, layout: Layout, dtype: torch.dtype) -> Tensor:
 
 def linears(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], biases: Sequence[Tensor]) -> list[Tensor]:
     """x W^T + bias for each of several matrices, of which each is one tensor, in a single launch where that is faster."""
-    if x.numel() == layouts[0].in_features and in_one_launch(layouts, x.dtype, x.device):
-        from . import grouped
+    batch = x.numel() // layouts[0].in_features
+    if batch and in_one_launch(layouts, batch, x.dtype, x.device):
+        from . import siblings
 
         if not biases or all(bias.dtype == biases[0].dtype for bias in biases):
-            results = grouped.siblings(x.reshape(1, -1).contiguous(), joined, layouts, biases)
+            results = siblings.linears(x.reshape(batch, -1).contiguous(), joined, layouts, biases)
             return [y.view(*x.shape[:-1], -1) for y in results]
     each: Sequence[Tensor | None] = biases or [None] * len(joined)
     matrices = zip(joined, layouts, each, strict=True)

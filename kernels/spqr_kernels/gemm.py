@@ -12,9 +12,9 @@ one fixed order, so results repeat bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,22 +137,19 @@ def _advance(piece, chunk, end, first_piece, first_chunk, chunks):
     return piece, chunk, gl.where(new, chunks, end), new
 
 
-_INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "parts", "base", "extra")
-
-
-@gluon.jit(do_not_specialize=_INTEGERS)
-def gemm_kernel(
-    X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial,
+@gluon.jit
+def share_of_product(
+    program, X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial, flags,
     batch, out_features, tile_rows, chunks, groups, parts, base, extra,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, ROOM: gl.constexpr,
     ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
-    """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out].
+    """What a program does of Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out].
 
     A piece of Y is BATCH of the n and 16 * WARPS of the o; pieces are counted along n first, in `parts`. Positions, base and
     extra: as `shares` has them. What a program has of a piece that ends in another goes to Partial fp32
-    [programs, 16 * WARPS * BATCH] in the order of its registers, with a flag, 8 bytes, behind all parts.
+    [programs, 16 * WARPS * BATCH] in the order of its registers, with one of the flags, 8 bytes a program.
     X fp16 as `prepare_kernel` makes it. ENTRIES: outliers of a cell that a lane copies; those beyond are added in the end, one
     by one.
     """
@@ -175,7 +172,6 @@ def gemm_kernel(
     gid = lane // 4
     tid = lane % 4
     none = thread * 0
-    program = gl.program_id(0)
     first = last_position(program - 1, base, extra)
     last = last_position(program, base, extra)
     first_piece = first // chunks
@@ -240,7 +236,6 @@ def gemm_kernel(
     for_lane = lane_constants(unknown, BITS)
     if BILEVEL:
         for_statistics = bilevel_constants(unknown, BITS)
-    flags = Partial.to(gl.pointer_type(gl.int64)) + gl.num_programs(0) * (8 * WARPS * BATCH)
     wait_for_copies(lane)
     words, codes, tops = _read_chunk(own, lane, begin, chunks, BITS, BILEVEL, CHUNKS_A_SET)
     if OUTLIERS:
@@ -356,7 +351,27 @@ def gemm_kernel(
     wait_for_copies(lane)
 
 
-class _Launches(NamedTuple):
+_INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "parts", "base", "extra")
+
+
+@gluon.jit(do_not_specialize=_INTEGERS)
+def gemm_kernel(
+    X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial,
+    batch, out_features, tile_rows, chunks, groups, parts, base, extra,
+    BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, ROOM: gl.constexpr,
+    ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
+):  # fmt: skip
+    """`share_of_product` for every program. The flags stand behind all of Partial."""
+    flags = Partial.to(gl.pointer_type(gl.int64)) + gl.num_programs(0) * (8 * WARPS * BATCH)
+    share_of_product(
+        gl.program_id(0), X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial, flags,
+        batch, out_features, tile_rows, chunks, groups, parts, base, extra, BITS, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, HAS_BIAS,
+        SCALED, BATCH, WARPS, ROOM, ENTRIES, DEPENDENT,
+    )  # fmt: skip
+
+
+class Launches(NamedTuple):
     """The kernels of a product and its plan."""
 
     plan: Plan
@@ -364,29 +379,38 @@ class _Launches(NamedTuple):
     product: Launch
 
 
-@lru_cache(REMEMBERED)
-def _launches(
-    layout: Layout, entries: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool
-) -> _Launches:
-    """layout and entries: as `outliers.without_outliers` has them. joined: whether the stored matrix is one tensor."""
-    chunks = layout.blocks // CHUNK
+def plan_of(
+    layouts: Sequence[Layout], entries: int, batch: int, dtype: torch.dtype, device: torch.device, joined: bool
+) -> tuple[Plan, Launch, dict[str, Any]]:
+    """How x is multiplied with matrices of a kind: the plan, the launch that makes x anew, and what the kernel of the product
+    is compiled with. entries, joined: as in `_launches`."""
+    layout = layouts[0]
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    plan = plan_for(batch, layout.tile_rows, chunks, multiprocessors, entries > 0)
+    tiles = [each.tile_rows for each in layouts]
+    plan = plan_for(batch, tiles, layout.blocks // CHUNK, multiprocessors, entries > 0)
     choice = plan.choice
-    scaled = dtype == torch.bfloat16
     overlaps = overlap.options(device, joined)
-    prepare = prepare_launch(layout, batch, dtype, device, plan.width, overlaps)
-    dtypes = (torch.float16, torch.float32, *LEAVES.values(), bias or dtype, dtype, torch.float32)
-    integers = (
-        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, plan.parts, plan.base, plan.extra,
-    )  # fmt: skip
     constants = overlaps | constants_of(layout) | {
-        "OUTLIERS": entries > 0, "HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": plan.width, "WARPS": choice.warps,
+        "OUTLIERS": entries > 0, "SCALED": dtype == torch.bfloat16, "BATCH": plan.width, "WARPS": choice.warps,
         "ROOM": room_bytes(layout.weight_bits, entries, plan.width, choice.warps),
         "ENTRIES": max(entries, 1), "num_warps": choice.warps,
     } | ({"maxnreg": choice.registers} if choice.registers else {})  # fmt: skip
-    product = Launch(gemm_kernel, (plan.programs, 1), device, dtypes, integers, constants)
-    return _Launches(plan, prepare, product)
+    return plan, prepare_launch(layout, batch, dtype, device, plan.width, overlaps), constants
+
+
+@lru_cache(REMEMBERED)
+def _launches(
+    layout: Layout, entries: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool
+) -> Launches:
+    """layout and entries: as `outliers.without_outliers` has them. joined: whether the stored matrix is one tensor."""
+    plan, prepare, constants = plan_of((layout,), entries, batch, dtype, device, joined)
+    dtypes = (torch.float16, torch.float32, *LEAVES.values(), bias or dtype, dtype, torch.float32)
+    integers = (
+        batch, layout.out_features, layout.tile_rows, layout.blocks // CHUNK, layout.groups, plan.parts, plan.shares[0].base,
+        plan.shares[0].extra,
+    )  # fmt: skip
+    constants |= {"HAS_BIAS": bias is not None}
+    return Launches(plan, prepare, Launch(gemm_kernel, (plan.programs, 1), device, dtypes, integers, constants))
 
 
 def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:

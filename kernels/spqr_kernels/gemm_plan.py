@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spqr_format.layout import ceil_div
 
 from .outliers import CELL_BYTES
+from .shares import Share, share_out
 from .slots import BARRIER_BYTES
 from .stage_statistics import STATS_BYTES
 
@@ -33,15 +35,14 @@ _LEAST_CHUNKS = 2  # of a program
 
 @dataclass(frozen=True)
 class Plan:
-    """Which programs make which pieces of Y, as `gemm_kernel` has it."""
+    """Which programs make which pieces of Y, as `gemm_kernel` has it, for each of the matrices that share x."""
 
     choice: Choice
     width: int
     parts: int
     pieces: int
     programs: int
-    base: int
-    extra: int
+    shares: tuple[Share, ...]
     partial: int  # fp32 numbers that parts of shared pieces and their flags take
     us: float  # predicted
 
@@ -54,28 +55,31 @@ def room_bytes(bits: int, entries: int, width: int, warps: int) -> int:
     return ceil_div(used, 1024) * 1024
 
 
-def _plan(width: int, batch: int, tile_rows: int, chunks: int, multiprocessors: int, sparse: bool) -> Plan:
+def _plan(width: int, batch: int, tiles: Sequence[int], chunks: int, multiprocessors: int, sparse: bool) -> Plan:
     """Whole pieces where that is as fast, else even shares of all their chunks."""
     choice = CHOICES[width]
     parts = ceil_div(batch, width)
-    pieces = ceil_div(tile_rows, choice.warps) * parts
+    of_each = [ceil_div(rows, choice.warps) * parts for rows in tiles]
+    pieces = sum(of_each)
     most = choice.resident * multiprocessors
     every = pieces * chunks
     chunk_us = choice.chunk_us[sparse] * choice.resident
     programs = max(1, min(most, every // _LEAST_CHUNKS))
     us = every / programs * chunk_us + choice.share_us
     rounds = ceil_div(pieces, most)
-    if pieces % rounds == 0 and rounds * chunks * chunk_us <= us:
-        programs, us = pieces // rounds, rounds * chunks * chunk_us
-    base, extra = divmod(every, programs)
-    shared = base % chunks > 0 or extra > 0
+    if all(count % rounds == 0 for count in of_each) and rounds * chunks * chunk_us <= us:
+        shares, us = tuple(Share(count // rounds, rounds * chunks, 0) for count in of_each), rounds * chunks * chunk_us
+    else:
+        shares = share_out([count * chunks for count in of_each], programs)
+    programs = sum(share.programs for share in shares)
+    shared = any(share.base % chunks or share.extra for share in shares)
     partial = programs * (16 * choice.warps * width + 2) if shared else 0
-    return Plan(choice, width, parts, pieces, programs, base, extra, partial, us)
+    return Plan(choice, width, parts, pieces, programs, shares, partial, us)
 
 
-def plan_for(batch: int, tile_rows: int, chunks: int, multiprocessors: int, sparse: bool) -> Plan:
-    """The plan of the least predicted time. sparse: whether the matrix has outliers."""
+def plan_for(batch: int, tiles: Sequence[int], chunks: int, multiprocessors: int, sparse: bool) -> Plan:
+    """The plan of the least predicted time. tiles: of each matrix. sparse: whether they have outliers."""
     widest = next((width for width in CHOICES if width >= batch), max(CHOICES))
     widths = [width for width in CHOICES if width <= widest][-2 if widest == max(CHOICES) else -1 :]
-    plans = [_plan(width, batch, tile_rows, chunks, multiprocessors, sparse) for width in widths]
+    plans = [_plan(width, batch, tiles, chunks, multiprocessors, sparse) for width in widths]
     return min(plans, key=lambda plan: plan.us)

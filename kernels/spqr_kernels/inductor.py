@@ -12,14 +12,13 @@ import torch
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .dispatch import TOGETHER, kind
 from .ops import layout_of
 
 
 class MergeProducts(CustomGraphPass):
-    """`spqr::linear_forward` of one row x with up to `TOGETHER` matrices that are alike to one `spqr::linears`."""
+    """`spqr::linear_forward` of one x with up to `TOGETHER` matrices that are alike to one `spqr::linears`."""
 
     def __init__(self, before: Sequence[Callable[[Graph], None]]) -> None:
         """before: the passes that stood in the same place, which run first."""
@@ -49,15 +48,13 @@ def install() -> None:
 
 
 def _of_one_x(graph: Graph) -> list[list[Node]]:
-    """Products of a row with joined matrices, those that one kernel can do together in a list."""
+    """Products with joined matrices, those of one x that one kernel can do together in a list."""
     found: dict[Any, list[Node]] = {}
     for node in graph.find_nodes(op="call_function", target=torch.ops.spqr.linear_forward.default):
         arguments: tuple[Any, ...] = node.args
         x, bias, stored, *matrix = arguments
-        # How many rows there are may not be known, as where a mask chose them: asking that size would stop the compiler.
-        one_row = all(statically_known_true(size == 1) for size in x.meta["val"].shape[:-1])
         given = [tensor for tensor in (bias, *stored) if tensor is not None]
-        if one_row and len(stored) == 1 and all(tensor.op in ("placeholder", "get_attr") for tensor in given):
+        if len(stored) == 1 and all(tensor.op in ("placeholder", "get_attr") for tensor in given):
             layout = layout_of(*matrix)
             if not layout.permuted:
                 dtype = None if bias is None else bias.meta["val"].dtype

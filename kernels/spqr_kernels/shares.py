@@ -6,6 +6,9 @@ A program waits only for programs before it, and those began before it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -24,6 +27,27 @@ _AWAIT = gl.constexpr(
     "@q ld.acquire.gpu.global.b64 f, [$1];\nsetp.ne.b64 p, f, m;\n@p bra AGAIN;\n"
     "mov.b64 m, 0; @q st.global.b64 [$1], m; mov.b32 $0, $2; }"
 )
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many programs share the positions of a matrix, and what each has: base, the first `extra` of them one more."""
+
+    programs: int
+    base: int
+    extra: int
+
+
+def share_out(positions: Sequence[int], programs: int) -> tuple[Share, ...]:
+    """About so many programs for matrices of so many positions: in proportion, and one for each at least. programs: at most
+    half of all positions, so that each has work."""
+    found, begin, passed = [], 0, 0
+    for count in positions:
+        passed += count
+        end = max(begin + 1, passed * programs // sum(positions))
+        found.append(Share(end - begin, *divmod(count, end - begin)))
+        begin = end
+    return tuple(found)
 
 
 @gluon.jit

@@ -20,10 +20,10 @@ has one fixed order, so results repeat bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from .outlier_products import KEPT, PLANE, X_PITCH, multiply_first, multiply_mor
 from .overlap import await_previous, let_next_begin
 from .prepare import prepare_launch, prepared
 from .ring import commit_copies, read4
-from .shares import await_parts, last_position, publish
+from .shares import Share, await_parts, last_position, publish, share_out
 from .stage_statistics import (
     STATS_BYTES,
     bilevel_constants,
@@ -206,23 +206,21 @@ def _direct_of_chunk(GroupSc, GroupZp, rows, chunk, groups, tid, BLOCKS_A_GROUP:
     return found
 
 
-_INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "reciprocal", "base", "extra")
-
-
-@gluon.jit(do_not_specialize=_INTEGERS)  # one compiled kernel for all shapes
-def small_kernel(
-    X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial,
+@gluon.jit
+def share_of_product(
+    program, X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial, flags,
     batch, out_features, tile_rows, chunks, groups, reciprocal, base, extra,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr,
     BATCH: gl.constexpr, WARPS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
     SETS: gl.constexpr, ROOM: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
-    """Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out], batch at most BATCH, X fp16 [batch, chunks * 256].
+    """What a program does of Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out], batch at most BATCH,
+    X fp16 [batch, chunks * 256].
 
     A warp holds TALL tiles, and what it reads of x serves all of them. A piece of Y is 16 * TALL * WARPS of the o. All chunks
     of all pieces, piece after piece, are a line of positions, of which the first `extra` programs take base + 1 each and the
     others base. What a program has of a piece that others share goes to Partial fp32 [programs, 2, 16 * TALL * WARPS * BATCH]:
-    0 where the next programs go on, with a flag, 8 bytes, behind all parts; 1 where it has the piece's end, until it adds the
+    0 where the next programs go on, with one of the flags, 8 bytes a program; 1 where it has the piece's end, until it adds the
     parts of the programs before, which publish theirs before they wait. KEPT: words of outliers of a chunk and tile that are
     copied, 0 where the matrix has none. SETS: of sums that a lane has for each product, 1 or 2, so that products need not wait
     for each other.
@@ -241,7 +239,6 @@ def small_kernel(
     gid = lane // 4
     tid = lane % 4
     none = thread * 0
-    program = gl.program_id(0)
     first = last_position(program - 1, base, extra)
     last = last_position(program, base, extra)
     first_piece, first_chunk = _place(first, chunks, reciprocal)
@@ -310,7 +307,6 @@ def small_kernel(
         direct_rows = _group_rows((first_piece * WARPS + warp) * TALL, gid, out_features, groups, TALL)
         direct_next = _direct_of_chunk(GroupSc, GroupZp, direct_rows, first_chunk, groups, tid, BLOCKS_A_GROUP)
     zero = gl.zeros([THREADS], gl.float32, layout)
-    flags = Partial.to(gl.pointer_type(gl.int64)) + gl.num_programs(0) * (TALL * SUMS * THREADS)
     now = 0
     then = (STAGES - 1) * STAGE  # the stage before `now`
     x_now = x_read
@@ -471,6 +467,26 @@ def small_kernel(
         _write(total, Scale, Bias, Y, tile, batch, out_features, gid, tid, SCALED, HAS_BIAS, TILES, TALL)
 
 
+_INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "reciprocal", "base", "extra")
+
+
+@gluon.jit(do_not_specialize=_INTEGERS)  # one compiled kernel for all shapes
+def small_kernel(
+    X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial,
+    batch, out_features, tile_rows, chunks, groups, reciprocal, base, extra,
+    BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr,
+    BATCH: gl.constexpr, WARPS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
+    SETS: gl.constexpr, ROOM: gl.constexpr, DEPENDENT: gl.constexpr,
+):  # fmt: skip
+    """`share_of_product` for every program. The flags stand behind all of Partial."""
+    flags = Partial.to(gl.pointer_type(gl.int64)) + gl.num_programs(0) * (16 * TALL * WARPS * BATCH)
+    share_of_product(
+        gl.program_id(0), X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial, flags,
+        batch, out_features, tile_rows, chunks, groups, reciprocal, base, extra, BITS, BILEVEL, BLOCKS_A_GROUP, HAS_BIAS,
+        SCALED, BATCH, WARPS, TALL, STAGES, KEPT, SETS, ROOM, DEPENDENT,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Small:
     """How the kernel runs for a width, the rows of x that a program multiplies with."""
@@ -492,7 +508,7 @@ CHOICES = {8: Small(4, 1, 112, 4, 2, 2, 3), 16: Small(4, 1, 128, 4, 3, 1, 2)}  #
 LARGE_CHOICES = {8: Small(4, 2, 128, 4, 2, 1, 2), 16: Small(4, 2, 168, 3, 2, 1, 2)}
 
 
-class _Launches(NamedTuple):
+class Launches(NamedTuple):
     """The kernels of a product: prepare where x must be made anew. parts: numbers that Partial has."""
 
     prepare: Launch | None
@@ -520,34 +536,61 @@ def _without_outliers(layout: Layout) -> tuple[Layout, int]:
     return outliers.without_outliers(layout)[0], outliers_of_a_chunk(layout)
 
 
-@lru_cache(REMEMBERED)
-def _launches(
-    layout: Layout, kept: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool
-) -> _Launches:  # fmt: skip
-    """layout and kept: as `_without_outliers` has them. joined: whether the stored matrix is one tensor."""
+class Plan(NamedTuple):
+    """How matrices of a kind are multiplied with x: the programs of each, what makes x anew where need be, and what the kernel
+    is compiled with. sizes: chunks, groups and reciprocal, as the kernel has them."""
+
+    shares: tuple[Share, ...]
+    prepare: Launch | None
+    constants: dict[str, Any]
+    sizes: tuple[int, int, int]
+
+    @property
+    def programs(self) -> int:
+        """Of all matrices."""
+        return sum(share.programs for share in self.shares)
+
+    @property
+    def parts(self) -> int:
+        """Numbers that Partial has."""
+        return self.programs * (2 * 16 * self.constants["WARPS"] * self.constants["TALL"] * self.constants["BATCH"] + 2)
+
+
+def plan_of(layouts: Sequence[Layout], kept: int, batch: int, dtype: torch.dtype, device: torch.device, joined: bool) -> Plan:
+    """kept, joined: as in `_launches`."""
+    layout = layouts[0]
     chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
     width = next(width for width in WIDTHS if width >= batch)
-    choice = choice_for(width, layout.statistics == "bilevel", layout.tile_rows * chunks >= LARGE)
+    large = sum(each.tile_rows for each in layouts) * chunks >= LARGE
+    choice = choice_for(width, layout.statistics == "bilevel", large)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    every = ceil_div(layout.tile_rows, choice.warps * choice.tall) * chunks
-    programs = max(1, min(multiprocessors * choice.resident, every // choice.least))
+    every = [ceil_div(each.tile_rows, choice.warps * choice.tall) * chunks for each in layouts]
+    shares = share_out(every, max(1, min(multiprocessors * choice.resident, sum(every) // choice.least)))
     scaled = dtype == torch.bfloat16
     overlaps = overlap.options(device, joined)
     prepare = None
     if scaled or columns != layout.in_features:
         prepare = prepare_launch(layout, batch, dtype, device, 0, overlaps)
-    dtypes = (torch.float16, torch.float32, *LEAVES.values(), bias or dtype, dtype, torch.float32)
-    integers = (
-        batch, layout.out_features, layout.tile_rows, chunks, layout.groups, (2**31 - 1) // chunks, every // programs,
-        every % programs,
-    )  # fmt: skip
     room = room_bytes(layout.weight_bits, kept, width, choice.warps, choice.tall, choice.stages)
-    constants = {"HAS_BIAS": bias is not None, "SCALED": scaled, "BATCH": width} | overlaps | constants_of(layout) | {
+    constants = {"SCALED": scaled, "BATCH": width} | overlaps | constants_of(layout) | {
         "WARPS": choice.warps, "TALL": choice.tall, "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets, "ROOM": room,
         "num_warps": choice.warps, "maxnreg": choice.registers,
     }  # fmt: skip
-    product = Launch(small_kernel, (programs, 1), device, dtypes, integers, constants)
-    return _Launches(prepare, product, programs * (2 * 16 * choice.warps * choice.tall * width + 2))
+    return Plan(shares, prepare, constants, (chunks, layout.groups, (2**31 - 1) // chunks))
+
+
+@lru_cache(REMEMBERED)
+def _launches(
+    layout: Layout, kept: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool
+) -> Launches:  # fmt: skip
+    """layout and kept: as `_without_outliers` has them. joined: whether the stored matrix is one tensor."""
+    plan = plan_of((layout,), kept, batch, dtype, device, joined)
+    dtypes = (torch.float16, torch.float32, *LEAVES.values(), bias or dtype, dtype, torch.float32)
+    share = plan.shares[0]
+    integers = (batch, layout.out_features, layout.tile_rows, *plan.sizes, share.base, share.extra)
+    constants = {"HAS_BIAS": bias is not None} | plan.constants
+    product = Launch(small_kernel, (plan.programs, 1), device, dtypes, integers, constants)
+    return Launches(plan.prepare, product, plan.parts)
 
 
 def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:

@@ -103,7 +103,7 @@ class SpqrLinear(nn.Linear):
         elif torch.compiler.is_exporting():  # the program would have the joined tensor beside the parameters
             whole = None
         else:
-            if self.siblings is not None and input.numel() == self.in_features and not input.is_inference():
+            if self.siblings is not None and not input.is_inference():
                 found = self.siblings.product(self, input)
                 if found is not None:
                     return found

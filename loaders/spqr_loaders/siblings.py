@@ -1,7 +1,7 @@
 """Layers that are given the same input one after the other, as q, k and v are: the first one computes for all.
 
-At batch 1 a launch for three matrices is faster than three, on the GPU and on the host. In a compiled graph a pass over the
-graph does it (`spqr_kernels.inductor`); here is what serves eager calls.
+A launch for three matrices is faster than three, on the GPU and on the host, but for very many rows. In a compiled graph a pass
+over the graph does it (`spqr_kernels.inductor`); here is what serves eager calls.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spqr_kernels.dispatch import kind
+from spqr_kernels.dispatch import TOGETHER_BATCH, kind
 from spqr_kernels.ops import asks_for_gradient
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ class Siblings:
         self.in_vain = False
 
     def product(self, layer: SpqrLinear, x: Tensor) -> Tensor | None:
-        """The layer's output for x, or None where it has to compute that itself. x: one row."""
+        """The layer's output for x [..., in], or None where it has to compute that itself."""
+        if not 0 < x.numel() <= TOGETHER_BATCH * layer.in_features:
+            return None
         held = self.results
         if (
             held is not None and held.x is x and held.version == x._version and held.stream == _stream(x)

@@ -13,20 +13,22 @@ from spqr_kernels import small
 from spqr_kernels.compile_ahead import AMD, machine_code, usage, variants
 
 VARIANTS = {variant.name: variant for variant in variants()}
+GEMM, SMALL = ([name for name in VARIANTS if name.removeprefix("siblings ").startswith(kernel)] for kernel in ("gemm", "small"))
 
 
 def spills(name: str) -> int:
     """Loads and stores of spilled registers that stand, with Triton 3.6 to 3.9 (up to 3.6 about half as many).
 
-    With 256 rows of x half of all registers are sums; groups of 32 have most, 34 with Triton 3.9. Nearly all are outside of the
+    With 256 rows of x half of all registers are sums; groups of 32 have most, 34 with Triton 3.9. Siblings have some more, as
+    what a program chose of three must be held. Nearly all are outside of the
     loop over the columns, and with a register more fewer programs would fit, which was slower; the kernel of one row, none or
     two with Triton 3.6, may read some words a pair of chunks. The decode kernel is for GPUs without `wgmma`.
     """
-    if name.startswith("gemm"):
-        return 34 if name.endswith(" 256") else 22
+    if name in GEMM:
+        return (34 if name.endswith(" 256") else 22) + (14 if name.startswith("siblings") else 0)
     if name.startswith("decode"):
         return 16
-    if name.startswith("small"):
+    if name in SMALL:
         return 10
     limited = VARIANTS[name].registers is not None
     return 16 if limited and name.split()[0] in ("matvec", "siblings", "experts") else 0
@@ -42,7 +44,7 @@ def test_compiles_for_nvidia(name, arch):
             assert used.instructions["HGMMA" if "gemm" in name else "HMMA"] >= 16, "the product does not run on tensor cores"
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("gemm 3-bit")])
+@pytest.mark.parametrize("name", [name for name in GEMM if "gemm 3-bit" in name])
 def test_no_sum_is_read_before_its_product_is_done(name):
     """Where only a wait behind the loop waited for the last product, the assembler had read the sums above it: the last 64
     columns were missing from results, on a GPU that was quick enough."""
@@ -56,16 +58,16 @@ def test_no_sum_is_read_before_its_product_is_done(name):
     assert not any(sums & set(re.findall(r"\bR\d+", line)) for line in behind[:wait])
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("gemm")])
+@pytest.mark.parametrize("name", GEMM)
 def test_batches_spill_next_to_nothing_within_the_loop_over_the_chunks(name):
     code = machine_code(VARIANTS[name].compile(GPUTarget("cuda", 90, 32)))
     products = [i for i, line in enumerate(code) if line.startswith("HGMMA")]
     assert len(products) == 16  # of a chunk
     spilled = sum("LDL" in line or "STL" in line for line in code[products[0] : products[-1]])
-    assert spilled <= (5 if name.endswith(" 256") else 0)
+    assert spilled <= (8 if name.endswith(" 256") else 0)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("small")])
+@pytest.mark.parametrize("name", SMALL)
 def test_small_batches_keep_as_many_programs_on_a_multiprocessor_as_its_choice_says(name):
     variant = VARIANTS[name]
     used = usage(variant.compile(GPUTarget("cuda", 90, 32)))
@@ -75,7 +77,7 @@ def test_small_batches_keep_as_many_programs_on_a_multiprocessor_as_its_choice_s
     assert choice.resident * (variant.constants["ROOM"] + 1024) <= 228 * 1024  # the first KB of each is the system's
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("small")])
+@pytest.mark.parametrize("name", SMALL)
 def test_small_batches_spill_nothing_within_the_loop_over_the_chunks(name):
     code = machine_code(VARIANTS[name].compile(GPUTarget("cuda", 90, 32)))
     begin = next(i for i, line in enumerate(code) if line.startswith("DEPBAR"))  # the wait for a chunk's copies
@@ -85,8 +87,7 @@ def test_small_batches_spill_nothing_within_the_loop_over_the_chunks(name):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [name for name, variant in VARIANTS.items() if "DEPENDENT" in variant.kernel.arg_names and not name.startswith("small")],
+    "name", [name for name, variant in VARIANTS.items() if "DEPENDENT" in variant.kernel.arg_names and name not in SMALL]
 )
 def test_x_is_not_read_before_the_kernel_that_makes_it_has_ended(name):
     """x is read by loads of 2, 8 or 16 bytes or copies through L1, and by `gemm` through the copy engine; before the wait the
@@ -96,7 +97,7 @@ def test_x_is_not_read_before_the_kernel_that_makes_it_has_ended(name):
     matrix = {"Weight", "Stored", "Joined0"} & set(VARIANTS[name].kernel.arg_names)
 
     def reads_x(line):
-        if name.startswith("gemm"):
+        if name in GEMM:
             return "UBLKCP" in line
         load = re.search(r"LDG\.E\.(128|64|U16)" if matrix else "LDG", line)
         return load or ("LDGSTS" in line and "BYPASS" not in line)
@@ -115,7 +116,7 @@ def test_the_next_kernel_begins_behind_that_wait(name):
     assert begins or name.split()[0] in ("siblings", "experts", "decode")
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("small")])
+@pytest.mark.parametrize("name", SMALL)
 def test_small_batches_copy_x_behind_that_wait(name):
     """x comes by copies of 16 bytes, as the matrix does: before the wait stand those of the matrix's first chunks."""
     code = machine_code(VARIANTS[name].compile(GPUTarget("cuda", 90, 32)))

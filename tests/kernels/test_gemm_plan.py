@@ -8,39 +8,61 @@ from hypothesis import strategies as st
 
 from spqr_kernels.gemm_plan import CHOICES, plan_for, room_bytes
 from spqr_kernels.outliers import ENTRIES
+from spqr_kernels.shares import Share, share_out
+
+
+def last_positions(share):
+    """Of each program, as `shares.last_position` has it."""
+    return [(program + 1) * share.base + min(program + 1, share.extra) for program in range(share.programs)]
 
 
 @given(
-    batch=st.integers(17, 3000), tile_rows=st.integers(1, 2000), chunks=st.integers(1, 120),
+    batch=st.integers(17, 3000), tiles=st.lists(st.integers(1, 2000), min_size=1, max_size=3), chunks=st.integers(1, 120),
     multiprocessors=st.integers(1, 160), sparse=st.booleans(),
 )  # fmt: skip
-def test_every_row_and_chunk_is_covered_once(batch, tile_rows, chunks, multiprocessors, sparse):
-    plan = plan_for(batch, tile_rows, chunks, multiprocessors, sparse)
+def test_every_row_and_chunk_is_covered_once(batch, tiles, chunks, multiprocessors, sparse):
+    plan = plan_for(batch, tiles, chunks, multiprocessors, sparse)
     choice = CHOICES[plan.width]
     assert plan.width * plan.parts >= batch > plan.width * (plan.parts - 1)
-    assert plan.pieces % plan.parts == 0
-    assert choice.warps * plan.pieces // plan.parts >= tile_rows > choice.warps * (plan.pieces // plan.parts - 1)
-    assert plan.programs <= choice.resident * multiprocessors or plan.pieces >= plan.programs
-    # as `shares.last_position` has it
-    ends = [(program + 1) * plan.base + min(program + 1, plan.extra) for program in range(plan.programs)]
-    assert ends[-1] == plan.pieces * chunks
-    assert all(begin < end for begin, end in zip([0, *ends], ends, strict=False)), "a program without work"
-    shared = any(end % chunks for end in ends)
+    assert plan.programs <= choice.resident * multiprocessors + len(tiles) or plan.pieces >= plan.programs
+    assert plan.programs == sum(share.programs for share in plan.shares)
+    shared, pieces = False, 0
+    for tile_rows, share in zip(tiles, plan.shares, strict=True):
+        ends = last_positions(share)
+        assert ends[-1] % (plan.parts * chunks) == 0
+        rows_of_pieces = ends[-1] // (plan.parts * chunks)
+        assert choice.warps * rows_of_pieces >= tile_rows > choice.warps * (rows_of_pieces - 1)
+        assert all(begin < end for begin, end in zip([0, *ends], ends, strict=False)), "a program without work"
+        shared |= any(end % chunks for end in ends)
+        pieces += rows_of_pieces * plan.parts
+    assert plan.pieces == pieces
     assert plan.partial >= (plan.programs * (16 * choice.warps * plan.width + 2) if shared else 0)
 
 
 def test_pieces_that_do_not_fill_the_gpu_are_shared():
-    few = plan_for(32, 16, 64, 132, True)  # 4 pieces
+    few = plan_for(32, [16], 64, 132, True)  # 4 pieces
     assert few.programs > 100
-    many = plan_for(512, 1792, 32, 132, True)  # 3.4 pieces a multiprocessor
+    many = plan_for(512, [1792], 32, 132, True)  # 3.4 pieces a multiprocessor
     assert many.programs == 132
-    assert many.extra
-    assert plan_for(32, 16, 4, 132, True).programs == 8  # two chunks at least
+    assert many.shares[0].extra
+    assert plan_for(32, [16], 4, 132, True).programs == 8  # two chunks at least
 
 
 def test_pieces_that_nearly_fill_the_gpu_are_whole():
-    plan = plan_for(512, 512, 32, 132, True)  # 128 pieces
-    assert (plan.width, plan.programs, plan.base, plan.extra, plan.partial) == (256, 128, 32, 0, 0)
+    plan = plan_for(512, [512], 32, 132, True)  # 128 pieces
+    assert (plan.width, plan.programs, plan.shares, plan.partial) == (256, 128, (Share(128, 32, 0),), 0)
+
+
+@given(positions=st.lists(st.integers(1, 100_000), min_size=1, max_size=3), least=st.integers(2, 4), most=st.integers(1, 600))
+def test_matrices_have_programs_by_their_size(positions, least, most):
+    """And all programs of all matrices about as much."""
+    programs = max(1, min(most, sum(positions) // least))
+    shares = share_out(positions, programs)
+    for count, share in zip(positions, shares, strict=True):
+        assert share.programs * share.base + share.extra == count
+        assert share.extra < share.programs
+        assert share.base
+        assert abs(share.programs - programs * count / sum(positions)) <= len(positions)  # rounded, and one for each at least
 
 
 @pytest.mark.parametrize("width", CHOICES)

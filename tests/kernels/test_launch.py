@@ -97,7 +97,7 @@ def complete(launch: Launch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
-    from spqr_kernels import decode, gemm, grouped, matvec, outliers, pair_outliers, small
+    from spqr_kernels import decode, gemm, grouped, matvec, outliers, pair_outliers, siblings, small
 
     shape, entries = outliers.without_outliers(layout)
     for bias in (None, torch.float32):
@@ -112,13 +112,16 @@ def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
             small._launches.__wrapped__(*small._without_outliers(layout), batch, dtype, bias, GPU, batch != 8)
             for batch in (2, 7, 8, 9, 16)
         ]
+        other = Layout(**{**layout.as_dict(), "out_features": layout.out_features + 17})
+        for layouts in ((layout, other), (other, layout, layout)):
+            complete(siblings._row.__wrapped__((layouts[0], layouts[1].with_outliers(0), *layouts[2:]), dtype, bias, GPU))
+            shapes, kept, most = siblings._alike.__wrapped__(layouts)
+            all_launches += [siblings._few_rows.__wrapped__(shapes, kept, batch, dtype, bias, GPU) for batch in (2, 9)]
+            all_launches += [siblings._many_rows.__wrapped__(shapes, most, batch, dtype, bias, GPU) for batch in (17, 300)]
         for launches in all_launches:
             for launch in launches:
                 if isinstance(launch, Launch):
                     complete(launch)
-        other = Layout(**{**layout.as_dict(), "out_features": 17, "outliers": 0})
-        for layouts in ((layout, other), (other, layout, layout)):
-            complete(grouped._siblings.__wrapped__(layouts, dtype, bias, GPU))
     complete(grouped._experts.__wrapped__(shape, pair_outliers.entries(layout), 8, 2, 6, 3, dtype, GPU))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from spqr_kernels import experts, grouped, joined, matvec, overlap, pair_outliers, ring
+from spqr_kernels import experts, grouped, joined, matvec, overlap, pair_outliers, ring, siblings
 from spqr_kernels.launch import LEAVES
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -162,7 +162,7 @@ def test_siblings(random_matrix, kind, rows, columns, dtype):
     found = [random_matrix(out, columns, seed=i, **kind | {"outliers": 0.01 * (i != 1)}) for i, out in enumerate(rows)]
     layouts, x, memory = tuple(matrix.layout for matrix in found), row(columns, dtype), Memory()
     dense = torch.nn.functional.pad(x, (0, layouts[0].blocks * 16 - columns))
-    launch = grouped._siblings.__wrapped__(layouts, dtype, dtype if len(rows) > 2 else None, CPU)
+    launch = siblings._row.__wrapped__(layouts, dtype, dtype if len(rows) > 2 else None, CPU)
     biases = [row(out, dtype, 7 + i) for i, out in enumerate(rows)] if len(rows) > 2 else [None] * len(rows)
     stored = [memory.add(join(matrix).numpy()) for matrix in found]
     added = [0 if bias is None else memory.add(bits(bias)) for bias in biases]

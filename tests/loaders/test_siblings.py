@@ -42,8 +42,9 @@ def count(calls):
     return {e.key.removeprefix("spqr::"): e.count for e in profile.key_averages() if e.key.startswith("spqr::")}, result
 
 
-def test_one_call_computes_all(model):
-    x = torch.randn(1, 1, 256)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_one_call_computes_all(model, rows):
+    x = torch.randn(1, rows, 256)
     single, expected = count(lambda: model(x, x))
     share(model)
     together, results = count(lambda: model(x, x))
@@ -68,10 +69,11 @@ def test_layers_of_another_kind_are_not_among_them(model, random_matrix):
         torch.testing.assert_close(y, target, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_and_gradients_are_left_alone(model):
+def test_no_rows_very_many_and_gradients_are_left_alone(model):
     share(model)
-    rows = torch.randn(2, 256)
-    assert count(lambda: model(rows, rows))[0] == {"linear_forward": 3}
+    for number in (0, 2000):  # where one launch is no faster, and the results would be large
+        rows = torch.randn(number, 256)
+        assert count(lambda rows=rows: model(rows, rows))[0] == {"linear_forward": 3}
     x = torch.randn(1, 256, requires_grad=True)
     sum(y.sum() for y in model(x, x)).backward()
     expected = sum(layer.dequantize().weight.sum(0) for layer in model.children())
