@@ -28,7 +28,7 @@ from spqr_format.packing import FIELDS, is_spread
 
 from . import reference
 
-PRODUCT_BATCH = 4  # largest batch that is multiplied with the codes
+PRODUCT_BATCH = 6  # largest batch that is multiplied with the codes
 SERIAL = 1 << 18  # products, or weights, up to which one thread is as fast as many
 _PIECE = 1 << 22  # weights that are decoded at a time: 8 MB in bf16
 

@@ -144,7 +144,7 @@ def test_the_same_bits_for_any_number_of_threads(random_matrix, monkeypatch, dty
             assert torch.equal(linear(x, tensors, matrix.layout), expected)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 6])
+@pytest.mark.parametrize("batch", [1, 3, 9])
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 6e4), (torch.bfloat16, 3e38), (torch.float32, 3e38)], ids=str)
 def test_the_result_is_finite_where_the_exact_one_is(random_matrix, dtype, size, batch):
     matrix = random_matrix(64, 256)
@@ -172,7 +172,7 @@ def test_tiny_and_zero_activations(random_matrix):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_activation_is_seen_in_the_result(random_matrix, value):
     matrix = random_matrix(40, 64)
-    for batch in (1, 6):
+    for batch in (1, 9):
         x = torch.randn(batch, 64)
         x[0, 5] = value
         y = linear(x, stored(matrix), matrix.layout)
