@@ -15,7 +15,7 @@ from random_weights import random_tensors
 from torch import Tensor
 
 from spqr_format.layout import Layout
-from spqr_kernels import dequantize, experts, joined, ops, reference
+from spqr_kernels import dequantize, expert_blocks, experts, joined, ops, reference
 
 MATRICES = [  # tiles that are not full, chunks odd and even, a share of outliers
     (Layout(33, 768), 0.01), (Layout(80, 512, weight_bits=2), 0.02), (Layout(17, 1280), 0.0),
@@ -62,6 +62,12 @@ def _experts(tensors: Stored, layout: Layout, weight: Tensor) -> Iterator[tuple[
     stored, numbers = joined.join(tensors, layout).repeat(4), [int(number) for number in ops.geometry(layout)]
     y = torch.ops.spqr.experts(x, ids, stored, tables, numbers)
     yield y, (x.double() @ weight.T).repeat_interleave(2, 0).repeat(1, 2)
+    for width in expert_blocks.WIDTHS:  # one block that is full, one that is not, and an empty one
+        ids = torch.tensor([0] * (width + 3) + [1] * 2, device=weight.device)
+        x = torch.randn(len(ids), layout.in_features, device=weight.device).half()
+        rows, blocks, places = expert_blocks.in_blocks(ids, len(ids), 2, width)
+        y = torch.ops.spqr.experts_in_blocks(x[rows], blocks, stored, tables, numbers)[places]
+        yield y, (x.double() @ weight.T).repeat(1, 2)
 
 
 RUNS = {

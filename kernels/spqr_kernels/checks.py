@@ -10,6 +10,7 @@ from torch import Tensor
 from spqr_format.errors import SpqrError
 from spqr_format.layout import Layout
 
+from .expert_blocks import WIDTHS
 from .joined import length, places
 
 
@@ -47,10 +48,8 @@ def check_joined(joined: Tensor, layout: Layout, where: str = "spqr::linear") ->
         raise SpqrError("E509", f"{where}.stored", "not contiguous, or not aligned to 16 bytes")
 
 
-def check_experts(
-    x: Tensor, ids: Tensor, stored: Tensor, tables: Sequence[Tensor], layouts: Sequence[Layout], where: str
-) -> None:
-    """x [rows, in], int64 ids [a multiple of rows], and tables of matrices of one shape. Raises SpqrError E509."""
+def check_tables(stored: Tensor, tables: Sequence[Tensor], layouts: Sequence[Layout], where: str) -> None:
+    """Tables of matrices of one shape, and what they point to. Raises SpqrError E509."""
     if stored.dtype != torch.int32 or stored.ndim != 1 or not stored.is_contiguous() or stored.data_ptr() % 16:
         raise SpqrError("E509", f"{where}.stored", f"{stored.dtype} {tuple(stored.shape)}, expected aligned int32 [words]")
     if not layouts or len(tables) != len(layouts):
@@ -62,10 +61,22 @@ def check_experts(
             raise SpqrError("E509", f"{where}.tables", "not contiguous, or not aligned to 16 bytes")
         if (layout.out_features, layout.in_features) != (layouts[0].out_features, layouts[0].in_features):
             raise SpqrError("E509", f"{where}.geometry", "matrices of more than one shape")
+
+
+def check_ids(x: Tensor, ids: Tensor, where: str) -> None:
+    """x [rows, in] and int64 ids [a multiple of rows]. Raises SpqrError E509."""
     fits = x.ndim == 2 and ids.ndim == 1 and (len(ids) % len(x) == 0 if len(x) else len(ids) == 0)
     if not fits or ids.dtype != torch.int64 or ids.device != x.device:
         found = f"{ids.dtype} {tuple(ids.shape)} on {ids.device} for x {tuple(x.shape)}"
         raise SpqrError("E509", f"{where}.ids", f"{found}, expected int64 [a multiple of the rows]")
+
+
+def check_blocks(x: Tensor, blocks: Tensor, where: str) -> None:
+    """x [blocks * width, in] and int32 blocks [blocks, 2]. Raises SpqrError E509."""
+    fits = x.ndim == 2 and blocks.ndim == 2 and blocks.shape[1] == 2 and len(blocks) > 0
+    if not fits or blocks.dtype != torch.int32 or blocks.device != x.device or len(x) not in (w * len(blocks) for w in WIDTHS):
+        found = f"{blocks.dtype} {tuple(blocks.shape)} on {blocks.device} for x {tuple(x.shape)}"
+        raise SpqrError("E509", f"{where}.blocks", f"{found}, expected int32 [blocks, 2] of {', '.join(map(str, WIDTHS))} rows")
 
 
 def check_operand(x: Tensor, bias: Tensor | None, layout: Layout, device: torch.device, where: str = "spqr::linear") -> None:

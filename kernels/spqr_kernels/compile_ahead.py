@@ -23,7 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from spqr_format.packing import SPREAD
 
-from . import decode, dequant, fit, gemm, gemm_plan, grouped, matvec, prepare, siblings, small, unpack
+from . import decode, dequant, expert_batches, fit, gemm, gemm_plan, grouped, matvec, prepare, siblings, small, unpack
 from .dispatch import FIT_COLUMNS, TOGETHER
 from .weight_at import field_constants
 
@@ -33,7 +33,7 @@ AMD = ("gfx942",)
 _STORED = {"Weight": "*i32", "StatCodes": "*i32", "TileStats": "*i16", "GroupSc": "*i16", "GroupZp": "*u8"}
 _UNALIGNED = (
     "batch", "out_features", "tile_rows", "chunks", "groups", "parts", "whole", "splits", "a_split", "all_outliers", "top",
-    "tiles", "experts", "pairs_a_row", "first1", "first2", "base", "extra", "reciprocal",
+    "tiles", "experts", "pairs_a_row", "programs", "first1", "first2", "base", "extra", "reciprocal",
     *(f"{name}{i}" for name in ("out_features", "outliers", "base", "extra") for i in range(TOGETHER)),
 )  # fmt: skip
 _FIT = ("search_kernel", "tile_start_kernel", "round_kernel", "residual_kernel")
@@ -141,7 +141,7 @@ def variants() -> list[Variant]:
         operands = _STORED | {"Place": "*i64", "OutlierPtr": "*i32", "Outliers": "*i32"} | {"Out": "*fp16"} | shape
         constants = constants | {"CELLS": dequant.CELLS, "ENTRIES": dequant.ENTRIES}
         found.append(Variant(f"outliers {title}", dequant.outliers_kernel, operands, constants, 4))
-    return found + _sibling_batches(found) + _prepare() + _fit_variants()
+    return found + _sibling_batches(found) + _expert_batches(found) + _prepare() + _fit_variants()
 
 
 def _prepare() -> list[Variant]:
@@ -217,6 +217,29 @@ def _experts(title: str, kind: dict[str, Any]) -> Variant:
     operands |= dict.fromkeys((*sizes, "at_scales", "at_zeros", "at_pointers", "at_outliers"), "i32")
     registers = matvec.registers_for(kind | _ROW, _MANY)
     return Variant(f"experts {title}", grouped.experts_kernel, operands, kind | _ROW, 4, registers)
+
+
+def _expert_batches(of_one: list[Variant]) -> list[Variant]:
+    """Blocks of experts' rows, for the kernels of small_kernel and gemm_kernel."""
+    kernels = {small.small_kernel: expert_batches.few_rows_kernel, gemm.gemm_kernel: expert_batches.many_rows_kernel}
+    found = []
+    for variant in of_one:
+        if variant.kernel in kernels and "3-bit bilevel batch" in variant.name:
+            operands = {"X": "*fp16", "Scale": "*fp32", "Blocks": "*i32", "Table": "*i64", "Stored": "*i32", "Y": "*fp16"}
+            sizes = ("programs", "chunks", "groups", *(["reciprocal"] if variant.kernel is small.small_kernel else []))
+            operands |= dict.fromkeys((*sizes, "out_features", "base"), "i32")
+            operands |= dict.fromkeys(("at_scales", "at_zeros", "at_pointers", "at_outliers"), "i32")
+            constants = {name: value for name, value in variant.constants.items() if name != "HAS_BIAS"} | {"PARTS": 2}
+            found.append(
+                dataclasses.replace(
+                    variant,
+                    name=f"experts {variant.name}",
+                    kernel=kernels[variant.kernel],
+                    arguments=operands,
+                    constants=constants,
+                )
+            )
+    return found
 
 
 def _fit_variants() -> list[Variant]:

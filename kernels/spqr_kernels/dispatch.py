@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812, its name everywhere
@@ -14,7 +14,7 @@ from spqr_format.layout import CHUNK, Layout
 
 from . import cpu, reference
 from .checks import aligned
-from .experts import Table, one_by_one
+from .experts import Table, block_by_block, one_by_one
 from .joined import Joined
 from .launch import on_device
 
@@ -122,6 +122,21 @@ def experts(x: Tensor, ids: Tensor, stored: Tensor, tables: Sequence[Table]) -> 
 
         return grouped.experts(x.contiguous(), aligned(ids), stored, tables)
     return one_by_one(x, ids, stored, tables)
+
+
+def takes_blocks(layouts: Iterable[Layout], device: torch.device) -> bool:
+    """Whether there are kernels on this device for blocks of half-precision rows and experts of these layouts."""
+    return has_wgmma(device) and all(whole_chunks(layout) and not layout.permuted for layout in layouts)
+
+
+def experts_in_blocks(x: Tensor, blocks: Tensor, stored: Tensor, tables: Sequence[Table]) -> Tensor:
+    """x [blocks * width, in] times the matrices of each block's expert: [blocks * width, parts * out]."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if half and takes_blocks((table.layout for table in tables), x.device):
+        from . import expert_batches
+
+        return expert_batches.experts_in_blocks(x.contiguous(), aligned(blocks), stored, tables)
+    return block_by_block(x.contiguous(), blocks, stored, tables)
 
 
 def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> Tensor:

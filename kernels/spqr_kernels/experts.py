@@ -7,7 +7,7 @@ whose programs leave the others' pairs alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,8 @@ from .joined import Joined, length
 @dataclass(frozen=True)
 class Table:
     """Where the matrices of one kind are: `begins` int64 [experts, parts, 2], the first word of an expert's part and how many
-    outliers it has; -1 and 0 where that is of another kind. `layout`: of the kind, with the most outliers of any."""
+    outliers it has; -1 and 0 where that is of another kind. `layout`: of the kind, with the most outliers of any. Matrices
+    without outliers are a kind of their own."""
 
     layout: Layout
     begins: Tensor
@@ -45,7 +46,7 @@ def tables(layouts: Sequence[Sequence[Layout]], begins: Sequence[Sequence[int]])
     kinds: dict[Layout, list[tuple[int, int]]] = {}
     for expert, parts in enumerate(layouts):
         for part, layout in enumerate(parts):
-            kinds.setdefault(layout.with_outliers(0), []).append((expert, part))
+            kinds.setdefault(layout.with_outliers(min(layout.outliers, 1)), []).append((expert, part))
     found = []
     for kind, places in kinds.items():
         table = torch.zeros(len(layouts), len(layouts[0]), 2, dtype=torch.int64)
@@ -65,13 +66,40 @@ def one_by_one(x: Tensor, ids: Tensor, stored: Tensor, found: Sequence[Table]) -
     parts, out_features = found[0].begins.shape[1], found[0].layout.out_features
     y = x.new_empty(ids.numel(), parts, out_features)
     row = torch.arange(ids.numel(), device=x.device) // (ids.numel() // x.shape[0])
-    known = [(table.layout, table.begins.tolist()) for table in found]
     for expert in ids.unique().tolist():
-        if not 0 <= expert < len(found[0].begins):
-            raise SpqrError("E509", "spqr::experts.ids", f"expert {expert} of {len(found[0].begins)}")
+        _check_expert(expert, found, "spqr::experts.ids")
         pairs = torch.where(ids == expert)[0]
-        for part in range(parts):
-            layout, begin, outliers = next((kind, *its[expert][part]) for kind, its in known if its[expert][part][0] >= 0)
-            layout = layout.with_outliers(outliers)
-            y[pairs, part] = linear(x[row[pairs]], Joined(stored[begin : begin + length(layout)], layout), layout, None)
+        for part, (layout, tensors) in enumerate(_matrices(expert, stored, found)):
+            y[pairs, part] = linear(x[row[pairs]], tensors, layout, None)
     return y.view(ids.numel(), parts * out_features)
+
+
+def block_by_block(x: Tensor, blocks: Tensor, stored: Tensor, found: Sequence[Table]) -> Tensor:
+    """As `expert_batches.experts_in_blocks`, on any device: waits for the device to know the blocks. Rows that no block has are
+    0. Raises SpqrError E509 for an expert that is not there."""
+    from .dispatch import linear
+
+    parts, out_features = found[0].begins.shape[1], found[0].layout.out_features
+    y = x.new_zeros(len(blocks), len(x) // len(blocks), parts, out_features)
+    for block, (expert, rows) in enumerate(blocks.tolist()):
+        if rows == 0:
+            continue
+        _check_expert(expert, found, "spqr::experts_in_blocks.blocks")
+        its = x.view(len(blocks), -1, x.shape[1])[block, :rows]
+        for part, (layout, tensors) in enumerate(_matrices(expert, stored, found)):
+            y[block, :rows, part] = linear(its, tensors, layout, None)
+    return y.view(len(x), parts * out_features)
+
+
+def _check_expert(expert: int, found: Sequence[Table], where: str) -> None:
+    if not 0 <= expert < len(found[0].begins):
+        raise SpqrError("E509", where, f"expert {expert} of {len(found[0].begins)}")
+
+
+def _matrices(expert: int, stored: Tensor, found: Sequence[Table]) -> Iterator[tuple[Layout, Joined]]:
+    """Of each part of an expert, whose tables are read from the device."""
+    entries = [(table.layout, table.begins[expert].tolist()) for table in found]
+    for part in range(found[0].begins.shape[1]):
+        kind, begin, outliers = next((kind, *its[part]) for kind, its in entries if its[part][0] >= 0)
+        layout = kind.with_outliers(outliers)
+        yield layout, Joined(stored[begin : begin + length(layout)], layout)

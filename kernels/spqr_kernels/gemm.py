@@ -143,9 +143,9 @@ def share_of_product(
     batch, out_features, tile_rows, chunks, groups, parts, base, extra,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, ROOM: gl.constexpr,
-    ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
+    ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr, BESIDE: gl.constexpr = 1,
 ):  # fmt: skip
-    """What a program does of Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out].
+    """What a program does of Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, BESIDE * out].
 
     A piece of Y is BATCH of the n and 16 * WARPS of the o; pieces are counted along n first, in `parts`. Positions, base and
     extra: as `shares` has them. What a program has of a piece that ends in another goes to Partial fp32
@@ -333,14 +333,16 @@ def share_of_product(
             if HAS_BIAS:
                 acc += gl.load(Bias + row, mask=row < out_features, other=0).to(gl.float32)
             barrier()  # the second half of the ring is free now
-            write(acc, room, Y, near_row, near_n, first_row, first_tile * 16, batch, out_features, thread, zero, 2 * SLOT)
+            write(
+                acc, room, Y, near_row, near_n, first_row, first_tile * 16, batch, out_features, thread, zero, 2 * SLOT, BESIDE
+            )
         if OUTLIERS:  # noqa: SIM102, the compiler's condition and the GPU's
             if gl.max(most, axis=0) > 32 * ENTRIES:
                 barrier()
                 for each in range(WARPS):
                     add_rest(
                         Y, own_part, X, Scale, Pointers, Outliers, first_tile, each, begin, end, first_row, batch, out_features,
-                        tile_rows, chunks, SCALED, BATCH, WARPS, 32 * ENTRIES,
+                        tile_rows, chunks, SCALED, BATCH, WARPS, 32 * ENTRIES, BESIDE,
                     )  # fmt: skip
         if end < chunks:
             publish(flags + program + none, thread)

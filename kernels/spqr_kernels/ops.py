@@ -18,7 +18,16 @@ from spqr_format.errors import SpqrError
 from spqr_format.layout import Layout
 
 from . import dispatch
-from .checks import aligned, check_experts, check_joined, check_names, check_operand, check_tensors
+from .checks import (
+    aligned,
+    check_blocks,
+    check_ids,
+    check_joined,
+    check_names,
+    check_operand,
+    check_tables,
+    check_tensors,
+)
 from .experts import Table
 from .joined import Joined, places
 
@@ -35,6 +44,10 @@ torch.library.define("spqr::linears", "(Tensor x, Tensor[] biases, Tensor[] join
 # ids: the experts of row 0, of row 1, ... tables and geometry: one for each kind of matrix, see `experts.Table`.
 torch.library.define(
     "spqr::experts", "(Tensor x, Tensor ids, Tensor stored, Tensor[] tables, int[] geometry) -> Tensor", tags=_TAGS
+)
+# blocks: of `expert_blocks.in_blocks`; x: their rows, one block behind the other.
+torch.library.define(
+    "spqr::experts_in_blocks", "(Tensor x, Tensor blocks, Tensor stored, Tensor[] tables, int[] geometry) -> Tensor", tags=_TAGS
 )
 torch.library.define("spqr::dequantize", f"({_MATRIX}, ScalarType dtype) -> Tensor", tags=_TAGS)
 
@@ -128,11 +141,18 @@ def _(x, biases, joined, geometry):
     return [x.new_empty((*x.shape[:-1], layout.out_features)) for layout in _layouts(tuple(geometry))]
 
 
-def _experts(x: Tensor, ids: Tensor, stored: Tensor, tables: list[Tensor], geometry: list[int]) -> Tensor:
-    layouts, where = _layouts(tuple(geometry)), "spqr::experts"
-    check_experts(x, ids, stored, tables, layouts, where)
+def _tables(x: Tensor, stored: Tensor, begins: list[Tensor], geometry: list[int], where: str) -> list[Table]:
+    """Checked. Raises SpqrError E509."""
+    layouts = _layouts(tuple(geometry))
+    check_tables(stored, begins, layouts, where)
     check_operand(x, None, layouts[0], stored.device, where)
-    return dispatch.experts(x, ids, stored, [Table(layout, begins) for layout, begins in zip(layouts, tables, strict=True)])
+    return [Table(layout, its) for layout, its in zip(layouts, begins, strict=True)]
+
+
+def _experts(x: Tensor, ids: Tensor, stored: Tensor, tables: list[Tensor], geometry: list[int]) -> Tensor:
+    found = _tables(x, stored, tables, geometry, "spqr::experts")
+    check_ids(x, ids, "spqr::experts")
+    return dispatch.experts(x, ids, stored, found)
 
 
 torch.library.impl("spqr::experts", "default", _experts)
@@ -141,6 +161,20 @@ torch.library.impl("spqr::experts", "default", _experts)
 @torch.library.register_fake("spqr::experts")
 def _(x, ids, stored, tables, geometry):
     return x.new_empty((ids.numel(), tables[0].shape[1] * geometry[0]))
+
+
+def _experts_in_blocks(x: Tensor, blocks: Tensor, stored: Tensor, tables: list[Tensor], geometry: list[int]) -> Tensor:
+    found = _tables(x, stored, tables, geometry, "spqr::experts_in_blocks")
+    check_blocks(x, blocks, "spqr::experts_in_blocks")
+    return dispatch.experts_in_blocks(x, blocks, stored, found)
+
+
+torch.library.impl("spqr::experts_in_blocks", "default", _experts_in_blocks)
+
+
+@torch.library.register_fake("spqr::experts_in_blocks")
+def _(x, blocks, stored, tables, geometry):
+    return x.new_empty((x.shape[0], tables[0].shape[1] * geometry[0]))
 
 
 def _save(ctx, inputs, output):

@@ -121,10 +121,11 @@ def add_parts(acc, Partial, program, piece_begin, base, extra, row, n, zero):
 
 @gluon.jit
 def write(
-    acc, room, Y, row, n, first_row, row0, batch, out_features, thread, zero, TILE_AT: gl.constexpr
+    acc, room, Y, row, n, first_row, row0, batch, out_features, thread, zero, TILE_AT: gl.constexpr, BESIDE: gl.constexpr
 ):  # fmt: skip
-    """acc to Y, from row first_row and column row0 on, 16 bytes at once where its rows begin at such: by way of shared memory
-    [BATCH, 16 * WARPS], TILE_AT bytes from the `room` that is all, in which 16 bytes stand at their number xor n % 8."""
+    """acc to Y [.., BESIDE * out_features], from row first_row and column row0 on, 16 bytes at once where its rows begin at
+    such: by way of shared memory [BATCH, 16 * WARPS], TILE_AT bytes from the `room` that is all, in which 16 bytes stand at
+    their number xor n % 8."""
     BATCH: gl.constexpr = acc.shape[1]
     WARPS: gl.constexpr = thread.shape[0] // 32
     lane = row % 8 * 4 + n % 8 // 2
@@ -144,21 +145,21 @@ def write(
         unit = thread % (2 * WARPS)
         source = room + TILE_AT + near * (32 * WARPS) + (unit ^ (near % 8)) * 16
         column = row0 + unit * 8
-        to = Y + (first_row + near).to(gl.int64) * out_features + column
+        to = Y + (first_row + near).to(gl.int64) * (BESIDE * out_features) + column
         left = gl.where(column < out_features, batch - first_row - near, 0)
         for i in gl.static_range(BATCH // 16):
             gl.inline_asm_elementwise(
                 _WRITE, "=r,r,l,r,r", [source + i * (512 * WARPS), to, left, left * 0 + i * 16], dtype=gl.int32, is_pure=False,
                 pack=1,
             )  # fmt: skip
-            to += 16 * out_features
+            to += 16 * BESIDE * out_features
     else:
         thread += zero
         for first in range(0, BATCH, 2):
             near = first + thread // (16 * WARPS)
             unit = thread % (16 * WARPS)
             source = room + TILE_AT + near * (32 * WARPS) + ((unit // 8) ^ (near % 8)) * 16 + unit % 8 * 2
-            to = Y + (first_row + near).to(gl.int64) * out_features + (row0 + unit)
+            to = Y + (first_row + near).to(gl.int64) * (BESIDE * out_features) + (row0 + unit)
             left = gl.where(row0 + unit < out_features, batch - first_row, 0)
             gl.inline_asm_elementwise(_WRITE_ONE, "=r,r,l,r,r", [source, to, left, near], dtype=gl.int32, is_pure=False, pack=1)
 
@@ -166,7 +167,7 @@ def write(
 @gluon.jit
 def add_rest(
     Y, Part, X, Scale, Pointers, Outliers, first_tile, each, begin, end, first_row, batch, out_features, tile_rows, chunks,
-    SCALED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, FETCHED: gl.constexpr,
+    SCALED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, FETCHED: gl.constexpr, BESIDE: gl.constexpr,
 ):  # fmt: skip
     """Adds x times those outliers of chunks begin .. end - 1 of tile number `each` of a piece that were not copied, one by one:
     to Y, or where the piece ends in another program to this one's part of it."""
@@ -194,6 +195,6 @@ def add_rest(
         else:
             if SCALED:
                 total *= gl.load(Scale + n, mask=n < batch, other=0)[None, :]
-            at3 = Y + n.to(gl.int64)[None, :] * out_features + (tile * 16 + row)[:, None]
+            at3 = Y + n.to(gl.int64)[None, :] * (BESIDE * out_features) + (tile * 16 + row)[:, None]
             inside = ((tile * 16 + row) < out_features)[:, None] & (n < batch)[None, :]
             gl.store(at3, (gl.load(at3, mask=inside, other=0).to(gl.float32) + total).to(Y.dtype.element_ty), mask=inside)

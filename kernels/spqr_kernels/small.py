@@ -169,7 +169,7 @@ def _counts(bounds):
 @gluon.jit
 def _write(
     sums, Scale, Bias, Y, tile, batch, out_features, gid, tid, SCALED: gl.constexpr, HAS_BIAS: gl.constexpr,
-    TILES: gl.constexpr, TALL: gl.constexpr,
+    TILES: gl.constexpr, TALL: gl.constexpr, BESIDE: gl.constexpr,
 ):  # fmt: skip
     """A piece of Y from the sums of its lanes. tile: the warp's first."""
     for k in gl.static_range(TALL * TILES):
@@ -182,7 +182,7 @@ def _write(
             if HAS_BIAS:
                 total += gl.load(Bias + row, mask=row < out_features, other=0).to(gl.float32)
             inside = (row < out_features) & (n < batch)
-            gl.store(Y + n.to(gl.int64) * out_features + row, total.to(Y.dtype.element_ty), mask=inside)
+            gl.store(Y + n.to(gl.int64) * (BESIDE * out_features) + row, total.to(Y.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
@@ -212,10 +212,10 @@ def share_of_product(
     batch, out_features, tile_rows, chunks, groups, reciprocal, base, extra,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr,
     BATCH: gl.constexpr, WARPS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr,
-    SETS: gl.constexpr, ROOM: gl.constexpr, DEPENDENT: gl.constexpr,
+    SETS: gl.constexpr, ROOM: gl.constexpr, DEPENDENT: gl.constexpr, BESIDE: gl.constexpr = 1,
 ):  # fmt: skip
-    """What a program does of Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, out], batch at most BATCH,
-    X fp16 [batch, chunks * 256].
+    """What a program does of Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, BESIDE * out], batch at most
+    BATCH, X fp16 [batch, chunks * 256].
 
     A warp holds TALL tiles, and what it reads of x serves all of them. A piece of Y is 16 * TALL * WARPS of the o. All chunks
     of all pieces, piece after piece, are a line of positions, of which the first `extra` programs take base + 1 each and the
@@ -428,7 +428,7 @@ def share_of_product(
                     total = total + (sums[t][i],)
         if (begin == 0) & (end == chunks):
             tile = (piece * WARPS + warp) * TALL
-            _write(total, Scale, Bias, Y, tile, batch, out_features, gid, tid, SCALED, HAS_BIAS, TILES, TALL)
+            _write(total, Scale, Bias, Y, tile, batch, out_features, gid, tid, SCALED, HAS_BIAS, TILES, TALL, BESIDE)
         else:
             part = Partial + (2 * program + (end == chunks).to(gl.int32)) * (TALL * SUMS * THREADS) + thread
             for i in gl.static_range(TALL * SUMS):
@@ -464,7 +464,7 @@ def share_of_product(
                 total = new
             other -= PARTS
         tile = (first_piece * WARPS + warp) * TALL
-        _write(total, Scale, Bias, Y, tile, batch, out_features, gid, tid, SCALED, HAS_BIAS, TILES, TALL)
+        _write(total, Scale, Bias, Y, tile, batch, out_features, gid, tid, SCALED, HAS_BIAS, TILES, TALL, BESIDE)
 
 
 _INTEGERS = ("batch", "out_features", "tile_rows", "chunks", "groups", "reciprocal", "base", "extra")

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spqr_kernels.dispatch import takes_blocks
+from spqr_kernels.expert_blocks import in_blocks, width_for
 from spqr_kernels.experts import arrange, tables
 from spqr_kernels.joined import length
 from spqr_kernels.ops import geometry
@@ -18,8 +20,9 @@ from spqr_kernels.ops import geometry
 from .linear import SpqrLinear
 from .names import FUSED
 
-# How many weights a launch for all pairs of a row and an expert multiplies in the time that a loop takes for one expert, which
-# is the host's. On an H200 the launch was faster at 64 tokens of a Mixtral, which this allows, and the loop at 512.
+# Where rows are not brought together in blocks: how many weights a launch for all pairs of a row and an expert multiplies in
+# the time that a loop takes for one expert, which is the host's. On an H200 the launch was faster at 64 tokens of a Mixtral,
+# which this allows, and the loop at 512.
 WEIGHTS_OF_A_TURN = 3e9
 
 
@@ -29,6 +32,7 @@ class _Pool(NamedTuple):
     stored: Tensor  # int32
     tables: tuple[list[Tensor], list[Tensor]]
     geometries: tuple[list[int], list[int]]
+    blocks: bool  # whether this device has kernels for blocks of rows in half precision
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -83,17 +87,23 @@ class SplitExperts(nn.Module):
         return result
 
     def _takes(self, x: Tensor, index: Tensor) -> bool:
-        """Whether one launch for all pairs is right, and faster than a loop. Decided from shapes alone."""
+        """Whether launches for all experts are right, and faster than a loop. Decided from shapes alone."""
         if not self.pooled or (torch.is_grad_enabled() and x.requires_grad):
             return False
-        pairs, experts = index.numel(), min(index.numel(), self.num_experts)
-        if pairs * 3 * self.hidden * self.intermediate > experts * WEIGHTS_OF_A_TURN:
-            return False
-        if torch.compiler.is_dynamo_compiling():
-            return self._is_whole()
-        if not self._is_whole():
+        whole = self._is_whole()
+        if not whole and not torch.compiler.is_dynamo_compiling():
             self.join()
-        return self.pooled
+            whole = self.pooled
+        pairs = index.numel()
+        if not whole or self._width(x, pairs) is not None:
+            return whole
+        return pairs * 3 * self.hidden * self.intermediate <= min(pairs, self.num_experts) * WEIGHTS_OF_A_TURN
+
+    def _width(self, x: Tensor, pairs: int) -> int | None:
+        """Rows of a block, where the rows of an expert are to be multiplied together."""
+        if self.pool is None or not self.pool.blocks or x.dtype not in (torch.float16, torch.bfloat16):
+            return None
+        return width_for(pairs, self.num_experts)
 
     @torch.compiler.assume_constant_result
     def _is_whole(self) -> bool:
@@ -105,11 +115,19 @@ class SplitExperts(nn.Module):
     def _all_pairs(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         assert self.pool is not None
         fused, stored = self._fused[0], self.pool.stored
+        (gate_up, down), (of_gate_up, of_down) = self.pool.tables, self.pool.geometries
         empty = index >= self.num_experts  # slots that the router left empty
         ids = index.masked_fill(empty, 0).reshape(-1).to(torch.int64)
-        both = torch.ops.spqr.experts(x, ids, stored, self.pool.tables[0], self.pool.geometries[0])
-        inner = type(fused)._apply_gate(fused, both)
-        y = torch.ops.spqr.experts(inner, ids, stored, self.pool.tables[1], self.pool.geometries[1])
+        width = self._width(x, ids.numel())
+        if width is None:
+            both = torch.ops.spqr.experts(x, ids, stored, gate_up, of_gate_up)
+            y = torch.ops.spqr.experts(type(fused)._apply_gate(fused, both), ids, stored, down, of_down)
+        else:
+            weights = weights.masked_fill(index < 0, torch.nan)  # no expert: the launch for pairs gives NaN of itself
+            rows, table, places = in_blocks(ids.clamp(min=0), len(x), self.num_experts, width)
+            both = torch.ops.spqr.experts_in_blocks(x[rows], table, stored, gate_up, of_gate_up)
+            inner = type(fused)._apply_gate(fused, both)
+            y = torch.ops.spqr.experts_in_blocks(inner, table, stored, down, of_down)[places]
         y = y.view(*index.shape, self.hidden) * weights.masked_fill(empty, 0)[..., None]
         return y.sum(1).to(x.dtype)
 
@@ -142,7 +160,8 @@ class SplitExperts(nn.Module):
             found = tables([three[which] for three in layouts], [three[which] for three in begins])
             kinds.append([nn.Parameter(kind.begins.to(device), requires_grad=False) for kind in found])
             geometries.append([int(number) for kind in found for number in geometry(kind.layout)])
-        self.pool = _Pool(stored, (kinds[0], kinds[1]), (geometries[0], geometries[1]))
+        blocks = takes_blocks((layer.layout for layer in single), device)
+        self.pool = _Pool(stored, (kinds[0], kinds[1]), (geometries[0], geometries[1]), blocks)
         modules = [(expert._modules, name) for expert in experts for name in self.projections]
         self._parts = tuple((its, name, layer, layer.joined) for (its, name), layer in zip(modules, single, strict=True))
         self.pooled = True

@@ -28,9 +28,11 @@ def compiled(kernel, signature, constants, warps, registers):
     return Kernel(made.asm["ptx"], made.metadata.shared)
 
 
-def run(launch, memory, addresses, modes=(True, False), only=None, **forced):
-    """All programs of a launch, or the one of number `only`, asynchronous copies late and at once. forced: constants that are
-    other than the launch's."""
+def run(launch, memory, addresses, modes=(True, False), only=None, order=None, **forced):
+    """All programs of a launch, or the one of number `only`, or as many as `order` has, in that order; asynchronous copies late
+    and at once. forced: constants that are other than the launch's."""
+    if order is None:
+        order = range(launch.grid[0]) if only is None else (only,)
     constants = dict(launch.constants) | forced
     constants.pop("launch_pdl", None)
     warps, registers = constants.pop("num_warps"), constants.pop("maxnreg", None)
@@ -41,7 +43,7 @@ def run(launch, memory, addresses, modes=(True, False), only=None, **forced):
     for late in modes:
         before = memory.bytes.copy()
         for y in range(launch.grid[1]):
-            for x in range(launch.grid[0]) if only is None else (only,):
+            for x in order:
                 Program(kernel, memory, [*addresses, *launch.integers], (x, y, 0), launch.grid, late).run()
         results.append(memory.bytes)
         memory.bytes = before

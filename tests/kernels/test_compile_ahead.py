@@ -13,19 +13,22 @@ from spqr_kernels import small
 from spqr_kernels.compile_ahead import AMD, machine_code, usage, variants
 
 VARIANTS = {variant.name: variant for variant in variants()}
-GEMM, SMALL = ([name for name in VARIANTS if name.removeprefix("siblings ").startswith(kernel)] for kernel in ("gemm", "small"))
+GEMM, SMALL = (
+    [name for name in VARIANTS if name.removeprefix("siblings ").removeprefix("experts ").startswith(kernel)]
+    for kernel in ("gemm", "small")
+)
 
 
 def spills(name: str) -> int:
     """Loads and stores of spilled registers that stand, with Triton 3.6 to 3.9 (up to 3.6 about half as many).
 
-    With 256 rows of x half of all registers are sums; groups of 32 have most, 34 with Triton 3.9. Siblings have some more, as
-    what a program chose of three must be held. Nearly all are outside of the
+    With 256 rows of x half of all registers are sums; groups of 32 have most, 34 with Triton 3.9. Siblings
+    and experts have some more, as what a program chose of several must be held. Nearly all are outside of the
     loop over the columns, and with a register more fewer programs would fit, which was slower; the kernel of one row, none or
     two with Triton 3.6, may read some words a pair of chunks. The decode kernel is for GPUs without `wgmma`.
     """
     if name in GEMM:
-        return (34 if name.endswith(" 256") else 22) + (14 if name.startswith("siblings") else 0)
+        return (34 if name.endswith(" 256") else 22) + (14 if name.startswith(("siblings", "experts")) else 0)
     if name.startswith("decode"):
         return 16
     if name in SMALL:

@@ -97,7 +97,7 @@ def complete(launch: Launch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
-    from spqr_kernels import decode, gemm, grouped, matvec, outliers, pair_outliers, siblings, small
+    from spqr_kernels import decode, expert_batches, gemm, grouped, matvec, outliers, pair_outliers, siblings, small
 
     shape, entries = outliers.without_outliers(layout)
     for bias in (None, torch.float32):
@@ -122,6 +122,12 @@ def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
             for launch in launches:
                 if isinstance(launch, Launch):
                     complete(launch)
+    kept = small.outliers_of_a_chunk(layout)
+    for width in (8, 16, 32, 64, 128, 256):
+        launches = expert_batches._launches.__wrapped__(layout, kept, entries, 8, 2, 20, width, dtype, GPU)
+        for launch in launches:
+            if launch is not None:
+                complete(launch)
     complete(grouped._experts.__wrapped__(shape, pair_outliers.entries(layout), 8, 2, 6, 3, dtype, GPU))
 
 

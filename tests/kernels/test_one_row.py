@@ -189,7 +189,7 @@ def test_experts(random_matrix, dtype):
         stored[begin : begin + len(whole)] = whole
     x = torch.stack([row(columns, dtype), torch.full((columns,), float("inf")).to(dtype)])
     memory = Memory()
-    table_of = {table.layout.weight_bits: table for table in experts.tables(layouts, begins)}
+    table_of = {(table.layout.weight_bits, table.layout.outliers > 0): table for table in experts.tables(layouts, begins)}
     y = memory.add(bits(torch.full((len(ids), parts * out), 7.0, dtype=dtype)), writable=True)
     x_at, ids_at, stored_at = (memory.add(array) for array in (bits(x), np.array(ids), stored.numpy()))
 
@@ -199,9 +199,10 @@ def test_experts(random_matrix, dtype):
         run(launch, memory, [x_at, ids_at, memory.add(table.begins.numpy()), stored_at, y], modes=(True,))
         return torch.from_numpy(memory.array(y).copy()).view(dtype).reshape(len(ids), parts, out)
 
-    result = multiply(table_of[3])
+    result = multiply(table_of[3, True])
     assert (result[3] == 7).all(), "of the other kind, and left alone"
-    result = multiply(table_of[2])
+    multiply(table_of[3, False])
+    result = multiply(table_of[2, True])
     for pair, expert in enumerate(ids):
         for part in range(parts):
             if not 0 <= expert < number:

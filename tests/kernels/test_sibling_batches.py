@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from itertools import chain
 from pathlib import Path
@@ -34,6 +35,15 @@ def multiprocessors(monkeypatch):
     return have
 
 
+def in_turns(launch):
+    """Programs of the matrices in turns, as on a GPU that begins all at once: what one leaves, others may not overwrite."""
+    first1, first2 = (
+        launch.integers[list(launch.kernel.arg_names).index(name) - len(launch.dtypes)] for name in ("first1", "first2")
+    )
+    each = range(first1), range(first1, first2), range(first2, launch.grid[0])
+    return [program for some in itertools.zip_longest(*each) for program in some if program is not None]
+
+
 def products(matrices, x, dtype, modes=(True,)):
     """The launch, and for each matrix what it gives and what it should, float64: [batch, out]."""
     layouts = tuple(matrix.layout for matrix in matrices)
@@ -62,7 +72,8 @@ def products(matrices, x, dtype, modes=(True,)):
     results = [memory.add(empty(len(x) * layout.out_features, dtype), writable=True) for layout in layouts]
     of_three = [[*each, each[-1]][:3] for each in (stored, added, results)]
     addresses = [memory.add(bits(made)), 0 if scale is None else memory.add(scale.numpy()), *chain(*of_three)]
-    run(launches.product, memory, [*addresses, memory.add(np.full(parts, np.nan, np.float32), writable=True)], modes)
+    addresses.append(memory.add(np.full(parts, np.nan, np.float32), writable=True))
+    run(launches.product, memory, addresses, modes, order=in_turns(launches.product))
     found = [torch.from_numpy(memory.array(y).copy()).view(dtype).reshape(len(x), -1) for y in results]
     return launches.product, list(zip(found, expected, strict=True))
 

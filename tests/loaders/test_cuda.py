@@ -125,13 +125,16 @@ def test_experts_generate_without_asking_the_host(tmp_path):
         torch.testing.assert_close(together, model(ids).logits, rtol=2e-2, atol=2e-3)
         for module in split:
             module.pooled = True
-        x, weights = torch.randn(3, 256).half().cuda(), torch.rand(3, 2).cuda()
-        index = torch.tensor([[0, 1], [2, 3], [1, 3]]).cuda()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            split[0](x, index, weights)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        for rows in (3, 40):  # pairs, and blocks
+            x, weights = torch.randn(rows, 256).half().cuda(), torch.rand(rows, 2).cuda()
+            index = torch.tensor([[0, 1], [2, 3], [1, 3]]).cuda().repeat(14, 1)[:rows]
+            expected = split[0](x, index, weights)  # compiles
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                result = split[0](x, index, weights)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert torch.equal(result, expected)
     kwargs = {"max_new_tokens": 24, "do_sample": False}
     eager = model.generate(ids, **kwargs)
     compiled = model.generate(ids, cache_implementation="static", **kwargs)

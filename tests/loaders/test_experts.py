@@ -252,3 +252,42 @@ def test_a_step_compiles_into_one_graph(pooled: Any) -> None:
         expected = pooled(IDS[:, :1], use_cache=False).logits
         compiled = torch.compile(pooled, fullgraph=True)
         torch.testing.assert_close(compiled(IDS[:, :1], use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+# Blocks of rows, which have kernels on Hopper: here they are multiplied one by one
+
+
+@pytest.fixture
+def in_blocks(pooled: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("spqr_loaders.experts.takes_blocks", lambda *_: True)
+    model = pooled.to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, SplitExperts):
+            module.join()
+    return model
+
+
+def test_many_rows_are_multiplied_in_blocks(in_blocks: Any) -> None:
+    assert calls(in_blocks) == {"spqr::experts_in_blocks": 4, "spqr::linear_forward": 8}
+    with torch.no_grad():
+        together = in_blocks(IDS).logits
+        compiled = torch.compile(in_blocks, fullgraph=True)(IDS, use_cache=False).logits
+        for module in in_blocks.modules():
+            if isinstance(module, SplitExperts):
+                module.pooled = False
+        single = in_blocks(IDS).logits
+    for logits in (together, compiled):
+        assert (logits - single).norm() < 0.02 * single.norm()
+
+
+def test_slots_left_empty_and_ids_that_are_no_expert_in_blocks(in_blocks: Any) -> None:
+    split = next(module for module in in_blocks.modules() if isinstance(module, SplitExperts))
+    x = torch.randn(5, 32).bfloat16()
+    index, weights = torch.tensor([[0, 4], [4, 4], [2, 1], [0, 1], [-1, 2]]), torch.rand(5, 2)
+    weights[0, 1] = float("nan")
+    with torch.no_grad():
+        result = split(x, index, weights)
+        assert (result[1] == 0).all()
+        assert torch.isnan(result[4]).all()
+        split.pooled = False
+        torch.testing.assert_close(result[:4], split(x[:4], index[:4], weights[:4]), rtol=2e-2, atol=2e-2)

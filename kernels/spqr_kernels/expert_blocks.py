@@ -1,0 +1,58 @@
+"""Rows of x brought together by the expert that they go to, in blocks: a matrix is read once for a block, not for each row.
+
+All is counted on the device, in tensors whose shapes the host knows: blocks have room for as many rows as a kernel multiplies
+with, each block is one expert's, and there are as many as the worst choice of experts needs; those left over are empty."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows of a block, by the rows of x that an expert has on average: up to so many. A block of 8, 16, .. rows takes about 1.4,
+# 1.7, 2.4, 2.7, 3.7 and 5.8 times as long as a row alone (28672 x 8192 with 1 % of outliers on an H200), and an expert has one
+# block that is half empty.
+WIDTHS = {8: 5, 16: 13, 32: 22, 64: 52, 128: 160, 256: 1024}
+_LEAST = 2  # rows an expert on average, from which blocks are faster than rows alone
+
+
+class Blocks(NamedTuple):
+    """What `in_blocks` makes of the experts of each row."""
+
+    rows: Tensor  # int64 [blocks * width]: which row of x stands there; 0 where none does
+    table: Tensor  # int32 [blocks, 2]: the block's expert and how many rows it has; -1 and 0 for an empty block
+    places: Tensor  # int64 [pairs]: where a row's pair with an expert stands
+
+
+def width_for(pairs: int, experts: int) -> int | None:
+    """Rows of a block for so many pairs of a row and an expert; None where rows alone, or a loop over experts, are better."""
+    if pairs < _LEAST * experts:
+        return None
+    return next((width for width, most in WIDTHS.items() if pairs <= most * experts), None)
+
+
+def most_blocks(pairs: int, experts: int, width: int) -> int:
+    """How many blocks there are at most: each expert that has any pair has one that is not full."""
+    return (pairs + min(experts, pairs) * (width - 1)) // width
+
+
+def in_blocks(ids: Tensor, rows: int, experts: int, width: int) -> Blocks:
+    """ids: int64 [pairs], the experts of row 0, then of row 1, ..., as many for each of `rows`, all of 0 .. experts - 1."""
+    pairs = ids.numel()
+    blocks = most_blocks(pairs, experts, width)
+    chosen = ids[:, None] == torch.arange(experts, device=ids.device)
+    passed = chosen.cumsum(0, dtype=torch.int32)
+    count = passed[-1]  # of each expert
+    end = ((count + (width - 1)) // width).cumsum(0)  # of its blocks
+    begin = end - (count + (width - 1)) // width
+    places = begin[ids] * width + passed.gather(1, ids[:, None])[:, 0] - 1
+    standing = torch.zeros(blocks * width, dtype=torch.int64, device=ids.device)
+    standing.scatter_(0, places, torch.arange(pairs, device=ids.device) // (pairs // rows))
+    block = torch.arange(blocks, device=ids.device)
+    expert = torch.searchsorted(end, block, right=True)
+    there = expert < experts
+    expert = expert.clamp(max=experts - 1)
+    left = (count[expert] - (block - begin[expert]) * width).clamp(max=width)
+    table = torch.stack([torch.where(there, expert, -1), torch.where(there, left, 0)], 1).to(torch.int32)
+    return Blocks(standing, table, places)
