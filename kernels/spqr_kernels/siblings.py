@@ -241,6 +241,6 @@ def linears(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], bi
         plan, prepare, product = _many_rows(shapes, entries, batch, dtype, given, x.device)
         x, scale = prepared(prepare, x, layouts[0], plan.parts * plan.width)
         parts = plan.partial
-    partial = torch.empty(parts, dtype=torch.float32, device=x.device)
+    partial = torch.empty(parts, dtype=torch.float32, device=x.device) if parts else scale
     product(x.data_ptr(), scale.data_ptr(), *others, partial.data_ptr())
     return results
