@@ -13,14 +13,14 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from spqr_format.layout import CHUNK, Layout, ceil_div
+from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 
-from . import gemm, gemm_plan, outliers, overlap, small
+from . import gemm, outliers, overlap, small
 from .checks import aligned
 from .dispatch import SMALL_BATCH
 from .experts import Table
 from .joined_words import leaves_in, words_of
-from .launch import REMEMBERED, Launch, constants_of
+from .launch import REMEMBERED, Launch
 from .overlap import await_previous
 from .prepare import prepare_launch, prepared
 
@@ -107,26 +107,19 @@ def _launches(
     """What makes x anew where need be, and the product. layout: with one outlier in the place of all. kept and entries: what
     `small` and `gemm` keep of outliers."""
     chunks = layout.blocks // CHUNK
-    scaled = dtype == torch.bfloat16
-    overlaps = overlap.options(device)
-    constants = overlaps | constants_of(layout) | {"SCALED": scaled, "BATCH": width, "PARTS": parts}
-    few = width <= SMALL_BATCH
-    prepare = None
+    few, scaled = width <= SMALL_BATCH, dtype == torch.bfloat16
     if few:
-        bilevel, tiles = layout.statistics == "bilevel", layout.tile_rows * parts * min(experts, blocks)
-        how = small.choice_for(width, bilevel, tiles * chunks >= small.LARGE)
-        rows_of_piece, registers = how.warps * how.tall, how.registers
-        room = small.room_bytes(layout.weight_bits, kept, width, how.warps, how.tall, how.stages)
-        constants |= {"TALL": how.tall, "STAGES": how.stages, "KEPT": kept, "SETS": how.sets, "ROOM": room, "WARPS": how.warps}
+        all_chunks = layout.tile_rows * chunks * parts * min(experts, blocks)
+        how = small.choice_for(width, layout.statistics == "bilevel", all_chunks >= small.LARGE)
+        constants, tiles = small.constants_for(layout, kept, width, how), how.warps * how.tall
     else:
-        choice = gemm_plan.CHOICES[width]
-        rows_of_piece, registers = choice.warps, choice.registers or 0
-        room = gemm_plan.room_bytes(layout.weight_bits, entries, width, choice.warps)
-        constants |= {"OUTLIERS": entries > 0, "ENTRIES": max(entries, 1), "ROOM": room, "WARPS": choice.warps}
-    constants |= {"num_warps": constants["WARPS"]} | ({"maxnreg": registers} if registers else {})
-    if not few or scaled or layout.blocks * 16 != layout.in_features:
+        constants, tiles = gemm.constants_for(layout, entries, width), gemm.CHOICES[width].warps
+    overlaps = overlap.options(device)
+    constants |= overlaps | {"SCALED": scaled, "PARTS": parts}
+    prepare = None
+    if not few or scaled or layout.blocks * TILE != layout.in_features:
         prepare = prepare_launch(layout, blocks * width, dtype, device, 0 if few else width, overlaps)
-    pieces = ceil_div(layout.tile_rows, rows_of_piece)
+    pieces = ceil_div(layout.tile_rows, tiles)
     together = pieces_of_a_program(pieces, chunks)
     sizes = [pieces // together, chunks, layout.groups, *([(2**31 - 1) // chunks] if few else [])]
     integers = (*sizes, layout.out_features, together * chunks, *words_of(layout))

@@ -14,7 +14,8 @@ from torch import Tensor
 # 1.7, 2.4, 2.7, 3.7 and 5.8 times as long as a row alone (28672 x 8192 with 1 % of outliers on an H200), and an expert has one
 # block that is half empty.
 WIDTHS = {8: 5, 16: 13, 32: 22, 64: 52, 128: 160, 256: 1024}
-_LEAST = 2  # rows an expert on average, from which blocks are faster than rows alone
+MOST = 1024  # rows an expert on average, beyond which a layer's rows are taken in turns: their copies need memory
+_LEAST = 2  # from which blocks are faster than rows alone
 
 
 class Blocks(NamedTuple):
@@ -26,10 +27,10 @@ class Blocks(NamedTuple):
 
 
 def width_for(pairs: int, experts: int) -> int | None:
-    """Rows of a block for so many pairs of a row and an expert; None where rows alone, or a loop over experts, are better."""
+    """Rows of a block for so many pairs of a row and an expert; None where rows alone are better."""
     if pairs < _LEAST * experts:
         return None
-    return next((width for width, most in WIDTHS.items() if pairs <= most * experts), None)
+    return next((width for width, most in WIDTHS.items() if pairs <= most * experts), max(WIDTHS))
 
 
 def most_blocks(pairs: int, experts: int, width: int) -> int:

@@ -26,7 +26,7 @@ from spqr_format.layout import CHUNK, Layout
 
 from . import outliers, overlap
 from .checks import aligned
-from .gemm_plan import WINDOW_BYTES, Plan, plan_for, room_bytes
+from .gemm_plan import CHOICES, WINDOW_BYTES, Plan, plan_for, room_bytes
 from .joined import Joined
 from .lanes import barrier, reinterpret
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
@@ -381,6 +381,15 @@ class Launches(NamedTuple):
     product: Launch
 
 
+def constants_for(layout: Layout, entries: int, width: int) -> dict[str, Any]:
+    """What `share_of_product` is compiled with for so many rows of x, and Triton's options. entries: as in `_launches`."""
+    choice = CHOICES[width]
+    return constants_of(layout) | {
+        "OUTLIERS": entries > 0, "ENTRIES": max(entries, 1), "BATCH": width, "WARPS": choice.warps,
+        "ROOM": room_bytes(layout.weight_bits, entries, width, choice.warps), "num_warps": choice.warps,
+    } | ({"maxnreg": choice.registers} if choice.registers else {})  # fmt: skip
+
+
 def plan_of(
     layouts: Sequence[Layout], entries: int, batch: int, dtype: torch.dtype, device: torch.device, joined: bool
 ) -> tuple[Plan, Launch, dict[str, Any]]:
@@ -390,13 +399,8 @@ def plan_of(
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     tiles = [each.tile_rows for each in layouts]
     plan = plan_for(batch, tiles, layout.blocks // CHUNK, multiprocessors, entries > 0)
-    choice = plan.choice
     overlaps = overlap.options(device, joined)
-    constants = overlaps | constants_of(layout) | {
-        "OUTLIERS": entries > 0, "SCALED": dtype == torch.bfloat16, "BATCH": plan.width, "WARPS": choice.warps,
-        "ROOM": room_bytes(layout.weight_bits, entries, plan.width, choice.warps),
-        "ENTRIES": max(entries, 1), "num_warps": choice.warps,
-    } | ({"maxnreg": choice.registers} if choice.registers else {})  # fmt: skip
+    constants = {"SCALED": dtype == torch.bfloat16} | overlaps | constants_for(layout, entries, plan.width)
     return plan, prepare_launch(layout, batch, dtype, device, plan.width, overlaps), constants
 
 

@@ -556,6 +556,15 @@ class Plan(NamedTuple):
         return self.programs * (2 * 16 * self.constants["WARPS"] * self.constants["TALL"] * self.constants["BATCH"] + 2)
 
 
+def constants_for(layout: Layout, kept: int, width: int, choice: Small) -> dict[str, Any]:
+    """What `share_of_product` is compiled with for so many rows of x, and Triton's options. kept: `outliers_of_a_chunk`."""
+    return constants_of(layout) | {
+        "BATCH": width, "WARPS": choice.warps, "TALL": choice.tall, "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets,
+        "ROOM": room_bytes(layout.weight_bits, kept, width, choice.warps, choice.tall, choice.stages),
+        "num_warps": choice.warps, "maxnreg": choice.registers,
+    }  # fmt: skip
+
+
 def plan_of(layouts: Sequence[Layout], kept: int, batch: int, dtype: torch.dtype, device: torch.device, joined: bool) -> Plan:
     """kept, joined: as in `_launches`."""
     layout = layouts[0]
@@ -571,11 +580,7 @@ def plan_of(layouts: Sequence[Layout], kept: int, batch: int, dtype: torch.dtype
     prepare = None
     if scaled or columns != layout.in_features:
         prepare = prepare_launch(layout, batch, dtype, device, 0, overlaps)
-    room = room_bytes(layout.weight_bits, kept, width, choice.warps, choice.tall, choice.stages)
-    constants = {"SCALED": scaled, "BATCH": width} | overlaps | constants_of(layout) | {
-        "WARPS": choice.warps, "TALL": choice.tall, "STAGES": choice.stages, "KEPT": kept, "SETS": choice.sets, "ROOM": room,
-        "num_warps": choice.warps, "maxnreg": choice.registers,
-    }  # fmt: skip
+    constants = {"SCALED": scaled} | overlaps | constants_for(layout, kept, width, choice)
     return Plan(shares, prepare, constants, (chunks, layout.groups, (2**31 - 1) // chunks))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spqr_kernels.dispatch import takes_blocks
-from spqr_kernels.expert_blocks import in_blocks, width_for
+from spqr_kernels.expert_blocks import MOST, in_blocks, width_for
 from spqr_kernels.experts import arrange, tables
 from spqr_kernels.joined import length
 from spqr_kernels.ops import geometry
@@ -72,7 +72,11 @@ class SplitExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k], to [tokens, hidden]."""
         if self._takes(hidden_states, top_k_index):
-            return self._all_pairs(hidden_states, top_k_index, top_k_weights)
+            turns = [
+                tensor.split(self._tokens_of_a_turn(top_k_index)) for tensor in (hidden_states, top_k_index, top_k_weights)
+            ]
+            results = [self._all_pairs(*turn) for turn in zip(*turns, strict=True)]
+            return torch.cat(results) if len(results) > 1 else results[0]
         fused = self._fused[0]
         gate, up, down = self.projections
         result = torch.zeros_like(hidden_states)
@@ -98,6 +102,11 @@ class SplitExperts(nn.Module):
         if not whole or self._width(x, pairs) is not None:
             return whole
         return pairs * 3 * self.hidden * self.intermediate <= min(pairs, self.num_experts) * WEIGHTS_OF_A_TURN
+
+    def _tokens_of_a_turn(self, index: Tensor) -> int:
+        """How many tokens are multiplied at once: all, but for those whose copies in blocks would take much memory."""
+        most = MOST * self.num_experts // index.shape[1]
+        return most if self.pool is not None and self.pool.blocks else max(len(index), 1)
 
     def _width(self, x: Tensor, pairs: int) -> int | None:
         """Rows of a block, where the rows of an expert are to be multiplied together."""

@@ -33,9 +33,7 @@ def test_every_pair_has_a_place_in_a_block_of_its_expert(data, number, rows, wid
     assert ((table[:, 0] >= 0) == (table[:, 1] > 0)).all()
 
 
-@pytest.mark.parametrize(
-    ("pairs", "number", "width"), [(15, 8, None), (16, 8, 8), (64, 8, 16), (1024, 8, 128), (9000, 8, None)]
-)
+@pytest.mark.parametrize(("pairs", "number", "width"), [(15, 8, None), (16, 8, 8), (64, 8, 16), (1024, 8, 128), (9000, 8, 256)])
 def test_the_width_of_blocks(pairs, number, width):
     assert expert_blocks.width_for(pairs, number) == width
 

@@ -280,6 +280,15 @@ def test_many_rows_are_multiplied_in_blocks(in_blocks: Any) -> None:
         assert (logits - single).norm() < 0.02 * single.norm()
 
 
+def test_very_many_rows_take_turns(in_blocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.no_grad():
+        expected = in_blocks(IDS).logits
+        monkeypatch.setattr("spqr_loaders.experts.MOST", 3)  # 12 pairs, 6 tokens
+        assert calls(in_blocks) == {"spqr::experts_in_blocks": 4, "spqr::experts": 4, "spqr::linear_forward": 8}
+        result = in_blocks(IDS).logits
+    assert (result - expected).norm() < 0.02 * expected.norm()
+
+
 def test_slots_left_empty_and_ids_that_are_no_expert_in_blocks(in_blocks: Any) -> None:
     split = next(module for module in in_blocks.modules() if isinstance(module, SplitExperts))
     x = torch.randn(5, 32).bfloat16()
