@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 
 from spqr_converters.presets import PRESETS
 from spqr_format.cli import COMMANDS, main
+from spqr_format.cli.generate_command import speed
 
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "tests" / "data" / "wikitext2_test.txt"
@@ -250,8 +252,33 @@ def test_eval_refuses_a_text_that_is_too_short(converted, tmp_path):
 def test_generate_continues_the_prompt(converted):
     result = spqr("generate", converted, "The old man", "--max-new-tokens", 8, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert "The old man" in result.output
-    assert len(result.output) > len("The old man") + 8
+    assert "The old man" in result.stdout
+    assert len(result.stdout) > len("The old man") + 8
+    assert re.search(r"the first token after .* s, then [\d.]+ tokens/s", result.stderr)
+
+
+def test_generate_compiles_on_a_gpu_alone(converted):
+    result = spqr("generate", converted, "The old man", "--compile", "--device", "cpu")
+    assert result.exit_code == 2
+    assert "--compile needs a GPU" in result.output
+
+
+@pytest.mark.gpu
+def test_generate_compiled(request):
+    if not pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("no GPU")
+    converted = request.getfixturevalue("converted")
+    arguments = ["generate", converted, "The old man", "--max-new-tokens", 24, "--device", "cuda"]
+    eager, compiled = spqr(*arguments), spqr(*arguments, "--compile")
+    assert compiled.exit_code == 0, compiled.output
+    assert "did not compile" not in compiled.stderr
+    assert compiled.stdout[:20] == eager.stdout[:20]
+
+
+def test_the_speed_of_generate():
+    assert speed([1.0, 1.5, 1.6, 1.9, 2.0]) == "the first token after 0.5 s, then 10.0 tokens/s (median)"
+    assert speed([1.0, 1.5]) == "the first token after 0.5 s"
+    assert speed([1.0]) == "no token"
 
 
 def test_validate_starts_fast(converted):
