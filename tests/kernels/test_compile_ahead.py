@@ -17,6 +17,18 @@ GEMM, SMALL = (
     [name for name in VARIANTS if name.removeprefix("siblings ").removeprefix("experts ").startswith(kernel)]
     for kernel in ("gemm", "small")
 )
+QUICK = ("batch 16 large", "batch 32", "batch 256")  # of what siblings and experts make of the kernels of several rows
+
+
+def is_long(name: str, arch: int = 90) -> bool:
+    """Variants that differ little from others: they take minutes to compile."""
+    if name in GEMM + SMALL and name.startswith(("siblings", "experts")):
+        return not name.endswith(QUICK)
+    return name.startswith("decode") and "3-bit bilevel batch" not in name and (arch == 89 or "batch 32" in name)
+
+
+def each(names):
+    return [pytest.param(name, marks=[pytest.mark.slow] * is_long(name)) for name in names]
 
 
 def spills(name: str) -> int:
@@ -37,7 +49,14 @@ def spills(name: str) -> int:
     return 16 if limited and name.split()[0] in ("matvec", "siblings", "experts") else 0
 
 
-@pytest.mark.parametrize(("name", "arch"), [(name, arch) for name, variant in VARIANTS.items() for arch in variant.nvidia])
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        pytest.param(name, arch, marks=[pytest.mark.slow] * is_long(name, arch))
+        for name, variant in VARIANTS.items()
+        for arch in variant.nvidia
+    ],
+)
 def test_compiles_for_nvidia(name, arch):
     compiled = VARIANTS[name].compile(GPUTarget("cuda", arch, 32))
     if arch == 90:
@@ -47,7 +66,7 @@ def test_compiles_for_nvidia(name, arch):
             assert used.instructions["HGMMA" if "gemm" in name else "HMMA"] >= 16, "the product does not run on tensor cores"
 
 
-@pytest.mark.parametrize("name", [name for name in GEMM if "gemm 3-bit" in name])
+@pytest.mark.parametrize("name", each(name for name in GEMM if "gemm 3-bit" in name))
 def test_no_sum_is_read_before_its_product_is_done(name):
     """Where only a wait behind the loop waited for the last product, the assembler had read the sums above it: the last 64
     columns were missing from results, on a GPU that was quick enough."""
@@ -61,7 +80,7 @@ def test_no_sum_is_read_before_its_product_is_done(name):
     assert not any(sums & set(re.findall(r"\bR\d+", line)) for line in behind[:wait])
 
 
-@pytest.mark.parametrize("name", GEMM)
+@pytest.mark.parametrize("name", each(GEMM))
 def test_batches_spill_next_to_nothing_within_the_loop_over_the_chunks(name):
     code = machine_code(VARIANTS[name].compile(GPUTarget("cuda", 90, 32)))
     products = [i for i, line in enumerate(code) if line.startswith("HGMMA")]
@@ -70,7 +89,7 @@ def test_batches_spill_next_to_nothing_within_the_loop_over_the_chunks(name):
     assert spilled <= (8 if name.endswith(" 256") else 0)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", each(SMALL))
 def test_small_batches_keep_as_many_programs_on_a_multiprocessor_as_its_choice_says(name):
     variant = VARIANTS[name]
     used = usage(variant.compile(GPUTarget("cuda", 90, 32)))
@@ -80,7 +99,7 @@ def test_small_batches_keep_as_many_programs_on_a_multiprocessor_as_its_choice_s
     assert choice.resident * (variant.constants["ROOM"] + 1024) <= 228 * 1024  # the first KB of each is the system's
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", each(SMALL))
 def test_small_batches_spill_nothing_within_the_loop_over_the_chunks(name):
     code = machine_code(VARIANTS[name].compile(GPUTarget("cuda", 90, 32)))
     begin = next(i for i, line in enumerate(code) if line.startswith("DEPBAR"))  # the wait for a chunk's copies
@@ -90,7 +109,7 @@ def test_small_batches_spill_nothing_within_the_loop_over_the_chunks(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, variant in VARIANTS.items() if "DEPENDENT" in variant.kernel.arg_names and name not in SMALL]
+    "name", each(name for name, variant in VARIANTS.items() if "DEPENDENT" in variant.kernel.arg_names and name not in SMALL)
 )
 def test_x_is_not_read_before_the_kernel_that_makes_it_has_ended(name):
     """x is read by loads of 2, 8 or 16 bytes or copies through L1, and by `gemm` through the copy engine; before the wait the
@@ -109,7 +128,7 @@ def test_x_is_not_read_before_the_kernel_that_makes_it_has_ended(name):
     assert any(reads_x(line) for line in code[wait:])
 
 
-@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if "DEPENDENT" in variant.kernel.arg_names])
+@pytest.mark.parametrize("name", each(name for name, variant in VARIANTS.items() if "DEPENDENT" in variant.kernel.arg_names))
 def test_the_next_kernel_begins_behind_that_wait(name):
     """As it may read at once what only kernels before this one wrote; but one that is followed by a product of ours."""
     code = machine_code(VARIANTS[name].compile(GPUTarget("cuda", 90, 32)))
@@ -119,7 +138,7 @@ def test_the_next_kernel_begins_behind_that_wait(name):
     assert begins or name.split()[0] in ("siblings", "experts", "decode")
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", each(SMALL))
 def test_small_batches_copy_x_behind_that_wait(name):
     """x comes by copies of 16 bytes, as the matrix does: before the wait stand those of the matrix's first chunks, but where it
     is an expert's, which comes from the kernel before too."""
