@@ -24,7 +24,7 @@ def is_long(name: str, arch: int = 90) -> bool:
     """Variants that differ little from others: they take minutes to compile."""
     if name in GEMM + SMALL and name.startswith(("siblings", "experts")):
         return not name.endswith(QUICK)
-    return name.startswith("decode") and "3-bit bilevel batch" not in name and (arch == 89 or "batch 32" in name)
+    return name.startswith("decode") and "3-bit bilevel batch" not in name and (arch == 89 or not name.endswith("batch 8"))
 
 
 def each(names):
