@@ -226,7 +226,13 @@ def _expert_batches(of_one: list[Variant]) -> list[Variant]:
     for variant in of_one:
         if variant.kernel in kernels and "3-bit bilevel batch" in variant.name:
             operands = {"X": "*fp16", "Scale": "*fp32", "Blocks": "*i32", "Table": "*i64", "Stored": "*i32", "Y": "*fp16"}
-            sizes = ("programs", "chunks", "groups", *(["reciprocal"] if variant.kernel is small.small_kernel else []))
+            sizes = (
+                "programs",
+                "experts",
+                "chunks",
+                "groups",
+                *(["reciprocal"] if variant.kernel is small.small_kernel else []),
+            )
             operands |= dict.fromkeys((*sizes, "out_features", "base"), "i32")
             operands |= dict.fromkeys(("at_scales", "at_zeros", "at_pointers", "at_outliers"), "i32")
             constants = {name: value for name, value in variant.constants.items() if name != "HAS_BIAS"} | {"PARTS": 2}

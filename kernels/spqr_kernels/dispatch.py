@@ -27,7 +27,7 @@ SMALL_BATCH = 16
 DECODE_BATCH = {False: 64, True: 32}
 _SPLIT_BATCH = 256  # up to which cuBLAS may split columns: what was seen to lose exactness had 33 rows
 TOGETHER = 3  # matrices of one x that a launch takes at most
-TOGETHER_BATCH = GEMM_BATCH  # and rows of that x
+TOGETHER_BATCH = GEMM_BATCH  # and rows of that x; measured up to 512
 MOST_PAIRS = 65535  # of rows and experts in a launch: the second dimension of a grid
 # Bilevel groups of the tensor-core kernels. A lane's four blocks lie in two to four groups of these; wider ones, which hardly
 # save bits, and those that cross a chunk would need other lane maps.

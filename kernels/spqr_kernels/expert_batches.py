@@ -1,7 +1,7 @@
 """Experts with several rows of x each, in one launch: blocks of rows (`expert_blocks`) times the matrices of their experts.
 
 A program does whole pieces of Y, as in `small` and `gemm`, of one block; those of an empty block, or of an expert of another
-kind, have nothing to do. Blocks of one expert run side by side, so that its matrix comes from L2 for all but the first."""
+kind, have nothing to do. Blocks of one expert run side by side, so that its matrix may come from L2 for all but the first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 
 from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 
-from . import gemm, outliers, overlap, small
+from . import gemm, overlap, small
 from .checks import aligned
 from .dispatch import SMALL_BATCH
 from .experts import Table
@@ -23,32 +23,45 @@ from .joined_words import leaves_in, words_of
 from .launch import REMEMBERED, Launch
 from .overlap import await_previous
 from .prepare import prepare_launch, prepared
+from .siblings import alike
 
 _CHUNKS = 16  # of a program, about: so many that its begin does not count
 
 
 @gluon.jit
-def _of_program(Blocks, Table, programs, parts, DEPENDENT: gl.constexpr):
-    """Of a program: the number of its block and of its part, its own number among those of both, how many rows the block has,
-    and the word at which its matrix begins; -1 where there is nothing to do."""
+def _of_program(Blocks, Table, Y, programs, experts, out_features, BATCH, PARTS: gl.constexpr, DEPENDENT: gl.constexpr):
+    """Of a program: the first row of its block, where its part of Y begins, its own number, how many rows the block has, and
+    the word at which its matrix begins; -1 where there is nothing to multiply. Y of an expert that is not there becomes NaN."""
     block = gl.program_id(0)
     part = gl.program_id(1) // programs
+    program = gl.program_id(1) % programs
     blocks_at = Blocks + block * 2
     if DEPENDENT:  # the router's choice comes from a kernel before
         blocks_at = await_previous(blocks_at)
     expert = gl.load(blocks_at)
     rows = gl.load(blocks_at + 1)
-    begin = gl.load(Table + (expert.to(gl.int64) * parts + part) * 2, mask=expert >= 0, other=-1)
-    return block, part, gl.program_id(1) % programs, rows, begin
+    known = (expert >= 0) & (expert < experts)
+    begin = gl.load(Table + (expert.to(gl.int64) * PARTS + part) * 2, mask=known, other=-1)
+    first = block.to(gl.int64) * BATCH
+    y = Y + (first * PARTS + part) * out_features
+    if (expert >= experts) & (program == 0):
+        column = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        nothing = gl.full([128], float("nan"), gl.float32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        row_at = y
+        for _ in range(0, gl.minimum(rows, BATCH)):
+            for at in range(0, out_features, 128):
+                gl.store(row_at + at + column, nothing.to(Y.dtype.element_ty), mask=at + column < out_features)
+            row_at += PARTS * out_features
+    return first, y, program, rows, begin
 
 
-_INTEGERS = ("programs", "chunks", "groups", "reciprocal", "out_features", "base")
+_INTEGERS = ("programs", "experts", "chunks", "groups", "reciprocal", "out_features", "base")
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)
 def few_rows_kernel(
     X, Scale, Blocks, Table, Stored, Y,
-    programs, chunks, groups, reciprocal, out_features, base, at_scales, at_zeros, at_pointers, at_outliers,
+    programs, experts, chunks, groups, reciprocal, out_features, base, at_scales, at_zeros, at_pointers, at_outliers,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, SCALED: gl.constexpr, BATCH: gl.constexpr,
     WARPS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, SETS: gl.constexpr, ROOM: gl.constexpr,
     DEPENDENT: gl.constexpr, PARTS: gl.constexpr,
@@ -58,11 +71,9 @@ def few_rows_kernel(
     X fp16 [blocks, BATCH, chunks * 256], times Scale fp32 [blocks, BATCH] where SCALED; Y [blocks, BATCH, PARTS, out]. Blocks
     int32 [blocks, 2] as in `expert_blocks.Blocks`; Table int64 [experts, PARTS, 2] as in `experts.Table`. A part is done by
     so many `programs`, each of `base` positions, which are whole pieces."""
-    block, part, program, rows, begin = _of_program(Blocks, Table, programs, PARTS, DEPENDENT)
+    first, y, program, rows, begin = _of_program(Blocks, Table, Y, programs, experts, out_features, BATCH, PARTS, DEPENDENT)
     if begin >= 0:
-        first = block.to(gl.int64) * BATCH
         leaves = leaves_in(Stored + gl.multiple_of(begin, 32), (at_scales, at_zeros, at_pointers, at_outliers))
-        y = Y + (first * PARTS + part) * out_features
         nothing = Y.to(gl.pointer_type(gl.float32))  # no piece is shared
         small.share_of_product(
             program, X + first * (chunks * 256), Scale + first, *leaves, y, y, nothing, nothing.to(gl.pointer_type(gl.int64)),
@@ -74,17 +85,15 @@ def few_rows_kernel(
 @gluon.jit(do_not_specialize=_INTEGERS)
 def many_rows_kernel(
     X, Scale, Blocks, Table, Stored, Y,
-    programs, chunks, groups, out_features, base, at_scales, at_zeros, at_pointers, at_outliers,
+    programs, experts, chunks, groups, out_features, base, at_scales, at_zeros, at_pointers, at_outliers,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr, SCALED: gl.constexpr,
     BATCH: gl.constexpr, WARPS: gl.constexpr, ROOM: gl.constexpr, ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
     PARTS: gl.constexpr,
 ):  # fmt: skip
     """The same with `gemm`'s way of a product. X fp16 as `prepare_kernel` makes it, a block in each of its slots."""
-    block, part, program, rows, begin = _of_program(Blocks, Table, programs, PARTS, DEPENDENT)
+    first, y, program, rows, begin = _of_program(Blocks, Table, Y, programs, experts, out_features, BATCH, PARTS, DEPENDENT)
     if begin >= 0:
-        first = block.to(gl.int64) * BATCH
         leaves = leaves_in(Stored + gl.multiple_of(begin, 32), (at_scales, at_zeros, at_pointers, at_outliers))
-        y = Y + (first * PARTS + part) * out_features
         nothing = Y.to(gl.pointer_type(gl.float32))  # no piece is shared
         gemm.share_of_product(
             program, X + first * (chunks * 256), Scale + first, *leaves, y, y, nothing, nothing.to(gl.pointer_type(gl.int64)),
@@ -104,8 +113,8 @@ def _launches(
     layout: Layout, kept: int, entries: int, experts: int, parts: int, blocks: int, width: int, dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Launch | None, Launch]:  # fmt: skip
-    """What makes x anew where need be, and the product. layout: with one outlier in the place of all. kept and entries: what
-    `small` and `gemm` keep of outliers."""
+    """What makes x anew where need be, and the product. layout, kept and entries: as `siblings.alike` has
+    them."""
     chunks = layout.blocks // CHUNK
     few, scaled = width <= SMALL_BATCH, dtype == torch.bfloat16
     if few:
@@ -121,7 +130,7 @@ def _launches(
         prepare = prepare_launch(layout, blocks * width, dtype, device, 0 if few else width, overlaps)
     pieces = ceil_div(layout.tile_rows, tiles)
     together = pieces_of_a_program(pieces, chunks)
-    sizes = [pieces // together, chunks, layout.groups, *([(2**31 - 1) // chunks] if few else [])]
+    sizes = [pieces // together, experts, chunks, layout.groups, *([(2**31 - 1) // chunks] if few else [])]
     integers = (*sizes, layout.out_features, together * chunks, *words_of(layout))
     dtypes = (torch.float16, torch.float32, torch.int32, torch.int64, torch.int32, dtype)
     grid = (blocks, pieces // together * parts)
@@ -133,7 +142,8 @@ def experts_in_blocks(x: Tensor, blocks: Tensor, stored: Tensor, tables: Sequenc
 
     x: fp16 or bf16 [blocks * width, in], contiguous, width one of `expert_blocks.WIDTHS`. blocks: int32 [blocks, 2], as
     `expert_blocks.in_blocks` has it. stored: int32, all matrices. tables: one for each kind, of whole chunks, not permuted.
-    Returns [blocks * width, parts * out] in x's dtype; what no block has a row for is not written.
+    Returns [blocks * width, parts * out] in x's dtype; what no block has a row for is not written; NaN for an expert that
+    is not there.
     """
     parts, out_features = tables[0].begins.shape[1], tables[0].layout.out_features
     width = len(x) // len(blocks)
@@ -141,12 +151,10 @@ def experts_in_blocks(x: Tensor, blocks: Tensor, stored: Tensor, tables: Sequenc
     x = aligned(x)
     made, scale = x, y  # where the kernels are told not to look
     for table in tables:
-        layout = table.layout
-        shape = layout.with_outliers(min(layout.outliers, 1))
-        kept, entries = small.outliers_of_a_chunk(layout), outliers.without_outliers(layout)[1]
+        (shape,), kept, entries = alike((table.layout,))
         prepare, product = _launches(shape, kept, entries, len(table.begins), parts, len(blocks), width, x.dtype, x.device)
         if prepare is not None and made is x:  # the same for all kinds
-            made, scale = prepared(prepare, x, layout, len(x))
+            made, scale = prepared(prepare, x, shape, len(x))
         product(
             made.data_ptr(), scale.data_ptr(), blocks.data_ptr(), table.begins.data_ptr(), stored.data_ptr(), y.data_ptr()
         )  # fmt: skip

@@ -184,7 +184,7 @@ def _geometry(layouts: Sequence[Layout], shares: Sequence[Share]) -> list[int]:
 def _few_rows(
     layouts: tuple[Layout, ...], kept: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device
 ) -> small.Launches:
-    """layouts: as `_alike` has them. kept: the most words of outliers that one of them asks for."""
+    """layouts: as `alike` has them. kept: the most words of outliers that one of them asks for."""
     plan = small.plan_of(layouts, kept, batch, dtype, device, joined=True)
     integers = (batch, *plan.sizes, *_geometry(layouts, plan.shares))
     dtypes = (torch.float16, torch.float32, *_pointers(dtype, bias), torch.float32)
@@ -197,7 +197,7 @@ def _few_rows(
 def _many_rows(
     layouts: tuple[Layout, ...], entries: int, batch: int, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device
 ) -> gemm.Launches:
-    """layouts: as `_alike` has them. entries: the most outliers of a cell that a lane fetches of one of them."""
+    """layouts: as `alike` has them. entries: the most outliers of a cell that a lane fetches of one of them."""
     plan, prepare, constants = gemm.plan_of(layouts, entries, batch, dtype, device, joined=True)
     integers = (batch, layouts[0].blocks // CHUNK, layouts[0].groups, plan.parts, *_geometry(layouts, plan.shares))
     dtypes = (torch.float16, torch.float32, *_pointers(dtype, bias), torch.float32)
@@ -206,7 +206,7 @@ def _many_rows(
 
 
 @cache
-def _alike(layouts: tuple[Layout, ...]) -> tuple[tuple[Layout, ...], int, int]:
+def alike(layouts: tuple[Layout, ...]) -> tuple[tuple[Layout, ...], int, int]:
     """What launches for matrices are looked up by: their layouts, with one outlier in the place of all, and what `small` and
     `gemm` keep of outliers, of those that have most."""
     kept = max(small.outliers_of_a_chunk(layout) for layout in layouts)
@@ -231,7 +231,7 @@ def linears(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], bi
         x = torch.nn.functional.pad(x, (0, padding)) if padding else x
         _row(layouts, dtype, given, x.device)(x.data_ptr(), *others)
         return results
-    shapes, kept, entries = _alike(layouts)
+    shapes, kept, entries = alike(layouts)
     scale = results[0]  # where the kernels are told not to look
     if batch <= SMALL_BATCH:
         prepare, product, parts = _few_rows(shapes, kept, batch, dtype, given, x.device)

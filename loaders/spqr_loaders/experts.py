@@ -72,11 +72,11 @@ class SplitExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k], to [tokens, hidden]."""
         if self._takes(hidden_states, top_k_index):
-            turns = [
-                tensor.split(self._tokens_of_a_turn(top_k_index)) for tensor in (hidden_states, top_k_index, top_k_weights)
-            ]
-            results = [self._all_pairs(*turn) for turn in zip(*turns, strict=True)]
-            return torch.cat(results) if len(results) > 1 else results[0]
+            given, most = (hidden_states, top_k_index, top_k_weights), MOST * self.num_experts // top_k_index.shape[1]
+            if len(hidden_states) <= most or self.pool is None or not self.pool.blocks:
+                return self._all_pairs(*given)
+            turns = zip(*(tensor.split(most) for tensor in given), strict=True)
+            return torch.cat([self._all_pairs(*turn) for turn in turns])
         fused = self._fused[0]
         gate, up, down = self.projections
         result = torch.zeros_like(hidden_states)
@@ -102,11 +102,6 @@ class SplitExperts(nn.Module):
         if not whole or self._width(x, pairs) is not None:
             return whole
         return pairs * 3 * self.hidden * self.intermediate <= min(pairs, self.num_experts) * WEIGHTS_OF_A_TURN
-
-    def _tokens_of_a_turn(self, index: Tensor) -> int:
-        """How many tokens are multiplied at once: all, but for those whose copies in blocks would take much memory."""
-        most = MOST * self.num_experts // index.shape[1]
-        return most if self.pool is not None and self.pool.blocks else max(len(index), 1)
 
     def _width(self, x: Tensor, pairs: int) -> int | None:
         """Rows of a block, where the rows of an expert are to be multiplied together."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from .model import device_option, dtype_option, load_model, load_tokenizer
+from .model import chosen_device, device_option, dtype_option, load_model, load_tokenizer
 from .output import duration
 
 
@@ -44,10 +44,10 @@ def generate_command(
       spqr generate ./llama-spqr "The history of" --max-new-tokens 2000 --compile
     """
     if compiled:
+        if chosen_device(device).startswith("cpu"):
+            raise click.UsageError("--compile needs a GPU")
         os.environ.setdefault("TORCHINDUCTOR_ENABLE_PDL", "1")  # kernels begin while others end, where the GPU can
     loaded = load_model(model, device, dtype)
-    if compiled and loaded.device.type == "cpu":
-        raise click.UsageError("--compile needs a GPU")
     tokenizer = load_tokenizer(model)
     import torch
     from transformers import TextStreamer

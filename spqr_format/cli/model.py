@@ -37,10 +37,18 @@ def load_model(path: Path, device: str, dtype: str) -> Any:
     if not (path / "config.json").is_file():
         raise SpqrError("E501", str(path), "no config.json: not a model folder")
     _quiet()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     return spqr_loaders.from_pretrained(path, dtype=wanted, device_map=device).eval()
+
+
+def chosen_device(device: str) -> str:
+    """The device, where it is auto a GPU if there is one."""
+    if device != "auto":
+        return device
+    with libraries("transformers"):
+        import torch
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from ptx_text import Kernel
 from triton.backends.compiler import GPUTarget
 
 from spqr_format import SpqrMatrix
+from spqr_kernels import overlap
 from spqr_kernels.compile_ahead import Variant
 
 CPU = torch.device("cpu")
@@ -19,6 +21,12 @@ POINTERS = {
     torch.int64: "*i64", torch.float32: "*fp32",
 }  # fmt: skip
 HALF_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative rounding error of y
+
+
+def pretend_gpu(monkeypatch, multiprocessors):
+    """Launches are made for a GPU of so many multiprocessors, whose kernels overlap."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=multiprocessors))
+    monkeypatch.setattr(overlap, "options", lambda *_: {"DEPENDENT": True, "launch_pdl": True})
 
 
 @functools.cache

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from spqr_kernels import gemm, gemm_plan, outliers, overlap, prepare
+from spqr_kernels import gemm, gemm_plan, outliers, prepare
 from spqr_kernels.launch import LEAVES
 
 sys.path.insert(0, str(Path(__file__).parent))
 import ptx_machine  # beside this file, not part of a package
 from ptx_arithmetic import PtxError
-from ptx_launch import CPU, bits, empty, expected_of, rows_of_x, run, with_outliers
+from ptx_launch import CPU, bits, empty, expected_of, pretend_gpu, rows_of_x, run, with_outliers
 from ptx_memory import Memory
 
 FP16, BF16 = torch.float16, torch.bfloat16
@@ -28,12 +27,9 @@ def plan_of(monkeypatch):
     """Called with a width and a number of multiprocessors: plans know these alone."""
 
     def have(width, multiprocessors=1):
-        monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=multiprocessors)
-        )
+        pretend_gpu(monkeypatch, multiprocessors)
         monkeypatch.setattr(gemm_plan, "CHOICES", {width: gemm_plan.CHOICES[width]})
 
-    monkeypatch.setattr(overlap, "options", lambda *_: {"DEPENDENT": True, "launch_pdl": True})
     return have
 
 

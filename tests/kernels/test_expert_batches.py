@@ -10,10 +10,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from spqr_kernels import expert_batches, expert_blocks, outliers, overlap, small
+from spqr_kernels import expert_batches, expert_blocks, siblings
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ptx_launch import CPU, bits, empty, run  # beside this file, not part of a package
+from ptx_launch import CPU, bits, pretend_gpu, run  # beside this file, not part of a package
 from ptx_memory import Memory
 from test_batches import slots
 from test_expert_blocks import BF16, BOUND, FP16, layer
@@ -34,7 +34,7 @@ from test_expert_blocks import BF16, BOUND, FP16, layer
 )
 def test_programs_of_blocks(random_matrix, monkeypatch, kind, width, parts, out, columns, dtype):
     """Of four experts one is of another kind and one has no rows; blocks that are full, not full and empty."""
-    monkeypatch.setattr(overlap, "options", lambda *_: {"DEPENDENT": True, "launch_pdl": True})
+    pretend_gpu(monkeypatch, 1)
     kinds = [{"outliers": 0.01} | kind, {"weight_bits": 2}, {"outliers": 0.02} | kind, {"outliers": 0.002} | kind]
     dense, stored, tables = layer(random_matrix, kinds, parts, out, columns)
     table = next(table for table in tables if table.begins[0, 0, 0] >= 0)
@@ -46,8 +46,9 @@ def test_programs_of_blocks(random_matrix, monkeypatch, kind, width, parts, out,
     assert (blocks.table[:, 1] == width).any()
     x = torch.randn(len(ids), columns, generator=torch.Generator().manual_seed(1)).half()
     layout = table.layout
-    shape, kept = layout.with_outliers(min(layout.outliers, 1)), small.outliers_of_a_chunk(layout)
-    entries = outliers.without_outliers(layout)[1]
+    (shape,), kept, entries = siblings.alike.__wrapped__((layout,))
+    lost = int(blocks.places[ids.tolist().index(2)]) // width  # of an expert that is not there
+    blocks.table[lost, 0] = 4
     number = len(blocks.table)
     _, launch = expert_batches._launches.__wrapped__(shape, kept, entries, 4, parts, number, width, dtype, CPU)
     assert launch.grid[0] == number
@@ -56,23 +57,29 @@ def test_programs_of_blocks(random_matrix, monkeypatch, kind, width, parts, out,
     prepared = slots(made, layout.blocks, width) if width > 16 else padded
     scale = torch.rand(len(made), generator=torch.Generator().manual_seed(2)) + 0.5
     memory = Memory()
-    y = memory.add(empty(len(made) * parts * out, dtype), writable=True)
+    left = bits(torch.tensor([7.0], dtype=dtype))[0]
+    y = memory.add(np.full(len(made) * parts * out, left), writable=True)
     addresses = [
         memory.add(bits(prepared)), memory.add(scale.numpy()), memory.add(blocks.table.numpy()),
         memory.add(table.begins.numpy()), memory.add(stored.numpy()), y,
     ]  # fmt: skip
     run(launch, memory, addresses, modes=(True,))
     result = torch.from_numpy(memory.array(y).copy()).view(dtype).view(len(made), parts, out)
-    done = np.zeros(len(made), bool)
+    done, written = np.zeros((2, len(made)), bool)
+    raw = memory.array(y).reshape(len(made), -1)
     for pair, place in enumerate(blocks.places.tolist()):
-        if ids[pair] != 1:
-            done[place] = True
+        if place // width == lost:
+            assert torch.isnan(result[place]).all()
+            written[place] = True
+        elif ids[pair] != 1:
+            done[place] = written[place] = True
             expected = torch.stack([weight @ x[pair].double() for weight in dense[ids[pair]]])
             if dtype == BF16:
                 expected = expected * scale[place].double()
             error = (result[place].double() - expected).norm() / expected.norm()
             assert error < BOUND[dtype], (pair, error)
-    assert torch.isnan(result[~done]).all(), "rows that no block of this kind has are left alone"
+    assert (raw[~written] == left).all(), "rows that no block of this kind has are left alone"
+    assert done.any()
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
         other = Layout(**{**layout.as_dict(), "out_features": layout.out_features + 17})
         for layouts in ((layout, other), (other, layout, layout)):
             complete(siblings._row.__wrapped__((layouts[0], layouts[1].with_outliers(0), *layouts[2:]), dtype, bias, GPU))
-            shapes, kept, most = siblings._alike.__wrapped__(layouts)
+            shapes, kept, most = siblings.alike.__wrapped__(layouts)
             all_launches += [siblings._few_rows.__wrapped__(shapes, kept, batch, dtype, bias, GPU) for batch in (2, 9)]
             all_launches += [siblings._many_rows.__wrapped__(shapes, most, batch, dtype, bias, GPU) for batch in (17, 300)]
         for launches in all_launches:

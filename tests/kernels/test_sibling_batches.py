@@ -6,17 +6,16 @@ import itertools
 import sys
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from spqr_kernels import gemm_plan, joined, overlap, siblings
+from spqr_kernels import gemm_plan, joined, siblings
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ptx_launch import CPU, bits, empty, expected_of, rows_of_x, run  # beside this file, not part of a package
+from ptx_launch import CPU, bits, empty, expected_of, pretend_gpu, rows_of_x, run  # beside this file, not part of a package
 from ptx_memory import Memory
 from test_batches import check, slots
 
@@ -28,9 +27,8 @@ def multiprocessors(monkeypatch):
     """A GPU of one multiprocessor; called with a number, of so many."""
 
     def have(count):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=count))
+        pretend_gpu(monkeypatch, count)
 
-    monkeypatch.setattr(overlap, "options", lambda *_: {"DEPENDENT": True, "launch_pdl": True})
     have(1)
     return have
 
@@ -47,7 +45,7 @@ def in_turns(launch):
 def products(matrices, x, dtype, modes=(True,)):
     """The launch, and for each matrix what it gives and what it should, float64: [batch, out]."""
     layouts = tuple(matrix.layout for matrix in matrices)
-    shapes, kept, entries = siblings._alike.__wrapped__(layouts)
+    shapes, kept, entries = siblings.alike.__wrapped__(layouts)
     scaled = [expected_of(matrix, x, dtype) for matrix in matrices]
     scale, biases = scaled[0][0], [bias for _, bias, _ in scaled]
     expected = [of_matrix for _, _, of_matrix in scaled]
