@@ -241,7 +241,7 @@ def test_the_bound_itself_is_measured(bounded):
     with pytest.raises(AssertionError, match="MB"), bounded():
         np.ones(25_000_000)
     with pytest.raises(AssertionError, match=" s"), bounded(seconds=0.01):
-        time.sleep(0.02)
+        sum(range(3_000_000))
 
 
 def test_every_byte_of_the_header_may_be_anything(tmp_path):
@@ -255,14 +255,14 @@ def test_every_byte_of_the_header_may_be_anything(tmp_path):
         for position in rng.integers(0, end, rng.integers(1, 4)):
             raw[position] = rng.integers(0, 256)
         path.write_bytes(raw)
-        started = time.monotonic()
+        started = time.process_time()
         try:
             source = open_source(path)
             for name in source.entries:
                 source.load(name)
         except SpqrError as error:
             assert error.code == "E501"  # noqa: PT017
-        assert time.monotonic() - started < 1
+        assert time.process_time() - started < 5  # see `within`
 
 
 # Types

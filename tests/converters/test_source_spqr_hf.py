@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -209,15 +208,14 @@ CASES = list(broken(pack(random_parts(48, 48), False, True)))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_hostile(tmp_path: Path, case: str) -> None:
+def test_hostile(tmp_path: Path, case: str, bounded) -> None:
     folder = folder_of(tmp_path / "x", broken(pack(random_parts(48, 48), False, True))[case])
-    before = time.process_time()
-    for action in ("load", "matrix"):
-        with pytest.raises(SpqrError) as caught:
-            getattr(open_source(folder), action)(f"{NAME}.weight")
-        assert caught.value.code == "E501"
-        assert NAME in str(caught.value)
-    assert time.process_time() - before < 1
+    with bounded():
+        for action in ("load", "matrix"):
+            with pytest.raises(SpqrError) as caught:
+                getattr(open_source(folder), action)(f"{NAME}.weight")
+            assert caught.value.code == "E501"
+            assert NAME in str(caught.value)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 300, -1])

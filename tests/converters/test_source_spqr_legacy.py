@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import resource
-import time
 import zipfile
 from pathlib import Path
 
@@ -250,15 +248,13 @@ def broken(layer: dict) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("case", list(broken(make_layer())))
-def test_hostile_layers(tmp_path: Path, case: str) -> None:
+def test_hostile_layers(tmp_path: Path, case: str, bounded) -> None:
     folder = dump(tmp_path / "x", broken(make_layer())[case])
-    before, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for action in ("load", "matrix"):
-        with pytest.raises(SpqrError, match=r"self_attn\.q_proj") as caught:
-            getattr(open_source(folder), action)(NAME)
-        assert caught.value.code == "E501"
-    assert time.process_time() - before < 1
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 150_000
+    with bounded():
+        for action in ("load", "matrix"):
+            with pytest.raises(SpqrError, match=r"self_attn\.q_proj") as caught:
+                getattr(open_source(folder), action)(NAME)
+            assert caught.value.code == "E501"
 
 
 def hostile_pickles(good: bytes) -> dict[str, bytes]:
@@ -276,15 +272,14 @@ def hostile_pickles(good: bytes) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("case", list(hostile_pickles(b"")))
 @pytest.mark.parametrize("file", ["0/self_attn.q_proj", "args.pt", "not_quantized_weights.pt"])
-def test_hostile_pickles(tmp_path: Path, case: str, file: str) -> None:
+def test_hostile_pickles(tmp_path: Path, case: str, file: str, bounded) -> None:
     folder = dump(tmp_path / "x", make_layer())
     path = folder / "legacy" / file
     path.write_bytes(hostile_pickles(path.read_bytes())[case])
-    before = time.process_time()
-    with pytest.raises(SpqrError, match=Path(file).name) as caught:
-        open_source(folder)
-    assert caught.value.code == "E501"
-    assert time.process_time() - before < 1
+    with bounded():
+        with pytest.raises(SpqrError, match=Path(file).name) as caught:
+            open_source(folder)
+        assert caught.value.code == "E501"
     assert not Path("/tmp/spqr-evil").exists()
 
 
@@ -294,16 +289,15 @@ def test_the_widest_layer_of_a_large_model_has_ten_thousand_tensors(tmp_path: Pa
     assert source.entries[NAME].shape == (16, 28800)
 
 
-def test_a_deep_structure(tmp_path: Path) -> None:
+def test_a_deep_structure(tmp_path: Path, bounded) -> None:
     folder = dump(tmp_path / "x", make_layer())
     path = folder / "legacy" / "0" / "self_attn.q_proj"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/data.pkl", b"\x80\x02" + b"]" * 5_000_000 + b".")
-    before = time.process_time()
-    with pytest.raises(SpqrError, match="operations") as caught:
-        open_source(folder)
-    assert caught.value.code == "E501"
-    assert time.process_time() - before < 1
+    with bounded():
+        with pytest.raises(SpqrError, match="operations") as caught:
+            open_source(folder)
+        assert caught.value.code == "E501"
 
 
 def test_missing_parts(tmp_path: Path) -> None:

