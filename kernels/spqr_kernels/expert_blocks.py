@@ -42,14 +42,19 @@ def in_blocks(ids: Tensor, rows: int, experts: int, width: int) -> Blocks:
     """ids: int64 [pairs], the experts of row 0, then of row 1, ..., as many for each of `rows`, all of 0 .. experts - 1."""
     pairs = ids.numel()
     blocks = most_blocks(pairs, experts, width)
-    chosen = ids[:, None] == torch.arange(experts, device=ids.device)
-    passed = chosen.cumsum(0, dtype=torch.int32)
-    count = passed[-1]  # of each expert
-    end = ((count + (width - 1)) // width).cumsum(0)  # of its blocks
-    begin = end - (count + (width - 1)) // width
-    places = begin[ids] * width + passed.gather(1, ids[:, None])[:, 0] - 1
+    # By a sort, which takes the same time for few and for many experts; 16 bits are a quarter of the passes of 64.
+    chosen, order = ids.to(torch.int16).sort(stable=True)
+    chosen = chosen.long()
+    edges = torch.searchsorted(chosen, torch.arange(experts + 1, device=ids.device))
+    first = edges[:-1]  # of each expert's pairs, in order
+    count = edges[1:] - first
+    needed = (count + (width - 1)) // width
+    end = needed.cumsum(0)  # of its blocks
+    begin = end - needed
+    place = (begin * width - first)[chosen] + torch.arange(pairs, device=ids.device)
+    places = torch.empty_like(ids).scatter_(0, order, place)
     standing = torch.zeros(blocks * width, dtype=torch.int64, device=ids.device)
-    standing.scatter_(0, places, torch.arange(pairs, device=ids.device) // (pairs // rows))
+    standing.scatter_(0, place, order // (pairs // rows))
     block = torch.arange(blocks, device=ids.device)
     expert = torch.searchsorted(end, block, right=True)
     there = expert < experts
