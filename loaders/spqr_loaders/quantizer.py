@@ -19,6 +19,7 @@ from spqr_format.payload import check_payload
 from spqr_format.reader import Checkpoint
 from spqr_kernels.joined import TORCH_DTYPES
 
+from .compiling import prefer_overlap
 from .config import SpqrFormatConfig
 from .experts import SplitExperts
 from .linear import SpqrLinear
@@ -130,6 +131,7 @@ class SpqrFormatQuantizer(HfQuantizer):
         for experts in self.experts:
             experts.join(on_cpu=False)
         share(model)
+        prefer_overlap(model)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # of the single tensors
         return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
 import time
 from pathlib import Path
@@ -43,10 +42,8 @@ def generate_command(
       spqr generate ./llama-spqr "The history of" --max-new-tokens 40
       spqr generate ./llama-spqr "The history of" --max-new-tokens 2000 --compile
     """
-    if compiled:
-        if chosen_device(device).startswith("cpu"):
-            raise click.UsageError("--compile needs a GPU")
-        os.environ.setdefault("TORCHINDUCTOR_ENABLE_PDL", "1")  # kernels begin while others end, where the GPU can
+    if compiled and chosen_device(device).startswith("cpu"):
+        raise click.UsageError("--compile needs a GPU")
     loaded = load_model(model, device, dtype)
     tokenizer = load_tokenizer(model)
     import torch
