@@ -41,7 +41,7 @@ def check_tensors(tensors: Mapping[str, Tensor], layout: Layout, where: str = "s
 
 def check_joined(joined: Tensor, layout: Layout, where: str = "spqr::linear") -> None:
     """Dtype, shape, contiguity and alignment of the one tensor that holds all of the layout. Raises SpqrError E509."""
-    if joined.dtype != torch.int32 or joined.shape != (length(layout),):
+    if joined.dtype != torch.int32 or joined.ndim != 1 or joined.numel() != length(layout):
         found = f"{joined.dtype} {tuple(joined.shape)}"
         raise SpqrError("E509", f"{where}.stored", f"{found}, expected {torch.int32} {(length(layout),)}")
     if not joined.is_contiguous() or joined.data_ptr() % 16:  # vector loads need the latter

@@ -62,6 +62,7 @@ def has_wgmma(device: torch.device) -> bool:
     return has_tensor_cores(device) and torch.cuda.get_device_capability(device)[0] == 9
 
 
+@functools.cache
 def whole_chunks(layout: Layout) -> bool:
     """True for matrices that the tensor-core kernels take: whole chunks, statistics direct or bilevel in FAST_GROUPS."""
     return layout.blocks % CHUNK == 0 and (layout.statistics == "direct" or layout.group_size in FAST_GROUPS)
@@ -103,8 +104,7 @@ def linears(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], bi
         from . import siblings
 
         if not biases or all(bias.dtype == biases[0].dtype for bias in biases):
-            results = siblings.linears(x.reshape(batch, -1).contiguous(), joined, layouts, biases)
-            return [y.view(*x.shape[:-1], -1) for y in results]
+            return siblings.linears(x, joined, layouts, biases)
     each: Sequence[Tensor | None] = biases or [None] * len(joined)
     matrices = zip(joined, layouts, each, strict=True)
     return [linear(x, Joined(whole, layout), layout, bias) for whole, layout, bias in matrices]
@@ -141,7 +141,7 @@ def experts_in_blocks(x: Tensor, blocks: Tensor, stored: Tensor, tables: Sequenc
 
 def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> Tensor:
     """x W^T + bias for checked operands: x [..., in] of any strides, result [..., out] of x's dtype."""
-    rows = x.reshape(-1, layout.in_features)
+    rows = x if x.ndim == 2 else x.reshape(-1, layout.in_features)
     batch = rows.shape[0]
     if batch == 0:
         return x.new_empty(*x.shape[:-1], layout.out_features)
@@ -174,4 +174,4 @@ def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> 
             y = (y if bias is None else y + bias).to(x.dtype)
         else:
             y = F.linear(rows, weight, None if bias is None else bias.to(x.dtype))
-    return y.view(*x.shape[:-1], layout.out_features)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], layout.out_features)

@@ -426,7 +426,7 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     shape, entries = outliers.without_outliers(layout)
     given = None if bias is None else bias.dtype
     plan, prepare, product = _launches(shape, entries, batch, dtype, given, x.device, isinstance(tensors, Joined))
-    y = torch.empty(batch, layout.out_features, dtype=dtype, device=x.device)
+    y = x.new_empty((batch, layout.out_features))
     added = y if bias is None else aligned(bias)
     x = aligned(x) if not layout.permuted else x.index_select(1, tensors["perm"])
     x, scale = prepared(prepare, x, layout, plan.parts * plan.width)

@@ -577,7 +577,7 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
 
     Returns [1, out] in x's dtype.
     """
-    y = torch.empty(1, layout.out_features, dtype=x.dtype, device=x.device)
+    y = x.new_empty((1, layout.out_features))
     original = x = aligned(x)
     if layout.permuted:
         x = x.index_select(1, tensors["perm"])

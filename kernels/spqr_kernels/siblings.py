@@ -7,7 +7,7 @@ all: sums may be added in another order than in a launch of one matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -139,10 +139,9 @@ def many_rows_kernel(
     )  # fmt: skip
 
 
-def _three(found: Iterable[Any]) -> list[Any]:
+def _three(found: Sequence[Any]) -> list[Any]:
     """With the last one in the place of a third, where there are two."""
-    given = list(found)
-    return given + given[-1:] * (TOGETHER - len(given))
+    return [*found, *[found[-1]] * (TOGETHER - len(found))]
 
 
 def _pointers(dtype: torch.dtype, bias: torch.dtype | None) -> list[torch.dtype]:
@@ -151,7 +150,8 @@ def _pointers(dtype: torch.dtype, bias: torch.dtype | None) -> list[torch.dtype]
 
 
 def _addresses(joined: Sequence[Tensor], biases: Sequence[Tensor], results: Sequence[Tensor]) -> list[int]:
-    return [each.data_ptr() for tensors in (joined, biases or results, results) for each in _three(tensors)]
+    matrices, to = _three([tensor.data_ptr() for tensor in joined]), _three([tensor.data_ptr() for tensor in results])
+    return matrices + (_three([tensor.data_ptr() for tensor in biases]) if biases else to) + to
 
 
 def _begins(programs: Sequence[int]) -> list[int]:
@@ -217,20 +217,22 @@ def alike(layouts: tuple[Layout, ...]) -> tuple[tuple[Layout, ...], int, int]:
 def linears(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], biases: Sequence[Tensor]) -> list[Tensor]:
     """x W^T + bias for each of two or three matrices that one launch can take (`dispatch.in_one_launch`).
 
-    x: fp16 or bf16 [batch, in], contiguous. joined: what `joined.join` makes of each. biases: one of a dtype for each, or none.
-    Returns [batch, out] of each in x's dtype.
+    x: fp16 or bf16 [..., in], not empty. joined: what `joined.join` makes of each. biases: one of a dtype for each, or none.
+    Returns [..., out] of each in x's dtype.
     """
-    batch, dtype = x.shape[0], x.dtype
-    results = [torch.empty(batch, layout.out_features, dtype=dtype, device=x.device) for layout in layouts]
+    dtype, leading, in_features = x.dtype, x.shape[:-1], layouts[0].in_features
+    batch = x.numel() // in_features
+    results = [x.new_empty((*leading, layout.out_features)) for layout in layouts]
     added = [aligned(bias) for bias in biases]
     given = biases[0].dtype if biases else None
     x = aligned(x)
     others = _addresses(joined, added, results)
     if batch == 1:
-        padding = layouts[0].blocks * TILE - x.shape[1]
+        padding = layouts[0].blocks * TILE - in_features
         x = torch.nn.functional.pad(x, (0, padding)) if padding else x
         _row(layouts, dtype, given, x.device)(x.data_ptr(), *others)
         return results
+    x = x.view(batch, in_features)
     shapes, kept, entries = alike(layouts)
     scale = results[0]  # where the kernels are told not to look
     if batch <= SMALL_BATCH:

@@ -605,7 +605,7 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
     given = None if bias is None else bias.dtype
     shape, kept = _without_outliers(layout)
     prepare, product, parts = _launches(shape, kept, batch, dtype, given, x.device, isinstance(tensors, Joined))
-    y = torch.empty(batch, layout.out_features, dtype=dtype, device=x.device)
+    y = x.new_empty((batch, layout.out_features))
     added = y if bias is None else aligned(bias)
     scale = y  # where the kernels are told not to look
     x = aligned(x) if not layout.permuted else x.index_select(1, tensors["perm"])

@@ -1,7 +1,7 @@
 """Tokens a second and peak GPU memory of greedy decoding through `generate`: a SpQR model beside the same model in fp16.
 
     PYTHONPATH=.:kernels:loaders:kernels/benchmarks python loaders/benchmarks/generate.py [--layers 32] [--outliers 0.0045]
-        [--profile]
+        [--eager] [--profile]
 
 The model has the shape of LLaMA-2-7B and random weights; both run in this process, one after the other, with a static cache
 under CUDA graphs as transformers compiles them, SpQR with what the loader asks of it (`spqr_loaders.compiling`). Speed and
@@ -78,15 +78,16 @@ def deferred() -> Iterator[None]:
         DeferredStopCheck.is_supported, DeferredStopCheck.__init__ = supported, begin  # type: ignore[method-assign]
 
 
-def generation(model: Any, tokens: int) -> Callable[[], None]:
-    """What generates `tokens` tokens, each time anew."""
+def generation(model: Any, tokens: int, static: bool = True) -> Callable[[], None]:
+    """What generates `tokens` tokens, each time anew; with a cache that grows, uncompiled, where not static."""
     ids = torch.randint(0, 32000, (1, 16), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     # One cache for all: a new one for each call may lie elsewhere, and then torch records its graph anew, or gives up graphs.
-    cache = StaticCache(model.config, max_cache_len=ids.shape[1] + tokens)
+    cache = StaticCache(model.config, max_cache_len=ids.shape[1] + tokens) if static else None
     kwargs = {"max_new_tokens": tokens, "do_sample": False, "past_key_values": cache}
 
     def run() -> None:
-        cache.reset()
+        if cache is not None:
+            cache.reset()
         with torch.no_grad():
             made = model.generate(ids, **kwargs)
         torch.cuda.synchronize()
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--eager", action="store_true", help="without a static cache too, as `generate` does by itself")
     parser.add_argument("--profile", action="store_true", help="print what the GPU does in a token")
     arguments = parser.parse_args()
     model = build(arguments.layers, torch.float16)
@@ -157,6 +159,8 @@ def main() -> None:
         found[name] = measure(run, arguments.tokens, arguments.repeats)
         with deferred():
             found[f"{name}, deferred"] = measure(run, arguments.tokens, arguments.repeats)
+        if arguments.eager:
+            found[f"{name}, eager"] = measure(generation(model, arguments.tokens, False), arguments.tokens, arguments.repeats)
         if arguments.profile:
             profiles[name] = by_token(spans(run), arguments.tokens)
 

@@ -13,7 +13,7 @@ from spqr_format.layout import Layout
 from spqr_format.matrix import SpqrMatrix
 from spqr_kernels import dequantize
 from spqr_kernels.joined import TORCH_DTYPES, join, places, split
-from spqr_kernels.ops import asks_for_gradient, geometry
+from spqr_kernels.ops import asks_for_gradient, geometry, layout_of
 
 from .siblings import Siblings
 
@@ -80,13 +80,13 @@ class SpqrLinear(nn.Linear):
 
     def shape_as(self, layout: Layout, device: torch.device | str | None) -> None:
         """Gives this layer the parameters of `layout`, empty, on `device`."""
-        self.layout = layout
+        self.geometry = geometry(layout)
+        self.layout = layout = layout_of(*self.geometry)  # the operator's own: what is looked up by it is found at once
         for leaf, spec in layout.tensors().items():
             empty = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
             self.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
         # In tuples: torch.compile then sees constants.
         self.leaves = tuple(layout.tensors())
-        self.geometry = geometry(layout)
         self._is_hf_initialized = True  # transformers must not try to draw random codes
 
     def reset_parameters(self) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spqr_kernels.dispatch import TOGETHER_BATCH, kind
+from spqr_kernels.launch import current_stream
 from spqr_kernels.ops import asks_for_gradient
 
 if TYPE_CHECKING:
@@ -40,38 +41,42 @@ class Siblings:
 
     def __init__(self, layers: Sequence[SpqrLinear]) -> None:
         self.layers = tuple(layers)
+        self.geometry = [number for layer in layers for number in layer.geometry]
+        self.most = TOGETHER_BATCH * layers[0].in_features  # numbers in x
         self.results: _Results | None = None
         self.in_vain = False
 
     def product(self, layer: SpqrLinear, x: Tensor) -> Tensor | None:
         """The layer's output for x [..., in], or None where it has to compute that itself."""
-        if not 0 < x.numel() <= TOGETHER_BATCH * layer.in_features:
-            return None
         held = self.results
         if (
             held is not None and held.x is x and held.version == x._version and held.stream == _stream(x)
-            and not asks_for_gradient(x, layer.bias)
+            and not asks_for_gradient(x, layer._parameters["bias"])
         ):  # fmt: skip
             result = held.of_layers.pop(layer, None)  # given out once: who has it may change it
             if not held.of_layers:
                 self.results = None
             if result is not None:
                 return result
-        if layer is not self.layers[0] or self.in_vain:
+        if layer is not self.layers[0] or self.in_vain or not 0 < x.numel() <= self.most:
             return None
         self.in_vain = held is not None
         self.results = None
-        joined = [other.joined for other in self.layers if other.is_joined() and other.joined is not None]
-        if self.in_vain or len(joined) < len(self.layers):
+        if self.in_vain:
             return None
-        each = [other.bias for other in self.layers]
-        biases = [bias for bias in each if bias is not None]
-        if len(biases) not in (0, len(joined)) or any(asks_for_gradient(x, bias) for bias in each):
+        device, joined, biases = x.device, [], []
+        for other in self.layers:
+            bias, whole = other._parameters["bias"], other.joined if other.is_joined() else None
+            if whole is None or whole.device != device or asks_for_gradient(x, bias):  # hooks may move x for each layer
+                return None
+            joined.append(whole)
+            if bias is not None:
+                if bias.device != device:
+                    return None
+                biases.append(bias)
+        if len(biases) not in (0, len(joined)):
             return None
-        if any(tensor.device != x.device for tensor in (*joined, *biases)):  # hooks may move x for each layer
-            return None
-        geometry = [number for other in self.layers for number in other.geometry]
-        first, *others = torch.ops.spqr.linears(x, biases, joined, geometry)
+        first, *others = torch.ops.spqr.linears(x, biases, joined, self.geometry)
         self.results = _Results(x, x._version, _stream(x), dict(zip(self.layers[1:], others, strict=True)))
         return first
 
@@ -85,7 +90,7 @@ class Siblings:
 
 def _stream(x: Tensor) -> int:
     """The current one: on another a result may not be there yet, nor be part of the CUDA graph that is captured there."""
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    return current_stream(x.device) if x.is_cuda else 0
 
 
 def share(model: nn.Module) -> None:
