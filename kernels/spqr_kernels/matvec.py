@@ -562,7 +562,9 @@ def matvec_kernel(
 
 
 @cache
-def _launch(layout: Layout, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool) -> Launch:
+def launch_for(layout: Layout, dtype: torch.dtype, bias: torch.dtype | None, device: torch.device, joined: bool) -> Launch:
+    """Of x in the original and in stored order, LEAVES, bias or what is not read, and y. joined: whether the stored matrix is
+    one tensor."""
     dtypes = (dtype, dtype, *LEAVES.values(), bias or dtype, dtype)
     integers = (layout.out_features, layout.blocks // CHUNK, layout.groups, layout.outliers)
     constants = {
@@ -586,7 +588,7 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tenso
         x = torch.nn.functional.pad(x, padding)
         original = torch.nn.functional.pad(original, padding) if layout.permuted else x
     added = y if bias is None else aligned(bias)
-    launch = _launch(layout, x.dtype, None if bias is None else bias.dtype, x.device, isinstance(tensors, Joined))
+    launch = launch_for(layout, x.dtype, None if bias is None else bias.dtype, x.device, isinstance(tensors, Joined))
     launch(original.data_ptr(), x.data_ptr(), *addresses(tensors, layout), added.data_ptr(), y.data_ptr())
     return y
 

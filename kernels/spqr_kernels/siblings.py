@@ -139,7 +139,7 @@ def many_rows_kernel(
     )  # fmt: skip
 
 
-def _three(found: Sequence[Any]) -> list[Any]:
+def three(found: Sequence[Any]) -> list[Any]:
     """With the last one in the place of a third, where there are two."""
     return [*found, *[found[-1]] * (TOGETHER - len(found))]
 
@@ -150,8 +150,8 @@ def _pointers(dtype: torch.dtype, bias: torch.dtype | None) -> list[torch.dtype]
 
 
 def _addresses(joined: Sequence[Tensor], biases: Sequence[Tensor], results: Sequence[Tensor]) -> list[int]:
-    matrices, to = _three([tensor.data_ptr() for tensor in joined]), _three([tensor.data_ptr() for tensor in results])
-    return matrices + (_three([tensor.data_ptr() for tensor in biases]) if biases else to) + to
+    matrices, to = three([tensor.data_ptr() for tensor in joined]), three([tensor.data_ptr() for tensor in results])
+    return matrices + (three([tensor.data_ptr() for tensor in biases]) if biases else to) + to
 
 
 def _begins(programs: Sequence[int]) -> list[int]:
@@ -160,11 +160,12 @@ def _begins(programs: Sequence[int]) -> list[int]:
 
 
 @cache
-def _row(layouts: tuple[Layout, ...], dtype: torch.dtype, bias: torch.dtype | None, device: torch.device) -> Launch:
+def row_launch(layouts: tuple[Layout, ...], dtype: torch.dtype, bias: torch.dtype | None, device: torch.device) -> Launch:
+    """For one row of x: of x, each matrix, each bias, or what is not read, and each result, three of each."""
     tiles = [layout.tile_rows for layout in layouts]
     first = layouts[0]
     integers = [first.blocks // CHUNK, first.groups, *_begins(tiles)]
-    for layout in _three(layouts):
+    for layout in three(layouts):
         integers += [*words_of(layout), layout.out_features, layout.outliers]
     entries = max(pair_outliers.entries(layout) for layout in layouts)
     constants = {"HAS_BIAS": bias is not None} | matvec.row_constants(first, entries, sum(tiles), dtype)
@@ -175,7 +176,7 @@ def _row(layouts: tuple[Layout, ...], dtype: torch.dtype, bias: torch.dtype | No
 def _geometry(layouts: Sequence[Layout], shares: Sequence[Share]) -> list[int]:
     """What a kernel of several rows is given of its matrices, behind the first programs of the second and the third."""
     found = _begins([share.programs for share in shares])
-    for layout, share in zip(_three(layouts), _three(shares), strict=True):
+    for layout, share in zip(three(layouts), three(shares), strict=True):
         found += [*words_of(layout), layout.out_features, share.base, share.extra]
     return found
 
@@ -230,7 +231,7 @@ def linears(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], bi
     if batch == 1:
         padding = layouts[0].blocks * TILE - in_features
         x = torch.nn.functional.pad(x, (0, padding)) if padding else x
-        _row(layouts, dtype, given, x.device)(x.data_ptr(), *others)
+        row_launch(layouts, dtype, given, x.device)(x.data_ptr(), *others)
         return results
     x = x.view(batch, in_features)
     shapes, kept, entries = alike(layouts)

@@ -12,6 +12,7 @@ from spqr_format.errors import SpqrError
 from spqr_format.layout import Layout
 from spqr_format.matrix import SpqrMatrix
 from spqr_kernels import dequantize
+from spqr_kernels.eager import OneRow
 from spqr_kernels.joined import TORCH_DTYPES, join, places, split
 from spqr_kernels.ops import asks_for_gradient, geometry, layout_of
 
@@ -36,6 +37,7 @@ class SpqrLinear(nn.Linear):
     geometry: tuple[int | bool, ...]  # the operator's view of `layout`
     joined: Tensor | None = None  # int32, what `spqr_kernels.joined.join` makes of all
     _places: tuple[tuple[str, nn.Parameter, int], ...] = ()  # leaf, parameter, and at which byte of `joined` it begins
+    _one_row: OneRow | None = None  # the way of eager calls with one row of x
     siblings: Siblings | None = None  # layers that are called with the same input
     _is_hf_initialized: bool
 
@@ -108,11 +110,26 @@ class SpqrLinear(nn.Linear):
                 if found is not None:
                     return found
             whole = self.joined if self.is_joined() else None
+            if whole is not None and input.numel() == self.in_features:
+                found = self._product_of_row(input, whole)
+                if found is not None:
+                    return found
         stored = [getattr(self, leaf) for leaf in self.leaves] if whole is None else [whole]
         differentiable = asks_for_gradient(input, self.bias)
         operator = torch.ops.spqr.linear if differentiable else torch.ops.spqr.linear_forward
         result: Tensor = operator(input, self.bias, stored, *self.geometry)
         return result
+
+    def _product_of_row(self, x: Tensor, whole: Tensor) -> Tensor | None:
+        """The output for a row of x past the dispatcher, where there is that way."""
+        bias, way = self._parameters["bias"], self._one_row
+        if asks_for_gradient(x, bias):
+            return None
+        if way is None or not way.is_of((whole,), (bias,)):
+            assert self.layout is not None
+            way = self.__dict__["_one_row"] = OneRow((whole,), (self.layout,), (bias,))
+        found = way(x)
+        return found[0] if found is not None else None
 
     def join(self, on_cpu: bool = True) -> None:
         """Makes the stored tensors views of one, unless they are, or are not all on one device (never on `meta`).
@@ -185,7 +202,7 @@ class SpqrLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         """Of joined tensors the one that holds them: a copy of each would bring all of it along."""
         whole = self.is_joined()  # first of all: it may let go what was joined
-        state = {name: value for name, value in self.__dict__.items() if name != "_places"}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_places", "_one_row")}
         if self.joined is not None and self.joined.untyped_storage().nbytes() > self.joined.nbytes:  # a piece of a pool
             state["joined"] = nn.Parameter(self.joined.detach().clone(), requires_grad=False)
         if whole:

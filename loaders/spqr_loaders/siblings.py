@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spqr_kernels.dispatch import TOGETHER_BATCH, kind
+from spqr_kernels.eager import OneRow
 from spqr_kernels.launch import current_stream
 from spqr_kernels.ops import asks_for_gradient
 
@@ -43,6 +44,7 @@ class Siblings:
         self.layers = tuple(layers)
         self.geometry = [number for layer in layers for number in layer.geometry]
         self.most = TOGETHER_BATCH * layers[0].in_features  # numbers in x
+        self.one_row: OneRow | None = None  # the way of one row of x
         self.results: _Results | None = None
         self.in_vain = False
 
@@ -64,28 +66,37 @@ class Siblings:
         self.results = None
         if self.in_vain:
             return None
-        device, joined, biases = x.device, [], []
+        device, joined, each = x.device, [], []
         for other in self.layers:
             bias, whole = other._parameters["bias"], other.joined if other.is_joined() else None
             if whole is None or whole.device != device or asks_for_gradient(x, bias):  # hooks may move x for each layer
                 return None
+            if bias is not None and bias.device != device:
+                return None
             joined.append(whole)
-            if bias is not None:
-                if bias.device != device:
-                    return None
-                biases.append(bias)
-        if len(biases) not in (0, len(joined)):
-            return None
-        first, *others = torch.ops.spqr.linears(x, biases, joined, self.geometry)
+            each.append(bias)
+        found = self._products_of_row(x, joined, each) if x.numel() == layer.in_features else None
+        if found is None:
+            biases = [bias for bias in each if bias is not None]
+            if len(biases) not in (0, len(joined)):
+                return None
+            found = torch.ops.spqr.linears(x, biases, joined, self.geometry)
+        first, *others = found
         self.results = _Results(x, x._version, _stream(x), dict(zip(self.layers[1:], others, strict=True)))
         return first
+
+    def _products_of_row(self, x: Tensor, joined: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor] | None:
+        """The output of each for a row of x past the dispatcher, where there is that way."""
+        if self.one_row is None or not self.one_row.is_of(joined, biases):
+            self.one_row = OneRow(joined, [layer.layout for layer in self.layers if layer.layout is not None], biases)
+        return self.one_row(x)
 
     def forget(self) -> None:
         """Lets go of the results, because a layer has changed."""
         self.results = None
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"results": None}
+        return self.__dict__ | {"results": None, "one_row": None}
 
 
 def _stream(x: Tensor) -> int:

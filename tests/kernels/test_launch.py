@@ -101,7 +101,7 @@ def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
 
     shape, entries = outliers.without_outliers(layout)
     for bias in (None, torch.float32):
-        complete(matvec._launch.__wrapped__(layout, dtype, bias, GPU, True))
+        complete(matvec.launch_for.__wrapped__(layout, dtype, bias, GPU, True))
         for batch in (1, 8, 33, 64):
             complete(decode._launch.__wrapped__(shape, entries, batch, dtype, bias, GPU))
         all_launches = [
@@ -114,7 +114,7 @@ def test_every_kernel_is_given_all_of_its_arguments(hopper, layout, dtype):
         ]
         other = Layout(**{**layout.as_dict(), "out_features": layout.out_features + 17})
         for layouts in ((layout, other), (other, layout, layout)):
-            complete(siblings._row.__wrapped__((layouts[0], layouts[1].with_outliers(0), *layouts[2:]), dtype, bias, GPU))
+            complete(siblings.row_launch.__wrapped__((layouts[0], layouts[1].with_outliers(0), *layouts[2:]), dtype, bias, GPU))
             shapes, kept, most = siblings.alike.__wrapped__(layouts)
             all_launches += [siblings._few_rows.__wrapped__(shapes, kept, batch, dtype, bias, GPU) for batch in (2, 9)]
             all_launches += [siblings._many_rows.__wrapped__(shapes, most, batch, dtype, bias, GPU) for batch in (17, 300)]
@@ -136,7 +136,7 @@ def test_what_was_not_joined_does_not_overlap(hopper):
     from spqr_kernels import gemm, matvec, small
 
     for joined_, overlaps in ((True, True), (False, False)):
-        launch = matvec._launch.__wrapped__(LAYOUTS[0], torch.float16, None, GPU, joined_)
+        launch = matvec.launch_for.__wrapped__(LAYOUTS[0], torch.float16, None, GPU, joined_)
         few = small._launches.__wrapped__(LAYOUTS[0], 64, 8, torch.float16, None, GPU, joined_).product
         product = gemm._launches.__wrapped__(LAYOUTS[0], 1, 32, torch.float16, None, GPU, joined_).product
         wide = gemm._launches.__wrapped__(LAYOUTS[0], 1, 512, torch.float16, None, GPU, joined_).product

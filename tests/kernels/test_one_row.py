@@ -22,7 +22,7 @@ from ptx_memory import Memory
 def product(matrix, x, bias=None, x_of_outliers=None, modes=(True, False), **forced):
     """W x + bias [out] of `matvec_kernel` for x [in]. x_of_outliers: what these are multiplied with, where that is not x."""
     layout, memory, packed = matrix.layout, Memory(), matrix.pack()
-    launch = matvec._launch.__wrapped__(layout, x.dtype, None if bias is None else bias.dtype, CPU, False)
+    launch = matvec.launch_for.__wrapped__(layout, x.dtype, None if bias is None else bias.dtype, CPU, False)
     dense = x if matrix.perm is None else x[torch.from_numpy(matrix.perm).long()]
     if x_of_outliers is not None:
         forced["PERMUTED"] = True
@@ -162,7 +162,7 @@ def test_siblings(random_matrix, kind, rows, columns, dtype):
     found = [random_matrix(out, columns, seed=i, **kind | {"outliers": 0.01 * (i != 1)}) for i, out in enumerate(rows)]
     layouts, x, memory = tuple(matrix.layout for matrix in found), row(columns, dtype), Memory()
     dense = torch.nn.functional.pad(x, (0, layouts[0].blocks * 16 - columns))
-    launch = siblings._row.__wrapped__(layouts, dtype, dtype if len(rows) > 2 else None, CPU)
+    launch = siblings.row_launch.__wrapped__(layouts, dtype, dtype if len(rows) > 2 else None, CPU)
     biases = [row(out, dtype, 7 + i) for i, out in enumerate(rows)] if len(rows) > 2 else [None] * len(rows)
     stored = [memory.add(join(matrix).numpy()) for matrix in found]
     added = [0 if bias is None else memory.add(bits(bias)) for bias in biases]
