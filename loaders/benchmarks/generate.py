@@ -154,13 +154,17 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     profiles = {}
 
+    def keep(name: str, run: Callable[[], None]) -> None:
+        found[name] = measure(run, arguments.tokens, arguments.repeats)
+        print(f"{name}: {found[name]['tokens_per_s']:.1f} tokens/s", flush=True)  # stays, whatever ends the run
+
     def take(name: str) -> None:
         run = generation(model, arguments.tokens)
-        found[name] = measure(run, arguments.tokens, arguments.repeats)
+        keep(name, run)
         with deferred():
-            found[f"{name}, deferred"] = measure(run, arguments.tokens, arguments.repeats)
+            keep(f"{name}, deferred", run)
         if arguments.eager:
-            found[f"{name}, eager"] = measure(generation(model, arguments.tokens, False), arguments.tokens, arguments.repeats)
+            keep(f"{name}, eager", generation(model, arguments.tokens, False))
         if arguments.profile:
             profiles[name] = by_token(spans(run), arguments.tokens)
 
