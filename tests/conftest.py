@@ -14,6 +14,12 @@ from spqr_format import Layout, SpqrMatrix
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what is marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu") and not pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("no GPU")
+
+
 def make_matrix(
     out_features: int, in_features: int, *, weight_bits: int = 3, group_size: int = 16, statistics: str = "bilevel",
     outliers: float = 0.01, permuted: bool = False, seed: int = 0,

@@ -264,11 +264,7 @@ def test_generate_compiles_on_a_gpu_alone(converted):
 
 
 @pytest.mark.gpu
-def test_generate_compiled(request, monkeypatch):
-    if not pytest.importorskip("torch").cuda.is_available():
-        pytest.skip("no GPU")
-    monkeypatch.setenv("TORCHINDUCTOR_ENABLE_PDL", "1")  # the command sets it, and here it is taken back
-    converted = request.getfixturevalue("converted")
+def test_generate_compiled(converted):
     arguments = ["generate", converted, "The old man", "--max-new-tokens", 24, "--device", "cuda"]
     eager, compiled = spqr(*arguments), spqr(*arguments, "--compile")
     assert compiled.exit_code == 0, compiled.output

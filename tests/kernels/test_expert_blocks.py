@@ -78,8 +78,6 @@ KINDS = {
 @pytest.mark.parametrize("width", expert_blocks.WIDTHS)
 @pytest.mark.parametrize("kinds", KINDS)
 def test_blocks_of_rows_match_float64(random_matrix, device, kinds, width):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
     for parts, out, columns, rows, chosen, dtype in (
         (2, 48, 256, 33, 2, FP16), (1, 40, 768, 50, 1, BF16), (2, 17, 512, 20, 3, FP16), (2, 33, 250, 9, 2, BF16),
     ):  # fmt: skip

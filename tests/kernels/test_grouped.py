@@ -22,12 +22,6 @@ KINDS = [
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
-@pytest.fixture(autouse=True)
-def _device(request):
-    if "cuda" in request.node.name and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-
-
 def matrices(random_matrix, rows, columns, kind, device, all_alike=False):
     """Layout, joined tensor and dense weight in float64 of each. The second one has no outliers, unless all are alike."""
     found = []

@@ -41,12 +41,6 @@ KINDS = [
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float32: 1e-5}
 
 
-@pytest.fixture(autouse=True)
-def _device(request):
-    if "cuda" in request.node.name and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-
-
 def stored(matrix, device):
     return {leaf: torch.from_numpy(tensor.copy()).to(device) for leaf, tensor in matrix.pack().items()}
 
@@ -378,8 +372,6 @@ def test_the_ops_pass_torch_opcheck(random_matrix, device):
 @pytest.mark.parametrize("batch", [1, 5, 16, 20])
 @pytest.mark.gpu
 def test_products_run_in_a_cuda_graph(random_matrix, batch):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     matrix = random_matrix(256, 4096)  # of which several programs share the columns
     tensors = stored(matrix, "cuda")
     x = torch.randn(batch, 4096, device="cuda").half()

@@ -14,7 +14,7 @@ from spqr_loaders.experts import SplitExperts
 
 from .conftest import IDS, layers, position_out_of_range
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = pytest.mark.gpu
 
 
 matvec = pytest.importorskip("spqr_kernels.matvec", reason="no Triton")
