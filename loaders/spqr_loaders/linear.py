@@ -157,6 +157,7 @@ class SpqrLinear(nn.Linear):
         for leaf, parameter, offset in self._places:
             if self._parameters.get(leaf) is not parameter or parameter.data_ptr() != begin + offset:
                 self.joined, self._places = None, ()
+                self._forget()
                 return False
         return True
 
@@ -182,7 +183,8 @@ class SpqrLinear(nn.Linear):
             self._forget()
 
     def _forget(self) -> None:
-        """What siblings have computed for this layer, before it changed."""
+        """What siblings have computed for this layer, and what is held of its tensors, before it changed."""
+        self.__dict__["_one_row"] = None
         if self.siblings is not None:
             self.siblings.forget()
 

@@ -42,7 +42,6 @@ class Siblings:
 
     def __init__(self, layers: Sequence[SpqrLinear]) -> None:
         self.layers = tuple(layers)
-        self.geometry = [number for layer in layers for number in layer.geometry]
         self.most = TOGETHER_BATCH * layers[0].in_features  # numbers in x
         self.one_row: OneRow | None = None  # the way of one row of x
         self.results: _Results | None = None
@@ -80,7 +79,8 @@ class Siblings:
             biases = [bias for bias in each if bias is not None]
             if len(biases) not in (0, len(joined)):
                 return None
-            found = torch.ops.spqr.linears(x, biases, joined, self.geometry)
+            geometry = [number for other in self.layers for number in other.geometry]
+            found = torch.ops.spqr.linears(x, biases, joined, geometry)
         first, *others = found
         self.results = _Results(x, x._version, _stream(x), dict(zip(self.layers[1:], others, strict=True)))
         return first
@@ -92,8 +92,8 @@ class Siblings:
         return self.one_row(x)
 
     def forget(self) -> None:
-        """Lets go of the results, because a layer has changed."""
-        self.results = None
+        """Lets go of the results, and of the matrices, because a layer has changed."""
+        self.results = self.one_row = None
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"results": None, "one_row": None}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from spqr_format.layout import Layout
 from spqr_loaders import SpqrFormatConfig, SpqrLinear
+from spqr_loaders.siblings import share
 
 from .conftest import IDS, How, Quantized, layers, rtn
 
@@ -137,9 +140,13 @@ def test_a_changed_layer_is_joined_and_holds_nothing_twice(change):
 def test_copies_are_joined(again):
     layer = layer_of(0)
     names, target = [name for name, _ in layer.named_parameters()], layer(X)
+    with torch.no_grad():
+        layer(X[:1])
     other = again(layer)
     assert_in_one(other)
     assert_in_one(layer)
+    assert layer._one_row is not None
+    assert other._one_row is None, "it is of the other's tensors"
     assert [name for name, _ in other.named_parameters()] == names
     assert not any(parameter.requires_grad for parameter in other.parameters())
     assert torch.equal(other(X), target)
@@ -188,6 +195,33 @@ def test_a_replaced_tensor_is_computed_with(way, leaf):
     layer.join()
     assert_in_one(layer)
     assert_close(layer(X), target)
+
+
+def replaced(layer: SpqrLinear) -> None:
+    by_dictionary(layer, "weight", layer.weight.detach().clone())
+    layer(X)
+
+
+def offloaded(layer: SpqrLinear) -> None:
+    cpu_offload(nn.Sequential(layer), execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "siblings"])
+@pytest.mark.parametrize("change", [moved, replaced, offloaded], ids=lambda function: function.__name__)
+def test_nothing_of_before_stays_in_memory(change, alone):
+    """Whatever held it for the eager calls with one row."""
+    parent = nn.Module()
+    parent.q_proj, parent.k_proj = layer_of(0), layer_of(1)
+    if not alone:
+        share(parent)
+    with torch.no_grad():
+        parent.q_proj(X[:1]), parent.k_proj(X[:1])
+    before = weakref.ref(parent.q_proj.joined)
+    assert (parent.q_proj._one_row is not None) == alone
+    change(parent.q_proj)
+    gc.collect()
+    assert before() is None
+    del parent
 
 
 @pytest.mark.parametrize("way", [by_setattr, in_place], ids=lambda function: function.__name__)
