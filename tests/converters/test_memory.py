@@ -103,12 +103,17 @@ print(json.dumps({"peak": 1024 * int(peak), **plans[0].as_dict()}))
 """
 
 
-def converted(source: Path, target: Path, text: Path, **asked) -> dict:
+# Memory of a tensor goes back to the system at once: else peaks differ by 30 MB from run to run.
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+
+
+def converted(source: Path, target: Path, text: Path, environment: dict[str, str] | None = None, **asked) -> dict:
     """A conversion in a process of its own: its peak of memory as the system counts it, and what was predicted."""
     done = subprocess.run(
         [sys.executable, "-c", CONVERSION, json.dumps(asked), str(source), str(target), str(text)],
         capture_output=True, text=True, cwd=ROOT,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'converters'}:{ROOT / 'kernels'}", "PATH": "", "OMP_NUM_THREADS": "1"},
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'converters'}:{ROOT / 'kernels'}", "PATH": "", "OMP_NUM_THREADS": "1",
+             **(environment or {})},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -116,17 +121,17 @@ def converted(source: Path, target: Path, text: Path, **asked) -> dict:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_limit_is_kept_by_activations_on_disk(random_llama, tmp_path, calibration_text) -> None:
-    """Two streams of 50 MB in all, with a limit 40 MB too low for them: they lie on disk, and the bytes are the same."""
+    """Two streams of 25 MB in all, with a limit 20 MB too low for them: they lie on disk, and the bytes are the same."""
     source = random_llama(layers=2, hidden=192, mlp=192)
-    asked = {"calibration": {"tokens": 32768, "seqlen": 64, "batch": 32}}
+    asked = {"calibration": {"tokens": 16384, "seqlen": 64, "batch": 32}, "environment": RETURNED}
     free = converted(source, tmp_path / "free", calibration_text, **asked)
     assert free["scratch_file"] == 0
     assert free["peak"] <= free["peak_memory"]
-    limit = free["peak_memory"] - 40_000_000
+    limit = free["peak_memory"] - 20_000_000
     tight = converted(source, tmp_path / "tight", calibration_text, **asked, max_memory={"cpu": limit})
-    assert 35_000_000 < tight["scratch_file"] <= 2 * 4 * 192 * 32768
+    assert 17_000_000 < tight["scratch_file"] <= 2 * 4 * 192 * 16384
     assert tight["peak"] <= tight["peak_memory"] <= limit
-    assert tight["peak"] < free["peak"] - 25_000_000
+    assert tight["peak"] < free["peak"] - 15_000_000
     assert digests(tmp_path / "free") == digests(tmp_path / "tight")
 
 
