@@ -43,7 +43,7 @@ def in_blocks(ids: Tensor, rows: int, experts: int, width: int) -> Blocks:
     pairs = ids.numel()
     blocks = most_blocks(pairs, experts, width)
     # By a sort, which takes the same time for few and for many experts; 16 bits are a quarter of the passes of 64.
-    chosen, order = ids.to(torch.int16).sort(stable=True)
+    chosen, order = ids.to(torch.int16 if experts <= 2**15 else torch.int64).sort(stable=True)
     chosen = chosen.long()
     edges = torch.searchsorted(chosen, torch.arange(experts + 1, device=ids.device))
     first = edges[:-1]  # of each expert's pairs, in order

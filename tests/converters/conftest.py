@@ -66,8 +66,8 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> No
 @contextmanager
 def within(seconds: float = 5.0, rise: float = 150e6) -> Iterator[None]:
     """What stands in the block takes at most so much of the processor's time and so many more bytes of memory at its peak, as
-    the system counts. The slowest file that is refused takes 0.4 to 1 s on a machine with other work; what gets past the limits
-    of a reader takes minutes."""
+    the system counts. The slowest file that is refused takes 0.4 to 1 s on a machine with other work; without its reader's
+    limit, 18 s."""
     release()  # or what was freed before would be used again without being seen
     status = Path("/proc/self/status")
     if status.exists():

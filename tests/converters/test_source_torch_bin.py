@@ -133,7 +133,7 @@ def cases() -> dict[str, bytes]:
         "two billion elements": huge(2**31 - 1),
         "more elements than data": huge(200_000),
         "larger than its storage": resized(),
-        "a deep structure": b"\x80\x02" + b"]" * 600_000 + b".",
+        "a deep structure": b"\x80\x02" + b"]" * 8_000_000 + b".",
         "memory of strings": b"\x80\x02" + b"X\xff\xff\xff\x7f" + b"a" * 100,
         "a compressed archive": _compressed(),
     }

@@ -33,6 +33,13 @@ def test_every_pair_has_a_place_in_a_block_of_its_expert(data, number, rows, wid
     assert ((table[:, 0] >= 0) == (table[:, 1] > 0)).all()
 
 
+def test_more_experts_than_16_bits_count():
+    ids = torch.tensor([39999, 0, 32768, 39999])
+    _, table, places = expert_blocks.in_blocks(ids, 4, 40000, 8)
+    assert table[places // 8, 0].tolist() == ids.tolist()
+    assert table[:, 1].sum() == 4
+
+
 @pytest.mark.parametrize(("pairs", "number", "width"), [(15, 8, None), (16, 8, 8), (64, 8, 16), (1024, 8, 128), (9000, 8, 256)])
 def test_the_width_of_blocks(pairs, number, width):
     assert expert_blocks.width_for(pairs, number) == width
