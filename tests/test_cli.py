@@ -261,15 +261,19 @@ def test_generate_compiles_on_a_gpu_alone(converted):
     result = spqr("generate", converted, "The old man", "--compile", "--device", "cpu")
     assert result.exit_code == 2
     assert "--compile needs a GPU" in result.output
+    result = spqr("generate", converted, "The old man", "--compile", "--eager", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "--compile or --eager" in result.output
 
 
 @pytest.mark.gpu
 def test_generate_compiled(converted):
     arguments = ["generate", converted, "The old man", "--max-new-tokens", 24, "--device", "cuda"]
-    eager, compiled = spqr(*arguments), spqr(*arguments, "--compile")
-    assert compiled.exit_code == 0, compiled.output
-    assert "did not compile" not in compiled.stderr
-    assert compiled.stdout[:20] == eager.stdout[:20]
+    eager, recorded, compiled = spqr(*arguments, "--eager"), spqr(*arguments), spqr(*arguments, "--compile")
+    for result in (recorded, compiled):
+        assert result.exit_code == 0, result.output
+        assert "did not compile" not in result.stderr
+        assert result.stdout[:20] == eager.stdout[:20]
 
 
 def test_the_speed_of_generate():

@@ -1,25 +1,22 @@
 """Tokens a second and peak GPU memory of greedy decoding through `generate`: a SpQR model beside the same model in fp16.
 
     PYTHONPATH=.:kernels:loaders:kernels/benchmarks python loaders/benchmarks/generate.py [--layers 32] [--outliers 0.0045]
-        [--apart] [--eager] [--profile]
+        [--apart] [--only recorded ...] [--profile]
 
 The model has the shape of LLaMA-2-7B and random weights; both run in this process, one after the other, with a static cache
-under CUDA graphs as transformers compiles them, SpQR with what the loader asks of it (`spqr_loaders.compiling`). Speed and
-memory do not depend on what the weights are; quality is not looked at.
-
-`generate` waits after every token for the GPU, to see whether that was the last one, and the GPU then waits for it.
-transformers has a check that looks one token later, so far for Apple's GPUs alone; "deferred" is with that, for both models.
+under CUDA graphs. "recorded" is with `graph_decoding`, "transformers" with its own loop, which compiles a step and records it
+too, and then waits for the host at every token; "not compiled" is `graph_decoding` without Inductor, and "eager" neither
+compiled nor recorded. Speed and memory do not depend on what the weights are; quality is not looked at.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +24,9 @@ import torch
 from random_weights import random_tensors
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
-from transformers.generation.utils import DeferredStopCheck
 
 from spqr_format.layout import Layout
+from spqr_loaders import graph_decoding
 from spqr_loaders.compiling import prefer_overlap
 from spqr_loaders.linear import SpqrLinear
 from spqr_loaders.siblings import share
@@ -65,24 +62,23 @@ def pack(model: Any, outliers: float) -> None:
     share(model)
 
 
-@contextlib.contextmanager
-def deferred() -> Iterator[None]:
-    """Within it `generate` looks one token later whether it is done, without going back to that in the cache."""
-    supported, begin = DeferredStopCheck.is_supported, DeferredStopCheck.__init__
-    DeferredStopCheck.is_supported = staticmethod(lambda *_, **__: True)  # type: ignore[assignment,method-assign]
-    DeferredStopCheck.__init__ = lambda self, ids, most, *_: begin(self, ids, most, None, False)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        DeferredStopCheck.is_supported, DeferredStopCheck.__init__ = supported, begin  # type: ignore[method-assign]
+# How a row of the table generates. Inductor's kernels begin early in both models where it is "recorded", and in SpQR's where
+# it is transformers' own loop.
+WAYS: dict[str, dict[str, Any]] = {
+    "recorded": {"custom_generate": graph_decoding},
+    "not compiled": {"custom_generate": graph_decoding, "disable_compile": True},
+    "transformers": {},
+    "eager": {"disable_compile": True},
+}
 
 
-def generation(model: Any, tokens: int, static: bool = True) -> Callable[[], None]:
-    """What generates `tokens` tokens, each time anew; with a cache that grows, uncompiled, where not static."""
+def generation(model: Any, tokens: int, way: str) -> Callable[[], None]:
+    """What generates `tokens` tokens, each time anew."""
     ids = torch.randint(0, 32000, (1, 16), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     # One cache for all: a new one for each call may lie elsewhere, and then torch records its graph anew, or gives up graphs.
-    cache = StaticCache(model.config, max_cache_len=ids.shape[1] + tokens) if static else None
-    kwargs = {"max_new_tokens": tokens, "do_sample": False, "past_key_values": cache}
+    # Eager steps have a cache that grows, as `generate` has by itself.
+    cache = None if way == "eager" else StaticCache(model.config, max_cache_len=ids.shape[1] + tokens)
+    kwargs = {"max_new_tokens": tokens, "do_sample": False, "past_key_values": cache} | WAYS[way]
 
     def run() -> None:
         if cache is not None:
@@ -146,8 +142,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--apart", action="store_true", help="compile SpQR as fp16: Inductor's kernels do not begin early")
-    parser.add_argument("--eager", action="store_true", help="without a static cache too, as `generate` does by itself")
+    parser.add_argument("--apart", action="store_true", help="transformers' loop compiles SpQR as fp16: no kernels begin early")
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), help="rows of the table")
     parser.add_argument("--profile", action="store_true", help="print what the GPU does in a token")
     arguments = parser.parse_args()
     model = build(arguments.layers, torch.float16)
@@ -158,22 +154,20 @@ def main() -> None:
         found[name] = measure(run, arguments.tokens, arguments.repeats)
         print(f"{name}: {found[name]['tokens_per_s']:.1f} tokens/s", flush=True)  # stays, whatever ends the run
 
-    def take(name: str) -> None:
-        run = generation(model, arguments.tokens)
-        keep(name, run)
-        with deferred():
-            keep(f"{name}, deferred", run)
-        if arguments.eager:
-            keep(f"{name}, eager", generation(model, arguments.tokens, False))
-        if arguments.profile:
-            profiles[name] = by_token(spans(run), arguments.tokens)
+    def take(model_name: str) -> None:
+        for way in arguments.only:
+            name = f"{model_name}, {way}"
+            run = generation(model, arguments.tokens, way)
+            keep(name, run)
+            if arguments.profile and way != "eager":
+                profiles[name] = by_token(spans(run), arguments.tokens)
+            torch._dynamo.reset()
+            model.__dict__.pop("_compiled_call", None)
 
     take("fp16")
     pack(model, arguments.outliers)
     if not arguments.apart:
         prefer_overlap(model)
-    torch._dynamo.reset()
-    model.__dict__.pop("_compiled_call", None)
     torch.cuda.empty_cache()
     take("spqr")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.layers} layers, {arguments.tokens} tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
@@ -28,14 +29,25 @@ from .output import duration
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
 @click.option(
     "--compile", "compiled", is_flag=True,
-    help="Compile a step and record it as a CUDA graph: some half a minute at the first tokens, then faster.",
+    help="Compile what is recorded as a CUDA graph: some half a minute at the first tokens, then faster.",
 )  # fmt: skip
+@click.option("--eager", is_flag=True, help="Run a step's operations one by one, as transformers does by itself.")
 @device_option
 @dtype_option
 def generate_command(
-    model: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, compiled: bool, device: str, dtype: str
+    model: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    compiled: bool,
+    eager: bool,
+    device: str,
+    dtype: str,
 ) -> None:
     """Continue a prompt, token by token as they come. Speed is printed on stderr.
+
+    On a GPU a step is recorded once as a CUDA graph and replayed (models whose layers look at a window excepted).
 
     \b
     Examples:
@@ -44,6 +56,8 @@ def generate_command(
     """
     if compiled and chosen_device(device).startswith("cpu"):
         raise click.UsageError("--compile needs a GPU")
+    if compiled and eager:
+        raise click.UsageError("--compile or --eager")
     loaded = load_model(model, device, dtype)
     tokenizer = load_tokenizer(model)
     import torch
@@ -63,9 +77,13 @@ def generate_command(
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    if compiled:
-        how["cache_implementation"] = "static"
     streamer = Timed()
+    if loaded.device.type == "cuda" and not eager:
+        from spqr_loaders import graph_decoding
+
+        # transformers hands no streamer to a custom_generate.
+        how["custom_generate"] = functools.partial(graph_decoding, streamer=streamer)
+        how |= {"cache_implementation": "static", "disable_compile": not compiled}
     loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **how)
     if compiled and getattr(loaded, "_compiled_call", None) is None:
         click.echo("transformers did not compile this model", err=True)
