@@ -12,6 +12,7 @@ compiled nor recorded. Speed and memory do not depend on what the weights are; q
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -24,6 +25,7 @@ import torch
 from random_weights import random_tensors
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+from transformers.generation.streamers import BaseStreamer
 
 from spqr_format.layout import Layout
 from spqr_loaders import graph_decoding
@@ -72,40 +74,66 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def generation(model: Any, tokens: int, way: str) -> Callable[[], None]:
-    """What generates `tokens` tokens, each time anew."""
+class Arrivals(BaseStreamer):
+    """When `generate` began, and when each token was there for the host."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Of no interest."""
+
+
+def generation(model: Any, tokens: int, way: str) -> Callable[[], list[float]]:
+    """What generates `tokens` tokens, each time anew, and returns the times of `Arrivals`."""
     ids = torch.randint(0, 32000, (1, 16), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     # One cache for all: a new one for each call may lie elsewhere, and then torch records its graph anew, or gives up graphs.
     # Eager steps have a cache that grows, as `generate` has by itself.
     cache = None if way == "eager" else StaticCache(model.config, max_cache_len=ids.shape[1] + tokens)
     kwargs = {"max_new_tokens": tokens, "do_sample": False, "past_key_values": cache} | WAYS[way]
 
-    def run() -> None:
+    def run() -> list[float]:
         if cache is not None:
             cache.reset()
-        with torch.no_grad():
-            made = model.generate(ids, **kwargs)
         torch.cuda.synchronize()
+        arrivals = Arrivals()
+        custom = kwargs.get("custom_generate")  # to which transformers hands no streamer
+        bound = {"custom_generate": functools.partial(custom, streamer=arrivals)} if custom else {}
+        with torch.no_grad():
+            made = model.generate(ids, streamer=arrivals, **kwargs | bound)
         if made.shape[1] != ids.shape[1] + tokens:
             raise SystemExit(f"{made.shape[1] - ids.shape[1]} tokens instead of {tokens}")
+        return arrivals.times
 
     return run
 
 
-def measure(run: Callable[[], None], tokens: int, repeats: int) -> dict[str, float]:
-    """Tokens a second, median of `repeats` generations after a warm-up, and the peak memory in bytes."""
+def measure(run: Callable[[], list[float]], repeats: int) -> dict[str, float]:
+    """`rates` of `repeats` generations after a warm-up, medians, and the peak memory in bytes."""
     for _ in range(2):
         run()
     torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return {"tokens_per_s": tokens / statistics.median(times), "peak_bytes": float(torch.cuda.max_memory_allocated())}
+    each = [rates(run()) for _ in range(repeats)]
+    medians = {key: statistics.median(its[key] for its in each) for key in each[0]}
+    return medians | {"peak_bytes": float(torch.cuda.max_memory_allocated())}
 
 
-def spans(run: Callable[[], None]) -> list[tuple[float, float, str]]:
+def rates(times: list[float], begun: int = 4) -> dict[str, float]:
+    """Tokens a second from the `begun`-th on, when all is recorded, seconds until that one, and tokens a second of it all.
+
+    times: in seconds, when the prompt, and then each token, was there.
+    """
+    return {
+        "tokens_per_s": (len(times) - 1 - begun) / (times[-1] - times[begun]),
+        "begin_s": times[begun] - times[0],
+        "all_tokens_per_s": (len(times) - 1) / (times[-1] - times[0]),
+    }
+
+
+def spans(run: Callable[[], list[float]]) -> list[tuple[float, float, str]]:
     """Begin and end, in us, and name of all that the GPU does in a generation. The profiler makes it a little slower."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run()
@@ -150,8 +178,8 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     profiles = {}
 
-    def keep(name: str, run: Callable[[], None]) -> None:
-        found[name] = measure(run, arguments.tokens, arguments.repeats)
+    def keep(name: str, run: Callable[[], list[float]]) -> None:
+        found[name] = measure(run, arguments.repeats)
         print(f"{name}: {found[name]['tokens_per_s']:.1f} tokens/s", flush=True)  # stays, whatever ends the run
 
     def take(model_name: str) -> None:
@@ -172,11 +200,13 @@ def main() -> None:
     take("spqr")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.layers} layers, {arguments.tokens} tokens")
     print(f"SpQR with {100 * arguments.outliers:.2f} % outliers")
-    print("| | tokens/s | ratio | peak GB | ratio |\n|---|---:|---:|---:|---:|")
+    print("| | tokens/s | ratio | first 4, ms | with them, tokens/s | ratio | peak GB | ratio |\n|---|" + 7 * "---:|")
     for name, its in found.items():
         dense = found[name.replace("spqr", "fp16")]
-        speed, memory = (its[key] / dense[key] for key in ("tokens_per_s", "peak_bytes"))
-        print(f"| {name} | {its['tokens_per_s']:.1f} | {speed:.2f} | {its['peak_bytes'] / 1e9:.2f} | {memory:.3f} |")
+        speed, of_all, memory = (its[key] / dense[key] for key in ("tokens_per_s", "all_tokens_per_s", "peak_bytes"))
+        cells = [f"{its['tokens_per_s']:.1f}", f"{speed:.2f}", f"{1000 * its['begin_s']:.1f}"]
+        cells += [f"{its['all_tokens_per_s']:.1f}", f"{of_all:.2f}", f"{its['peak_bytes'] / 1e9:.2f}", f"{memory:.3f}"]
+        print(f"| {name} | {' | '.join(cells)} |")
     for title, rows in profiles.items():
         print(f"\n| {title}, of a token | number | us |\n|---|---:|---:|")
         for name, number, us in rows:

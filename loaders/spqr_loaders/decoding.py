@@ -10,7 +10,7 @@ transformers hands no streamer to a `custom_generate`, so it is bound as well:
 
     model.generate(..., streamer=streamer, custom_generate=functools.partial(graph_decoding, streamer=streamer))
 
-It works for every model, dense ones too, and gives the same tokens. The graph is recorded by each `generate` anew (some ten
+It works for every model, dense ones too, and gives the same tokens. The graph is recorded by each `generate` anew (some twenty
 milliseconds), so that nothing can be replayed that has changed since. A step is compiled as `generate` does for a static
 cache; `disable_compile=True` records it as it is, which takes no time at the first tokens.
 """

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, StaticCache
-
-from .conftest import IDS
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,26 +31,22 @@ def test_what_a_token_costs(generate):
     ]  # fmt: skip
 
 
-def test_looking_later_makes_the_same_tokens(generate, tiny, monkeypatch):
-    class Event:  # the CPU has none
-        def __init__(self, **_):
-            made.append(self)
+def test_tokens_a_second(generate):
+    """The prompt at 1 s, four tokens in 2 s, and four more in half a second."""
+    times = [1.0, 2.0, 2.5, 2.75, 3.0, 3.1, 3.2, 3.4, 3.5]
+    assert generate.rates(times) == {"tokens_per_s": 8.0, "begin_s": 2.0, "all_tokens_per_s": 3.2}
 
-        def record(self):
-            """Nothing is queued here."""
 
-        synchronize = record
-
-    made = []
-    monkeypatch.setattr(torch, "Event", Event)
+@pytest.mark.parametrize("way", ["recorded", "transformers", "eager"])
+def test_every_token_arrives(generate, tiny, monkeypatch, way):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    generator, randint = torch.Generator, torch.randint
+    monkeypatch.setattr(torch, "Generator", lambda _: generator())  # the prompt on the CPU
+    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: randint(0, 4000, (1, 16), generator=kwargs["generator"]))
     model = AutoModelForCausalLM.from_pretrained(tiny.folder)
-    kwargs = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
-    expected = model.generate(IDS, past_key_values=StaticCache(model.config, max_cache_len=20), **kwargs)
-    assert not made
-    with generate.deferred():
-        later = model.generate(IDS, past_key_values=StaticCache(model.config, max_cache_len=20), **kwargs)
-    assert made
-    assert torch.equal(later, expected)
-    made.clear()
-    model.generate(IDS, **kwargs)
-    assert not made
+    model.generation_config.eos_token_id = None
+    run = generate.generation(model, 9, way)
+    for _ in range(2):
+        times = run()
+        assert len(times) == 1 + 9
+        assert times == sorted(times)
