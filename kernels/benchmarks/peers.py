@@ -84,15 +84,15 @@ def state(peer: Peer) -> str:
         return f"failed: {type(error).__name__}: {error}"
 
 
-def _ours(case: Case, device: str) -> Matrix:
-    """As a layer calls it: the stored tensors in one."""
+def _ours(case: Case, device: str, dtype: torch.dtype) -> Matrix:
+    """As a layer calls it: the stored tensors in one. dtype: of x."""
     tensors, layout = random_tensors(case.layout, case.share, 0, device)
     numbers = geometry(layout)
 
     def bind(copies: list[Tensor]) -> Product:
         return lambda x: torch.ops.spqr.linear_forward(x, None, copies, *numbers)
 
-    return Matrix([join(tensors, layout)], bind, lambda: reference.dequantize(tensors, layout).double())
+    return Matrix([join(tensors, layout)], bind, lambda: reference.dequantize(tensors, layout).double(), dtype)
 
 
 def _dense(case: Case, device: str, dtype: torch.dtype) -> Matrix:
@@ -234,8 +234,10 @@ def _fits_spqr_quant(case: Case) -> bool:
     return case.weight_bits == 3 and case.statistics == "bilevel" and tiles
 
 
+_EVERY_FIELD = ("shape", "share", "weight_bits", "statistics", "group_size")
 PEERS = {
-    "ours": Peer(_ours, ("shape", "share", "weight_bits", "statistics", "group_size")),
+    "ours": Peer(partial(_ours, dtype=torch.float16), _EVERY_FIELD),
+    "ours_bf16": Peer(partial(_ours, dtype=torch.bfloat16), _EVERY_FIELD),
     "fp16": Peer(partial(_dense, dtype=torch.float16), ("shape",)),
     "bf16": Peer(partial(_dense, dtype=torch.bfloat16), ("shape",)),
     "spqr_quant": Peer(_spqr_quant, ("shape", "share"), "spqr_quant", _fits_spqr_quant, largest_batch=16),

@@ -14,8 +14,8 @@ from typing import Any
 
 Row = dict[str, Any]
 TITLES = {
-    "ours": "ours", "fp16": "fp16 cuBLAS", "bf16": "bf16 cuBLAS", "spqr_quant": "spqr_quant", "csr": "cuBLAS + cuSPARSE",
-    "gemlite": "gemlite 4 bit",
+    "ours": "ours", "ours_bf16": "ours, x in bf16", "fp16": "fp16 cuBLAS", "bf16": "bf16 cuBLAS", "spqr_quant": "spqr_quant",
+    "csr": "cuBLAS + cuSPARSE", "gemlite": "gemlite 4 bit",
 }  # fmt: skip
 FIELDS = ("shape", "weight_bits", "statistics", "group_size", "share")
 
