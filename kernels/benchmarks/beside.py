@@ -2,7 +2,7 @@
 
     git worktree add ../before HEAD~1
     PYTHONPATH=.:kernels python kernels/benchmarks/beside.py ../before [--shapes 70b 4096x4096] [--batches 1 32]
-        [--shares 0 0.01] [--rounds 2]
+        [--shares 0 0.01] [--bits 3] [--statistics direct] [--group 128] [--bf16] [--rounds 2]
 
 Both multiply with the same stored matrices, so their format must be the same. Prints times in us of each round, and the median
 of theirs over the median of ours: above 1 this checkout is faster.
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from linear import COLD_BYTES, SHAPES, WRONG, relative_error, shapes_of
+from linear import COLD_BYTES, GROUPS, SHAPES, WRONG, relative_error, shapes_of
 from random_weights import random_tensors
 from timing import graph_microseconds
 from torch import Tensor
@@ -53,26 +53,28 @@ def kernels_of(package: Path, name: str) -> Bind:
 
 
 def line(
-    kinds: dict[str, Bind], shape: tuple[int, int], batch: int, share: float, rounds: int, clock: Clock, device: str
+    kinds: dict[str, Bind], layout: Layout, batch: int, share: float, rounds: int, clock: Clock, device: str,
+    dtype: torch.dtype = torch.float16,
 ) -> str:  # fmt: skip
-    """A line of the table: every round's time of each kind, and what the first takes of the second's time."""
-    tensors, layout = random_tensors(Layout(*shape), share, 0, device)
+    """A line of the table: every round's time of each kind, and what the first takes of the second's time. dtype: of x."""
+    tensors, layout = random_tensors(layout, share, 0, device)
     whole = join(tensors, layout)
     copies = [whole.clone() for _ in range(1 if device == "cpu" else int(COLD_BYTES // (4 * whole.numel())) + 2)]
-    x = torch.randn(batch, layout.in_features, device=device).half()
+    x = torch.randn(batch, layout.in_features, device=device).to(dtype)
     exact = reference.dequantize(tensors, layout).double()
     products = {name: [bind(copy, layout) for copy in copies] for name, bind in kinds.items()}
     for name, made in products.items():
         error = relative_error(made[0], x, exact)
         if error > WRONG:
-            raise SystemExit(f"{name}: {shape[0]} x {shape[1]}, batch {batch}: error {error:.2g}")
+            raise SystemExit(f"{name}: {layout.out_features} x {layout.in_features}, batch {batch}: error {error:.2g}")
     times: dict[str, list[float]] = {name: [] for name in products}
     for _ in range(rounds):
         for name, made in products.items():
             times[name].append(clock([lambda product=product: product(x) for product in made]))  # type: ignore[misc]
     before, now = (statistics.median(found) for found in times.values())
     cells = [" / ".join(f"{us:.2f}" for us in found) for found in times.values()]
-    return f"| {shape[0]} x {shape[1]} | {batch} | {100 * share:g} | {' | '.join(cells)} | {before / now:.3f} |"
+    shape = f"{layout.out_features} x {layout.in_features}"
+    return f"| {shape} | {batch} | {100 * share:g} | {' | '.join(cells)} | {before / now:.3f} |"
 
 
 def main(words: list[str] | None = None, clock: Clock = graph_microseconds, device: str = "cuda") -> None:
@@ -82,8 +84,13 @@ def main(words: list[str] | None = None, clock: Clock = graph_microseconds, devi
     parser.add_argument("--shapes", nargs="+", default=[f"{out}x{inn}" for out, inn in SHAPES], help="as linear.py takes them")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128, 512])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.0, 0.01], help="of outliers")
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=3)
+    parser.add_argument("--statistics", choices=tuple(GROUPS), default="bilevel")
+    parser.add_argument("--group", type=int, help="columns of a group; 16 if bilevel, 128 if direct")
+    parser.add_argument("--bf16", action="store_true", help="x in bf16")
     parser.add_argument("--rounds", type=int, default=2)
     asked = parser.parse_args(words)
+    dtype = torch.bfloat16 if asked.bf16 else torch.float16
     kinds = {
         "before": kernels_of(asked.other / "kernels" / "spqr_kernels", "spqr_kernels_before"),
         "now": kernels_of(Path(spqr_kernels.__path__[0]), "spqr_kernels_now"),
@@ -92,7 +99,8 @@ def main(words: list[str] | None = None, clock: Clock = graph_microseconds, devi
     for shape in shapes_of(asked.shapes):
         for batch in asked.batches:
             for share in asked.shares:
-                print(line(kinds, shape, batch, share, asked.rounds, clock, device), flush=True)
+                layout = Layout(*shape, asked.bits, asked.group or GROUPS[asked.statistics], asked.statistics)
+                print(line(kinds, layout, batch, share, asked.rounds, clock, device, dtype), flush=True)
 
 
 if __name__ == "__main__":

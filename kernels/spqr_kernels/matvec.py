@@ -321,12 +321,38 @@ def _add_bilevel(y0, y1, dot0, dot1, x_sum, codes, tops, exponents):
 
 
 @gluon.jit
-def _add_direct(y0, y1, dot0, dot1, x_sum, GroupSc, GroupZp, row0, row1, group):
-    """The same from scales and zeros; row0, row1: where the rows begin."""
-    scale0 = gl.load(GroupSc + (row0 + group)).to(gl.float16, bitcast=True).to(gl.float32)
-    scale1 = gl.load(GroupSc + (row1 + group)).to(gl.float16, bitcast=True).to(gl.float32)
-    y0 += scale0 * (dot0 - gl.load(GroupZp + (row0 + group)).to(gl.float32) * x_sum)
-    y1 += scale1 * (dot1 - gl.load(GroupZp + (row1 + group)).to(gl.float32) * x_sum)
+def _direct_of_chunk(GroupSc, GroupZp, row0, row1, chunk, groups, tid, BLOCKS_A_GROUP: gl.constexpr):
+    """Scale and zero of row gid and of row gid + 8, as stored, of the groups of blocks 2 tid, 2 tid + 1, 8 + 2 tid, 9 + 2 tid:
+    one for all of them, one for each two, or four. row0, row1: where the rows begin. Behind the last group it is that one."""
+    PARTS: gl.constexpr = 1 if BLOCKS_A_GROUP % 16 == 0 else 2 if BLOCKS_A_GROUP % 2 == 0 else 4
+    found = ()
+    for n in gl.static_range(PARTS):
+        block = chunk * 16 + 2 * tid + (8 * n if PARTS < 4 else 8 * (n // 2) + n % 2)
+        group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
+        found = found + (
+            gl.load(GroupSc + (row0 + group)), gl.load(GroupZp + (row0 + group)),
+            gl.load(GroupSc + (row1 + group)), gl.load(GroupZp + (row1 + group)),
+        )  # fmt: skip
+    return found
+
+
+@gluon.jit
+def _add_direct(y0, y1, dots, x_sums, direct):
+    """y0 and y1 plus the parts of four blocks, with their scales and zeros as `_direct_of_chunk` has them."""
+    PARTS: gl.constexpr = len(direct) // 4
+    BLOCKS: gl.constexpr = 4 // PARTS
+    for n in gl.static_range(PARTS):
+        dot0 = dots[n * BLOCKS // 2][n * BLOCKS % 2]
+        dot1 = dots[n * BLOCKS // 2][2 + n * BLOCKS % 2]
+        x_sum = x_sums[n * BLOCKS]
+        for k in gl.static_range(n * BLOCKS + 1, (n + 1) * BLOCKS):
+            dot0 += dots[k // 2][k % 2]
+            dot1 += dots[k // 2][2 + k % 2]
+            x_sum += x_sums[k]
+        scale0 = direct[4 * n].to(gl.float16, bitcast=True).to(gl.float32)
+        scale1 = direct[4 * n + 2].to(gl.float16, bitcast=True).to(gl.float32)
+        y0 += scale0 * (dot0 - direct[4 * n + 1].to(gl.float32) * x_sum)
+        y1 += scale1 * (dot1 - direct[4 * n + 3].to(gl.float32) * x_sum)
     return y0, y1
 
 
@@ -351,21 +377,20 @@ def _add_chunk(
     zero = gl.zeros([32 * WARPS], gl.float32, gl.BlockedLayout([1], [32], [WARPS], [0]))
     if CHUNKS_A_SET > 1:  # before the products, whose sums would be held over the condition
         codes = _wide_codes(stage + 512 * BITS, StatCodes, tile, chunk, last, chunks, groups, gid, tid, CHUNKS_A_SET)
+    if not BILEVEL:  # from global memory, while the products run
+        direct = _direct_of_chunk(GroupSc, GroupZp, row0, row1, chunk, groups, tid, BLOCKS_A_GROUP)
     dots = _products(read_words(stage + lane * 16, BITS), x0, x1, zero, constants[1], BITS, BF)
     x_sums = _x_sums(x, lane, constants[0], zero, BF)
     if BILEVEL:
         if CHUNKS_A_SET == 1:
             codes = _set_of_codes(stage + 512 * BITS, lane)
         tops = _tops(stage + (512 * BITS + 192), tid, CHUNKS_A_SET)
-    for n in gl.static_range(4):
-        dot0 = dots[n // 2][n % 2]
-        dot1 = dots[n // 2][2 + n % 2]
-        if BILEVEL:
+        for n in gl.static_range(4):
+            dot0 = dots[n // 2][n % 2]
+            dot1 = dots[n // 2][2 + n % 2]
             y0, y1 = _add_bilevel(y0, y1, dot0, dot1, x_sums[n], codes[n], tops[n], constants[2])
-        else:
-            block = chunk * 16 + (8 * (n // 2) + n % 2) + 2 * tid
-            group = gl.minimum(block // BLOCKS_A_GROUP, groups - 1)
-            y0, y1 = _add_direct(y0, y1, dot0, dot1, x_sums[n], GroupSc, GroupZp, row0, row1, group)
+    else:
+        y0, y1 = _add_direct(y0, y1, dots, x_sums, direct)
     return y0, y1
 
 

@@ -14,6 +14,14 @@ from .overlap import await_previous, let_next_begin
 
 
 @gluon.jit
+def _factor(largest):
+    """The power of two by which a row is scaled, whose largest value this is, and its inverse."""
+    # fields of the exponent: 268 - e brings 2**(e - 127) to 2**14; 253 at most, for its inverse to be no subnormal
+    exponent = gl.minimum(268 - (largest.to(gl.int32, bitcast=True) >> 23), 253)
+    return (exponent << 23).to(gl.float32, bitcast=True), ((254 - exponent) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def prepare_kernel(
     X, Out, Scale, in_features, columns,
     SCALED: gl.constexpr, WIDTH: gl.constexpr, BLOCK: gl.constexpr, DEPENDENT: gl.constexpr,
@@ -40,10 +48,8 @@ def prepare_kernel(
         for at in range(0, in_features, BLOCK):
             x = gl.load(X + row * in_features + at + near, mask=at + near < in_features, other=0)
             largest = gl.maximum(largest, gl.abs(x.to(gl.float32)))
-        # fields of the exponent: 268 - e brings 2**(e - 127) to 2**14; 253 at most, for its inverse to be no subnormal
-        exponent = gl.minimum(268 - (gl.max(largest, axis=0).to(gl.int32, bitcast=True) >> 23), 253)
-        factor = (exponent << 23).to(gl.float32, bitcast=True)
-        gl.store(Scale + row, ((254 - exponent) << 23).to(gl.float32, bitcast=True))
+        factor, inverse = _factor(gl.max(largest, axis=0))
+        gl.store(Scale + row, inverse)
     for at in range(begin, end, BLOCK):
         to = at + near
         source = to
@@ -56,15 +62,69 @@ def prepare_kernel(
         gl.store(target, (x.to(gl.float32) * factor).to(gl.float16), mask=to < columns)
 
 
+_COLUMNS = gl.constexpr(2048)  # that a program of `scaled_slots_kernel` makes at once: 256 units of 8
+_PROGRAMS = 512  # of its launch, for rows so few that several share one
+
+
+@gluon.jit
+def _halves(words):
+    """Both bf16 of a word as float32."""
+    return (words << 16).to(gl.float32, bitcast=True), (words & -65536).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _bits(x):
+    """Of x as fp16, int32."""
+    return x.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+
+
+@gluon.jit
+def scaled_slots_kernel(X, Out, Scale, in_features, columns, WIDTH: gl.constexpr, DEPENDENT: gl.constexpr):
+    """What `prepare_kernel` makes of bf16 in slots, for in_features a multiple of 8 and faster: a thread writes the 16 bytes of
+    a unit of 8 columns at once, from four words that it reads. Each program of a row looks for the largest value on its own;
+    they share the columns. (In this way from fp16, or to rows, it was slower.)"""
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])
+    UNITS: gl.constexpr = _COLUMNS // 8
+    row = gl.program_id(0).to(gl.int64)
+    unit = gl.arange(0, UNITS, layout=gl.SliceLayout(1, layout))[:, None]
+    part = gl.arange(0, 4, layout=gl.SliceLayout(0, layout))[None, :]
+    words_at = X.to(gl.pointer_type(gl.int32)) + row * (in_features // 2)
+    if DEPENDENT:  # as in `prepare_kernel`
+        let_next_begin(unit * 4 + part)
+        await_previous(words_at + (unit * 4 + part))
+    largest = gl.zeros([UNITS, 4], gl.float32, layout)
+    for at in range(0, in_features, 4 * _COLUMNS):  # so many at once, as each waits for its reads
+        for k in gl.static_range(4):
+            begin = at + k * _COLUMNS
+            words = gl.load(words_at + (begin // 2 + unit * 4 + part), mask=begin + 8 * unit < in_features, other=0)
+            low, high = _halves(words)
+            largest = gl.maximum(largest, gl.maximum(gl.abs(low), gl.abs(high)))
+    factor, inverse = _factor(gl.max(gl.max(largest, axis=1), axis=0))
+    if gl.program_id(1) == 0:
+        gl.store(Scale + row, inverse)
+    for at in range(gl.program_id(1) * _COLUMNS, columns, gl.num_programs(1) * _COLUMNS):
+        source = at // 2 + (unit // 8 * 32 + unit % 8) + part * 8
+        slot = (row // WIDTH * (columns // 64) + (at // 64 + unit // 8)) * WIDTH + row % WIDTH
+        low, high = _halves(gl.load(words_at + source, mask=2 * source < in_features, other=0))
+        target = slot * 32 + ((unit % 8) ^ (row % 8)) * 4 + part
+        words = _bits(low * factor) | (_bits(high * factor) << 16)
+        gl.store(Out.to(gl.pointer_type(gl.int32)) + target, words, mask=at + 8 * unit < columns)
+
+
 def prepare_launch(
     layout: Layout, batch: int, dtype: torch.dtype, device: torch.device, width: int, overlaps: dict[str, bool]
 ) -> Launch:
-    """`prepare_kernel` for x of this dtype, [batch, in]: scaled from bf16, as weights are exact enough in fp16 but not in
-    bf16. width: of the slots, 0 for rows."""
+    """x of this dtype, [batch, in], made anew: scaled from bf16, as weights are exact enough in fp16 but not in bf16. width: of
+    the slots, 0 for rows."""
     scaled, columns = dtype == torch.bfloat16, layout.blocks * TILE
+    types, integers = (dtype, torch.float16, torch.float32), (layout.in_features, columns)
+    if scaled and width and layout.in_features % 8 == 0:
+        parts = max(1, min(ceil_div(columns, _COLUMNS.value), _PROGRAMS // batch))
+        constants = {"WIDTH": width, "num_warps": 4} | overlaps
+        return Launch(scaled_slots_kernel, (batch, parts), device, types, integers, constants)
     grid = (batch, 1 if scaled else ceil_div(columns, 2048))
     constants = {"SCALED": scaled, "WIDTH": width, "BLOCK": 2048, "num_warps": 4} | overlaps
-    return Launch(prepare_kernel, grid, device, (dtype, torch.float16, torch.float32), (layout.in_features, columns), constants)
+    return Launch(prepare_kernel, grid, device, types, integers, constants)
 
 
 def prepared(prepare: Launch, x: Tensor, layout: Layout, rows: int) -> tuple[Tensor, Tensor]:

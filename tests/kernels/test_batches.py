@@ -163,16 +163,18 @@ def test_crowded_outliers(random_matrix, plan_of, width):
 
 @pytest.mark.parametrize("width", [32, 256])
 @pytest.mark.parametrize("dtype", [FP16, BF16])
-def test_x_is_prepared_as_the_kernel_reads_it(random_matrix, dtype, width):
-    layout = random_matrix(16, 1010).layout
-    x = rows_of_x(37, 1010).to(dtype)
+@pytest.mark.parametrize(("batch", "columns"), [(37, 1010), (9, 5120)])  # a program a row, and three; no eights, and eights
+def test_x_is_prepared_as_the_kernel_reads_it(random_matrix, dtype, width, batch, columns):
+    layout = random_matrix(16, columns).layout
+    x = rows_of_x(batch, columns).to(dtype)
     x[5] *= 1e-30 if dtype == BF16 else 1e-3
     x[7] *= 1e30 if dtype == BF16 else 1e3
-    launch = prepare.prepare_launch(layout, 37, dtype, CPU, width, {"DEPENDENT": True, "launch_pdl": True})
+    launch = prepare.prepare_launch(layout, batch, dtype, CPU, width, {"DEPENDENT": True, "launch_pdl": True})
+    assert launch.grid[:2] == (batch, -(-columns // 2048))
     memory = Memory()
-    rows = -(-37 // width) * width
+    rows = -(-batch // width) * width
     made = memory.add(empty(rows * layout.blocks * 16, FP16), writable=True)
-    scale = memory.add(np.ones(37, np.float32), writable=True)
+    scale = memory.add(np.ones(batch, np.float32), writable=True)
     run(launch, memory, [memory.add(bits(x)), made, scale], modes=(True,))
     found = torch.from_numpy(memory.array(made).copy()).view(FP16)
     factor = torch.from_numpy(memory.array(scale).copy()).double()
