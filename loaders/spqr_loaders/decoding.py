@@ -60,13 +60,13 @@ def graph_decoding(
         logger.warning_once(f"graph_decoding: {obstacle}: each step by transformers' own loop")
         kwargs = {"synced_gpus": synced_gpus, "streamer": streamer, **model_kwargs}
         return GenerationMixin._sample(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+    before: _Look | None = None
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
     del outputs  # of a long prompt they are large
     tokens = _Tokens(input_ids, logits_processor, stopping_criteria, generation_config)
-    before: _Look | None = None
-    with model._optimize_model_for_decode():
+    with torch.cuda.device_of(input_ids), model._optimize_model_for_decode():
         step = _Step(model, input_ids, generation_config, model_kwargs)
         while True:
             look = tokens.append(logits)
@@ -82,7 +82,7 @@ def graph_decoding(
             logits = step(tokens.last)
     if streamer is not None:
         streamer.end()
-    return tokens.ids[:, : tokens.length]
+    return tokens.ids[:, : tokens.length].contiguous()
 
 
 def _obstacle(model: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any], synced_gpus: bool) -> str | None:
@@ -100,6 +100,8 @@ def _obstacle(model: Any, generation_config: GenerationConfig, model_kwargs: dic
         return "GPUs wait for each other"
     if generation_config.return_dict_in_generate:
         return "more than token ids is asked for (return_dict_in_generate)"
+    if generation_config.compile_config is not None:
+        return "it compiles in its own way, and compile_config says another"
     return f"the model is given {', '.join(carried)}" if carried else None
 
 

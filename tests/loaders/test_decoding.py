@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CompileConfig,
     GenerationMixin,
     MistralConfig,
     StaticCache,
@@ -175,6 +176,9 @@ def test_what_cannot_be_recorded_is_transformers_and_says_why(model, monkeypatch
     windowed = with_window.generate(IDS, cache_implementation="static", **ours)
     assert "StaticSlidingWindowLayer" in said.pop()
     assert torch.equal(windowed, with_window.generate(IDS, max_new_tokens=4, do_sample=False))
+    compile_config = CompileConfig(mode="default")  # which transformers' loop uses on GPUs alone
+    assert torch.equal(model.generate(IDS, cache_implementation="static", compile_config=compile_config, **ours), expected)
+    assert "compile_config" in said.pop()
     assert not said
 
 
@@ -202,6 +206,18 @@ def test_recorded_steps_give_the_same_tokens(tiny, compiles, dtype, monkeypatch)
         # Half precision may tie: the first tokens must agree.
         same = ids.shape[1] + (24 if dtype == torch.float32 else 4)
         assert torch.equal(theirs[:, :same], made[0][:, :same])
+
+
+@pytest.mark.gpu
+def test_a_model_that_is_not_on_the_current_device(tiny):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    made = []
+    for device in (0, 1):
+        model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32, device_map={"": device})
+        made.append(model.generate(IDS.to(device), max_new_tokens=12, do_sample=False, **STATIC).cpu())
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(*made)
 
 
 @pytest.mark.gpu
