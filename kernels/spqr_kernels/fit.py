@@ -89,7 +89,7 @@ def _loss(w, bits, U, scale, zero, top, N: tl.constexpr, HAS_U: tl.constexpr):
     errors = ()
     loss = scale * 0.0
     for j in tl.static_range(N):
-        target = w[j] + loss * 0.0
+        target = tl.broadcast_to(w[j], loss.shape)
         if HAS_U:
             for i in tl.static_range(j):
                 target -= tl.load(U + i * N + j) * errors[i]
