@@ -41,11 +41,12 @@ from .stage_statistics import (
     bilevel_constants,
     bilevel_statistics,
     codes_of_chunk,
+    direct_of_chunk,
     statistics_begin,
     statistics_step,
 )
 from .stages import ask_outliers, ask_weights, first_chunks, room_of_program
-from .weights import dequantize_by, direct_half_statistics, lane_constants
+from .weights import dequantize_by, direct_half_statistics, direct_statistics, lane_constants
 
 _STATS_BYTES = gl.constexpr(STATS_BYTES)
 _CELL_BYTES = gl.constexpr(outliers.CELL_BYTES)
@@ -129,6 +130,15 @@ def _put_cell(at, room_of_cell, lane, ENTRIES: gl.constexpr):
 
 
 @gluon.jit
+def _group_rows(piece, warp, gid, parts, tile_rows, out_features, groups, WARPS: gl.constexpr):
+    """Where rows gid and gid + 8 of the warp's tile in a piece begin in GroupSc and GroupZp; behind the last piece any."""
+    row = gl.minimum(gl.maximum(piece, 0) // parts * WARPS + warp, tile_rows - 1) * 16 + gid
+    row0 = gl.minimum(row, out_features - 1).to(gl.int64) * groups
+    row1 = gl.minimum(row + 8, out_features - 1).to(gl.int64) * groups
+    return row0, row1
+
+
+@gluon.jit
 def _advance(piece, chunk, end, first_piece, first_chunk, chunks):
     """The position behind a chunk of a piece that ends at `end`: piece, chunk, where that piece ends, whether it is new."""
     new = chunk + 1 == end
@@ -166,6 +176,8 @@ def share_of_product(
     SLOT: gl.constexpr = 128 * BATCH
     # Two slots' products take less time than x to come, so a half is told free, and asked for, as soon as can be.
     BRIEF: gl.constexpr = BATCH <= 128
+    # Direct statistics come from global memory, a chunk ahead; for 256 rows the registers that would hold them are not there.
+    AHEAD: gl.constexpr = BRIEF and not BILEVEL
     thread = gl.arange(0, 32 * WARPS, layout=layout)
     lane = thread % 32
     warp = thread // 32
@@ -238,13 +250,16 @@ def share_of_product(
         for_statistics = bilevel_constants(unknown, BITS)
     wait_for_copies(lane)
     words, codes, tops = _read_chunk(own, lane, begin, chunks, BITS, BILEVEL, CHUNKS_A_SET)
+    if AHEAD:
+        row0, row1 = _group_rows(piece, warp, gid, parts, tile_rows, out_features, groups, WARPS)
+        direct = direct_of_chunk(GroupSc, GroupZp, row0, row1, begin, groups, tid, BLOCKS_A_GROUP)
     if OUTLIERS:
         room_of_cell, found, places = _put_cell(own + FIRST_CELL, room_of_cell, lane, ENTRIES)
     stage = 0
     while piece >= first_piece:
         acc = gl.zeros([16 * WARPS, BATCH], gl.float32, mma)
-        if not BILEVEL:
-            row0 = gl.minimum(piece // parts * WARPS + warp, tile_rows - 1) * 16 + gid
+        if not BILEVEL and not AHEAD:
+            near = gl.minimum(piece // parts * WARPS + warp, tile_rows - 1) * 16 + gid
         for chunk in range(begin, end):
             if BRIEF:
                 ask_half(room, barriers, X, 1, x_slot + 2, use, warp, lane, BATCH)
@@ -254,9 +269,13 @@ def share_of_product(
                     slot = slot + (words[k][s],)
                 if BILEVEL:
                     s0, o0, s1, o1 = bilevel_statistics(codes[s], tops, s, for_statistics, BITS, CHUNKS_A_SET)
+                elif AHEAD:
+                    of_slot = direct[s * len(direct) // 4]
+                    s0, o0 = direct_statistics(of_slot[0], of_slot[1], BITS)
+                    s1, o1 = direct_statistics(of_slot[2], of_slot[3], BITS)
                 else:
                     s0, o0, s1, o1 = direct_half_statistics(
-                        GroupSc, GroupZp, row0, row0 + 8, out_features, groups, chunk * 16 + 4 * s + tid, BLOCKS_A_GROUP, BITS
+                        GroupSc, GroupZp, near, near + 8, out_features, groups, chunk * 16 + 4 * s + tid, BLOCKS_A_GROUP, BITS
                     )
                 weights = dequantize_by(for_lane, slot, s0, o0, s1, o1, BITS)
                 if OUTLIERS:
@@ -278,6 +297,10 @@ def share_of_product(
                     wait_for_copies(lane)
                     other = own + (STAGE - stage)
                     words, codes, tops = _read_chunk(other, lane, next_chunk, chunks, BITS, BILEVEL, CHUNKS_A_SET)
+                    if AHEAD:
+                        if chunk + 1 == end:
+                            row0, row1 = _group_rows(piece - 1, warp, gid, parts, tile_rows, out_features, groups, WARPS)
+                        direct = direct_of_chunk(GroupSc, GroupZp, row0, row1, next_chunk, groups, tid, BLOCKS_A_GROUP)
                     if OUTLIERS:
                         room_of_cell = outliers.clear(room_of_cell, found, places, ENTRIES)
                         room_of_cell, found, places = _put_cell(other + FIRST_CELL, room_of_cell, lane, ENTRIES)

@@ -639,9 +639,12 @@ _SHORT = 16
 
 def registers_for(constants: Mapping[str, int | bool], tiles: int) -> int | None:
     """The limit of a thread's registers, where one was faster than the compiler's choice: 80, for 24 warps a multiprocessor,
-    where there are so many. The other kinds would spill or need fewer."""
-    plain = constants["BILEVEL"] and constants["BLOCKS_A_GROUP"] == 1 and not constants["BF"]
-    return 80 if plain and tiles * constants["WARPS"] > _MANY_WARPS else None
+    where there are so many, and with 4 bits and direct statistics 96, for 20. The other kinds would spill or need fewer."""
+    if constants["BF"]:
+        return None
+    if not constants["BILEVEL"]:
+        return 96 if constants["BITS"] == 4 and constants["BLOCKS_A_GROUP"] % 2 == 0 else None
+    return 80 if constants["BLOCKS_A_GROUP"] == 1 and tiles * constants["WARPS"] > _MANY_WARPS else None
 
 
 def warps_for(tiles: int, layout: Layout, entries: int) -> int:

@@ -79,6 +79,9 @@ KINDS = [  # matrix, width, rows of x, rows and columns of W, dtype of y
     ({"weight_bits": 3, "outliers": 0.0}, 32, 32, 136, 768, FP16),
     ({"weight_bits": 2, "group_size": 32}, 32, 17, 70, 1270, BF16),
     ({"weight_bits": 4, "group_size": 64, "statistics": "direct"}, 64, 33, 100, 512, FP16),
+    ({"weight_bits": 3, "group_size": 128, "statistics": "direct"}, 32, 20, 300, 768, FP16),
+    ({"weight_bits": 2, "group_size": 48, "statistics": "direct", "outliers": 0.0}, 128, 100, 280, 1536, BF16),
+    ({"weight_bits": 4, "group_size": 256, "statistics": "direct"}, 256, 130, 200, 1010, FP16),
     ({"weight_bits": 3, "group_size": 64, "outliers": 0.004}, 128, 66, 17, 1280, BF16),
     ({"weight_bits": 3}, 256, 257, 130, 512, FP16),
 ]
