@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     CompileConfig,
@@ -84,6 +85,28 @@ def test_padded_prompts_do_not_see_their_padding(model, monkeypatch):
     assert torch.equal(theirs, ours)
     alone = model.generate(PADDED[:1, 3:], max_new_tokens=30, do_sample=False, **STATIC)
     assert torch.equal(ours[0, 3:], alone[0])
+
+
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("qwen3", {}), ("mistral", {"sliding_window": None}), ("phi3", {}), ("gpt_neox", {}), ("opt", {"ffn_dim": 64}),
+        ("mixtral", {"num_local_experts": 4}), ("qwen3_moe", {"num_experts": 4, **MOE}),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
+)  # fmt: skip
+def test_other_families(monkeypatch, family, more):
+    """Positions from the mask or from the cache, learnt or rotary, experts: all of it stays where a recorded step reads it."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 2000}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1999}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **ends, **more)).eval()
+    theirs, ours = both(model, PADDED, monkeypatch, attention_mask=MASK, max_new_tokens=12, do_sample=False)
+    assert torch.equal(theirs, ours)
 
 
 def end_at(model, position: int) -> int:
