@@ -147,8 +147,10 @@ def variants() -> list[Variant]:
 def _prepare() -> list[Variant]:
     """What makes x anew before a product of many rows."""
     operands = {"X": "*bf16", "Out": "*fp16", "Scale": "*fp32", "in_features": "i32", "columns": "i32"}
-    kinds = {"": {"SCALED": False, "WIDTH": 64, "BLOCK": 2048}, " scaled": {"SCALED": True, "WIDTH": 0, "BLOCK": 2048}}
-    found = [Variant(f"prepare{name}", prepare.prepare_kernel, operands, kind, 4, nvidia=(90,)) for name, kind in kinds.items()]
+    found = []
+    for scaled in (False, True):
+        constants = {"SCALED": scaled, "WIDTH": 64, "BLOCK": 2048}
+        found.append(Variant(f"prepare{' scaled' * scaled}", prepare.prepare_kernel, operands, constants, 4, nvidia=(90,)))
     return [*found, Variant("prepare scaled slots", prepare.scaled_slots_kernel, operands, {"WIDTH": 64}, 4, nvidia=(90,))]
 
 

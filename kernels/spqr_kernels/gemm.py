@@ -42,6 +42,7 @@ from .stage_statistics import (
     bilevel_statistics,
     codes_of_chunk,
     direct_of_chunk,
+    group_rows,
     statistics_begin,
     statistics_step,
 )
@@ -131,11 +132,8 @@ def _put_cell(at, room_of_cell, lane, ENTRIES: gl.constexpr):
 
 @gluon.jit
 def _group_rows(piece, warp, gid, parts, tile_rows, out_features, groups, WARPS: gl.constexpr):
-    """Where rows gid and gid + 8 of the warp's tile in a piece begin in GroupSc and GroupZp; behind the last piece any."""
-    row = gl.minimum(gl.maximum(piece, 0) // parts * WARPS + warp, tile_rows - 1) * 16 + gid
-    row0 = gl.minimum(row, out_features - 1).to(gl.int64) * groups
-    row1 = gl.minimum(row + 8, out_features - 1).to(gl.int64) * groups
-    return row0, row1
+    """`group_rows` of the warp's tile in a piece; behind the last piece any."""
+    return group_rows(gl.minimum(gl.maximum(piece, 0) // parts * WARPS + warp, tile_rows - 1), gid, out_features, groups)
 
 
 @gluon.jit
@@ -251,15 +249,15 @@ def share_of_product(
     wait_for_copies(lane)
     words, codes, tops = _read_chunk(own, lane, begin, chunks, BITS, BILEVEL, CHUNKS_A_SET)
     if AHEAD:
-        row0, row1 = _group_rows(piece, warp, gid, parts, tile_rows, out_features, groups, WARPS)
-        direct = direct_of_chunk(GroupSc, GroupZp, row0, row1, begin, groups, tid, BLOCKS_A_GROUP)
+        rows = _group_rows(piece, warp, gid, parts, tile_rows, out_features, groups, WARPS)
+        direct = direct_of_chunk(GroupSc, GroupZp, rows[0], rows[1], begin, groups, tid, BLOCKS_A_GROUP)
     if OUTLIERS:
         room_of_cell, found, places = _put_cell(own + FIRST_CELL, room_of_cell, lane, ENTRIES)
     stage = 0
     while piece >= first_piece:
         acc = gl.zeros([16 * WARPS, BATCH], gl.float32, mma)
         if not BILEVEL and not AHEAD:
-            near = gl.minimum(piece // parts * WARPS + warp, tile_rows - 1) * 16 + gid
+            row0 = gl.minimum(piece // parts * WARPS + warp, tile_rows - 1) * 16 + gid
         for chunk in range(begin, end):
             if BRIEF:
                 ask_half(room, barriers, X, 1, x_slot + 2, use, warp, lane, BATCH)
@@ -275,7 +273,7 @@ def share_of_product(
                     s1, o1 = direct_statistics(of_slot[2], of_slot[3], BITS)
                 else:
                     s0, o0, s1, o1 = direct_half_statistics(
-                        GroupSc, GroupZp, near, near + 8, out_features, groups, chunk * 16 + 4 * s + tid, BLOCKS_A_GROUP, BITS
+                        GroupSc, GroupZp, row0, row0 + 8, out_features, groups, chunk * 16 + 4 * s + tid, BLOCKS_A_GROUP, BITS
                     )
                 weights = dequantize_by(for_lane, slot, s0, o0, s1, o1, BITS)
                 if OUTLIERS:
@@ -299,8 +297,8 @@ def share_of_product(
                     words, codes, tops = _read_chunk(other, lane, next_chunk, chunks, BITS, BILEVEL, CHUNKS_A_SET)
                     if AHEAD:
                         if chunk + 1 == end:
-                            row0, row1 = _group_rows(piece - 1, warp, gid, parts, tile_rows, out_features, groups, WARPS)
-                        direct = direct_of_chunk(GroupSc, GroupZp, row0, row1, next_chunk, groups, tid, BLOCKS_A_GROUP)
+                            rows = _group_rows(piece - 1, warp, gid, parts, tile_rows, out_features, groups, WARPS)
+                        direct = direct_of_chunk(GroupSc, GroupZp, rows[0], rows[1], next_chunk, groups, tid, BLOCKS_A_GROUP)
                     if OUTLIERS:
                         room_of_cell = outliers.clear(room_of_cell, found, places, ENTRIES)
                         room_of_cell, found, places = _put_cell(other + FIRST_CELL, room_of_cell, lane, ENTRIES)

@@ -52,6 +52,7 @@ from .ring import (
     wait_for_copies,
     warp_bytes,
 )
+from .stage_statistics import group_rows
 from .wide_groups import pairs_of, with_last_groups
 
 BF16 = 8  # flavor of the product: weight_bits for fp16 x, weight_bits + 8 for bf16 x
@@ -323,7 +324,7 @@ def _add_bilevel(y0, y1, dot0, dot1, x_sum, codes, tops, exponents):
 @gluon.jit
 def _direct_of_chunk(GroupSc, GroupZp, row0, row1, chunk, groups, tid, BLOCKS_A_GROUP: gl.constexpr):
     """Scale and zero of row gid and of row gid + 8, as stored, of the groups of blocks 2 tid, 2 tid + 1, 8 + 2 tid, 9 + 2 tid:
-    one for all of them, one for each two, or four. row0, row1: where the rows begin. Behind the last group it is that one."""
+    one for all of them, one for each two, or four; behind the last group that one's. row0, row1: as `group_rows` has them."""
     PARTS: gl.constexpr = 1 if BLOCKS_A_GROUP % 16 == 0 else 2 if BLOCKS_A_GROUP % 2 == 0 else 4
     found = ()
     for n in gl.static_range(PARTS):
@@ -432,8 +433,7 @@ def product_of_tile(
     none = gl.zeros([32 * WARPS], gl.int32, layout)
     exponents = (none + _EXPONENT[11], none + _EXPONENT[14], none + _EXPONENT[17], none + _EXPONENT[20])
     constants = (none + _ONES[FLAVOR], none + _UNDO_OR, exponents)
-    row0 = gl.minimum(tile * 16 + gid, out_features - 1).to(gl.int64) * groups
-    row1 = gl.minimum(tile * 16 + gid + 8, out_features - 1).to(gl.int64) * groups
+    row0, row1 = group_rows(tile, gid, out_features, groups)
 
     if OUTLIERS:  # first of all, because what they point to waits for it
         pointers = Pointers + tile64 * (2 * chunks)

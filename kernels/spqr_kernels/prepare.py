@@ -12,6 +12,9 @@ from spqr_format.layout import TILE, Layout, ceil_div
 from .launch import Launch
 from .overlap import await_previous, let_next_begin
 
+_COLUMNS = gl.constexpr(2048)  # that a program makes at once
+_PROGRAMS = 512  # of a launch of `scaled_slots_kernel`, for rows so few that several share one
+
 
 @gluon.jit
 def _factor(largest):
@@ -60,10 +63,6 @@ def prepare_kernel(
             target = Out + slot * 64 + (((to % 64 // 8) ^ (row % 8)) * 8 + to % 8)
         x = gl.load(X + row * in_features + source, mask=source < in_features, other=0)
         gl.store(target, (x.to(gl.float32) * factor).to(gl.float16), mask=to < columns)
-
-
-_COLUMNS = gl.constexpr(2048)  # that a program of `scaled_slots_kernel` makes at once: 256 units of 8
-_PROGRAMS = 512  # of its launch, for rows so few that several share one
 
 
 @gluon.jit
@@ -122,8 +121,8 @@ def prepare_launch(
         parts = max(1, min(ceil_div(columns, _COLUMNS.value), _PROGRAMS // batch))
         constants = {"WIDTH": width, "num_warps": 4} | overlaps
         return Launch(scaled_slots_kernel, (batch, parts), device, types, integers, constants)
-    grid = (batch, 1 if scaled else ceil_div(columns, 2048))
-    constants = {"SCALED": scaled, "WIDTH": width, "BLOCK": 2048, "num_warps": 4} | overlaps
+    grid = (batch, 1 if scaled else ceil_div(columns, _COLUMNS.value))
+    constants = {"SCALED": scaled, "WIDTH": width, "BLOCK": _COLUMNS.value, "num_warps": 4} | overlaps
     return Launch(prepare_kernel, grid, device, types, integers, constants)
 
 

@@ -47,6 +47,7 @@ from .stage_statistics import (
     bilevel_statistics,
     codes_of_chunk,
     direct_of_chunk,
+    group_rows,
     statistics_begin,
     statistics_step,
 )
@@ -187,13 +188,10 @@ def _write(
 
 @gluon.jit
 def _group_rows(tile, gid, out_features, groups, TALL: gl.constexpr):
-    """Where rows gid and gid + 8 of each of the tiles from `tile` on begin in GroupSc and GroupZp."""
+    """`group_rows` of each of the tiles from `tile` on."""
     found = ()
     for t in gl.static_range(TALL):
-        row = tile * 16 + (16 * t + gid)
-        row0 = gl.minimum(row, out_features - 1).to(gl.int64) * groups
-        row1 = gl.minimum(row + 8, out_features - 1).to(gl.int64) * groups
-        found = found + ((row0, row1),)
+        found = found + (group_rows(tile + t, gid, out_features, groups),)
     return found
 
 

@@ -173,9 +173,18 @@ def bilevel_statistics(codes, tops, slot: gl.constexpr, constants, BITS: gl.cons
 
 
 @gluon.jit
+def group_rows(tile, gid, out_features, groups):
+    """Where rows gid and gid + 8 of a tile begin in GroupSc and GroupZp [out, groups]; behind the last row, where it does."""
+    row = tile * 16 + gid
+    row0 = gl.minimum(row, out_features - 1).to(gl.int64) * groups
+    row1 = gl.minimum(row + 8, out_features - 1).to(gl.int64) * groups
+    return row0, row1
+
+
+@gluon.jit
 def direct_of_chunk(GroupSc, GroupZp, row0, row1, chunk, groups, tid, BLOCKS_A_GROUP: gl.constexpr):
     """What GroupSc and GroupZp have of a lane's groups of a chunk: scale and zero of row l, of row l + 8, int32. One group for
-    all of its blocks, one for two of them or one for each. row0, row1: where the rows begin."""
+    all of its blocks, one for two of them or one for each. row0, row1: as `group_rows` has them."""
     PARTS: gl.constexpr = 1 if BLOCKS_A_GROUP % 16 == 0 else 2 if BLOCKS_A_GROUP % 8 == 0 else 4
     found = ()
     for n in gl.static_range(PARTS):

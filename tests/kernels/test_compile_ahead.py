@@ -36,8 +36,8 @@ def spills(name: str) -> int:
 
     With 256 rows of x half of all registers are sums; groups of 32 have most, 34 with Triton 3.9. Siblings
     and experts have some more, as what a program chose of several must be held. Nearly all are outside of the
-    loop over the columns, and with a register more fewer programs would fit, which was slower; the kernel of one row, none or
-    two with Triton 3.6, may read some words a pair of chunks. The decode kernel is for GPUs without `wgmma`.
+    loop over the columns, and with a register more fewer programs would fit, which was slower; the kernel of one row, none to
+    four with Triton 3.6, may read some words a pair of chunks. The decode kernel is for GPUs without `wgmma`.
     """
     if name in GEMM:
         return (34 if name.endswith(" 256") else 22) + (14 if name.startswith(("siblings", "experts")) else 0)
