@@ -3,7 +3,7 @@
     model.generate(**inputs, cache_implementation="static", custom_generate=graph_decoding)
 
 transformers' own loop prepares every token's inputs anew, has torch look whether its compiled code and graph still fit, and
-waits for the GPU to see whether the end is reached: 1 to 2.5 ms a token, in which the GPU of a small model waits. Here all
+waits for the GPU to see whether the end is reached: 1 to 3 ms a token, in which the GPU of a small model waits. Here all
 that a step reads stays where it is, the host replays the graph, and looks for the end one token later.
 
 transformers hands no streamer to a `custom_generate`, so it is bound as well:
@@ -12,7 +12,7 @@ transformers hands no streamer to a `custom_generate`, so it is bound as well:
 
 It works for every model, dense ones too, and gives the same tokens. The graph is recorded by each `generate` anew (some twenty
 milliseconds), so that nothing can be replayed that has changed since. A step is compiled as `generate` does for a static
-cache; `disable_compile=True` records it as it is, which takes no time at the first tokens.
+cache, in some half a minute the first time; `disable_compile=True` records it as it is.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def graph_decoding(
 
     input_ids: int64 (batch, prompt). Returns int64 (batch, prompt + generated). Where a step cannot be recorded (a cache that
     is not static or has layers with a window, several devices, more than token ids asked for) transformers' own loop runs, with
-    a warning that says why. Raises ValueError for beam search, which is another algorithm.
+    a warning that says why. Raises ValueError for beam search, which is another algorithm, and where sequences may end and no
+    token is known to pad them with; RuntimeError where the GPU cannot record what the model does in a step.
     """
     if generation_config.num_beams > 1:
         raise ValueError(f"graph_decoding is greedy or samples: num_beams is {generation_config.num_beams}")
@@ -60,12 +61,12 @@ def graph_decoding(
         logger.warning_once(f"graph_decoding: {obstacle}: each step by transformers' own loop")
         kwargs = {"synced_gpus": synced_gpus, "streamer": streamer, **model_kwargs}
         return GenerationMixin._sample(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+    tokens = _Tokens(input_ids, logits_processor, stopping_criteria, generation_config)
     before: _Look | None = None
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
     del outputs  # of a long prompt they are large
-    tokens = _Tokens(input_ids, logits_processor, stopping_criteria, generation_config)
     with torch.cuda.device_of(input_ids), model._optimize_model_for_decode():
         step = _Step(model, input_ids, generation_config, model_kwargs)
         while True:
@@ -124,7 +125,9 @@ class _Tokens:
         self._process, self._criteria = logits_processor, stopping_criteria
         self._samples = generation_config.do_sample
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        pad = generation_config._pad_token_tensor  # there, once `generate` has looked at the tokens it is given
+        pad = generation_config._pad_token_tensor
+        if ends and pad is None:  # `generate` takes the end's where it knows that
+            raise ValueError("sequences may end, and pad_token_id is not given")
         self._pad = pad.to(input_ids.device) if ends and pad is not None else None
         self._unfinished = input_ids.new_ones(batch)
         on_gpu = input_ids.is_cuda
@@ -213,8 +216,8 @@ class _Step:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self._run()
         except RuntimeError as error:
-            advice = "a step of this model cannot be recorded as a CUDA graph; generate without graph_decoding"
-            raise RuntimeError(f"{advice} ({error})") from error
+            advice = "generate without graph_decoding, or with spqr generate --eager"
+            raise RuntimeError(f"a step of this model cannot be recorded as a CUDA graph: {advice} ({error})") from error
         return graph
 
     def _run(self) -> Any:

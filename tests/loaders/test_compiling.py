@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompileConfig
 
-from spqr_loaders.compiling import compile_config
+from spqr_loaders.compiling import compile_config, compile_config_within_a_graph
 
 
 @pytest.fixture
@@ -56,6 +56,17 @@ def test_older_gpus_and_dense_models_are_as_transformers_has_them(tiny, compiled
     dense = AutoModelForCausalLM.from_config(model.config)
     dense.get_compiled_call(None)
     assert given.pop() == CompileConfig().to_dict()
+
+
+def test_what_is_recorded_by_its_caller_is_no_graph_of_its_own(tiny, compiled_with):
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder)
+    for capability, expected in (((9, 0), {"triton.enable_pdl": True}), ((8, 0), {})):
+        given = compiled_with(capability)
+        model.__dict__.pop("_compiled_call", None)
+        model.get_compiled_call(compile_config_within_a_graph())
+        its = given.pop()
+        assert its["mode"] is None
+        assert its["options"] == expected
 
 
 def test_inductor_knows_the_options(monkeypatch):

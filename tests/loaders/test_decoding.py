@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CompileConfig,
+    EosTokenCriteria,
     GenerationMixin,
     MistralConfig,
     StaticCache,
@@ -202,7 +204,19 @@ def test_what_cannot_be_recorded_is_transformers_and_says_why(model, monkeypatch
     compile_config = CompileConfig(mode="default")  # which transformers' loop uses on GPUs alone
     assert torch.equal(model.generate(IDS, cache_implementation="static", compile_config=compile_config, **ours), expected)
     assert "compile_config" in said.pop()
+    embeds = model.get_input_embeddings()(IDS)
+    made = model.generate(inputs_embeds=embeds, cache_implementation="static", **ours)
+    assert torch.equal(made, expected[:, IDS.shape[1] :])
+    assert "inputs_embeds" in said.pop()
     assert not said
+
+
+def test_an_end_without_a_token_to_pad_with_is_an_error(model):
+    """Else what has ended would go on beside what has not."""
+    other = copy.deepcopy(model)
+    other.generation_config.eos_token_id = other.generation_config.pad_token_id = None
+    with pytest.raises(ValueError, match="pad_token_id is not given"):
+        other.generate(IDS, max_new_tokens=3, stopping_criteria=StoppingCriteriaList([EosTokenCriteria(5)]), **STATIC)
 
 
 def test_beams_are_refused(model):
