@@ -146,12 +146,14 @@ def variants() -> list[Variant]:
 
 def _prepare() -> list[Variant]:
     """What makes x anew before a product of many rows."""
-    operands = {"X": "*bf16", "Out": "*fp16", "Scale": "*fp32", "in_features": "i32", "columns": "i32"}
     found = []
     for scaled in (False, True):
+        operands = {"X": "*bf16" if scaled else "*fp16", "Out": "*fp16", "Scale": "*fp32", "in_features": "i32", "columns": "i32"}
         constants = {"SCALED": scaled, "WIDTH": 64, "BLOCK": 2048}
         found.append(Variant(f"prepare{' scaled' * scaled}", prepare.prepare_kernel, operands, constants, 4, nvidia=(90,)))
-    return [*found, Variant("prepare scaled slots", prepare.scaled_slots_kernel, operands, {"WIDTH": 64}, 4, nvidia=(90,))]
+        constants = {"SCALED": scaled, "WIDTH": 64}
+        found.append(Variant(f"prepare slots{' scaled' * scaled}", prepare.slots_kernel, operands, constants, 4, nvidia=(90,)))
+    return found
 
 
 def _small(title: str, kind: dict[str, Any], operands: dict[str, str], sizes: dict[str, str]) -> list[Variant]:

@@ -1,23 +1,49 @@
 """PTX that multiplies x with a chunk's outliers, for `small_kernel`: products of their own, 16 outliers at a time.
 
-A is [16 rows][16 outliers], with the value of an outlier in its row and zeros in the others. A lane puts the one or two of a
-round that are its own into zeros in shared memory, and `ldmatrix` reads A; the zeros take the place of the chunk's words, which
-lanes have in registers by then. B has x of the outliers' columns. x is turned in shared memory (`turn`, sm_90), once a chunk
-and by all warps of a program, to 16 bytes for 8 rows of a column; a lane tells `ldmatrix` where those of its outlier's column
-are. An infinite x is made finite when it is turned, and not for every outlier.
+A has the value of outlier k in its row and zeros in the others, B has x of its column. x is turned in shared memory (`turn`,
+sm_90), once a chunk and by all warps of a program, to 16 bytes for 8 rows of a column. `ldmatrix` reads these 8 rows at
+once, in fewer wavefronts of shared memory than 2 bytes at a time. An infinite x is made finite when it is turned, and not for
+every outlier.
 """
 
 from __future__ import annotations
 
+from spqr_format.layout import ceil_div
+
 X_PITCH = 528  # bytes of a row of x of a chunk: 512 and 16, so that 8 rows lie in different banks
 PLANE = 4096  # bytes of 8 rows of x of a chunk, turned: 16 of each column
 KEPT = (0, 32, 64, 128)  # words of outliers of a chunk and tile that are copied; more are read when their turn comes
-_A_BYTES = 512  # of 16 outliers: for each half of them, 16 bytes a row
 
 
-def round_of(kept: int, bits: int) -> int:
-    """How many outliers of a chunk are multiplied at once: as many as have room where the chunk's words were."""
-    return min(kept, 512 * bits // _A_BYTES * 16)
+def at_once(kept: int) -> int:
+    """How many outliers of a chunk are multiplied without asking whether there are so many, a multiple of 16: most chunks of a
+    matrix with so many `kept` have more."""
+    return 16 * ceil_div(3 * kept, 64)
+
+
+def _sixteen(tiles: int) -> list[str]:
+    """PTX: the sums s times 16 outliers, of which a lane has four, w0 .. w3; its row in r. The plane of its rows of x at g, the
+    lane's column in c."""
+    lines = []
+    for pair in range(2):
+        a, b = f"w{2 * pair}", f"w{2 * pair + 1}"
+        lines += [
+            f"prmt.b32 v, {a}, {b}, 0x7632;",
+            f"prmt.b32 t, {a}, {b}, 0x5410;",
+            # row xor gid as fp16 numbers, none of them 0 or inf: row gid is 0x0400, row gid + 8 is -0x0400
+            "lop3.b32 t, t, 0xF000F000, r, 0x6A;",
+            "mov.b32 u, 0x04000400; set.eq.u32.f16x2 u, t, u;",
+            "{ .reg .b32 c; mov.b32 c, 0x84008400; set.eq.u32.f16x2 t, t, c; }",
+            f"and.b32 a{2 * pair}, v, u;",
+            f"and.b32 a{2 * pair + 1}, v, t;",
+        ]
+    x = [f"b{i}" for i in range(2 * tiles)]
+    lines.append(f"mad.lo.u32 c, c, 16, g; ldmatrix.sync.aligned.m8n8.x{len(x)}.trans.shared.b16 {{{', '.join(x)}}}, [c];")
+    for tile in range(tiles):
+        sums = "{" + ", ".join(f"s{4 * tile + i}" for i in range(4)) + "}"
+        b = "{" + ", ".join(x[2 * tile : 2 * tile + 2]) + "}"
+        lines.append(f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {sums}, {{a0, a1, a2, a3}}, {b}, {sums};")
+    return lines
 
 
 def turn(tiles: int, warps: int) -> str:
@@ -41,94 +67,59 @@ def turn(tiles: int, warps: int) -> str:
     return "{\n" + "\n".join([*lines, "mov.b32 $0, $1;"]) + "\n}"
 
 
-def _clear(at: str, count: int) -> list[str]:
-    """PTX: zeros for A of so many outliers, where the lane's first 16 bytes are `at`."""
-    zeros = [f"st.shared.v4.b32 [{at}+{_A_BYTES * p}], {{z, z, z, z}};" for p in range(count // 16)]
-    return [".reg .b32 z; mov.b32 z, 0;", *zeros]
+_REGISTERS = ".reg .pred p, q; .reg .b32 w<4>, a<4>, b<4>, c, t, u, v, g, r, at, mine, end, left, i; .reg .b64 f, e;"
 
 
-def _put(place: str, planes: str, count: int) -> list[str]:
-    """PTX: the lane's words w0 and w1, numbers lane and 32 + lane of so many, into A, from the lane's `place` in row 0 on; to
-    c0 and c1 where x of their columns is, from `planes` on. p: the lane has a second word."""
-    lines = []
-    for i in range(0, count, 32):
-        w, c = f"w{i // 32}", f"c{i // 32}"
-        there = "" if count - i >= 32 else "@p "
-        lines += [
-            f"shr.u32 t, {w}, 8; and.b32 t, t, 0xF0; add.u32 t, t, {place}; mov.b32 {{l, h}}, {w};",
-            f"{there}st.shared.b16 [t+{2 * _A_BYTES * (i // 32)}], h;",
-            f"and.b32 {c}, {w}, 0xFF; mad.lo.u32 {c}, {c}, 16, {planes};",
-        ]
-    return lines
+def multiply_first(kept: int, tiles: int) -> str:
+    """PTX: adds the products of the first `at_once` outliers of a chunk to a lane's sums, 4 for each 8 rows of x. There may be
+    fewer, with zeros behind them.
 
-
-def _multiply(at: str, tiles: int, count: int) -> list[str]:
-    """PTX: the sums s and the products of so many outliers, whose A and columns are as `_put` left them. For all lanes to
-    see, they wait for each other."""
-    lines = [".reg .b32 a<4>, b<8>;", "bar.warp.sync -1;"]
-    for i in range(0, count, 32):
-        for tile in range(tiles):
-            x = ", ".join(f"b{4 * tile + k}" for k in range(4))
-            lines.append(f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{{x}}}, [c{i // 32}+{PLANE * tile}];")
-        for p in range(i, min(i + 32, count), 16):
-            lines.append(f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{a0, a1, a2, a3}}, [{at}+{_A_BYTES * p // 16}];")
-            for tile in range(tiles):
-                sums = "{" + ", ".join(f"s{4 * tile + k}" for k in range(4)) + "}"
-                b = 4 * tile + (p - i) // 8
-                lines.append(
-                    f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {sums}, {{a0, a1, a2, a3}}, {{b{b}, b{b + 1}}}, {sums};"
-                )
-    return lines
-
-
-def clear(count: int) -> str:
-    """PTX: `_clear` at $1."""
-    return "{\n" + "\n".join([*_clear("$1", count), "mov.b32 $0, $1;"]) + "\n}"
-
-
-def put(count: int) -> str:
-    """PTX: `_put` of a chunk's first outliers, which are at $2 for the lane's first, to $0 and $1. $3: the lane's place in A, $4:
-    x, of its plane, $5: the lane. There may be fewer, with zeros behind them."""
-    lines = [".reg .pred p; .reg .b32 t, w0, w1, c0, c1; .reg .b16 l, h;", "setp.lt.s32 p, $5, 16; mov.b32 c1, 0;"]
-    lines += [f"ld.shared.b32 w{i // 32}, [$2+{4 * i}];" for i in range(0, count, 32)]
-    return "{\n" + "\n".join([*lines, *_put("$3", "$4", count), "mov.b32 $0, c0; mov.b32 $1, c1;"]) + "\n}"
-
-
-def multiply_first(count: int, tiles: int) -> str:
-    """PTX: adds the products of so many outliers to a lane's sums, 4 for each 8 rows of x, which `put` has put into A.
-
-    Inputs behind the sums: the lane's first 16 bytes of A; what `put` gave."""
+    Inputs behind the sums: where in shared memory the lane's four of the first 16 words are; where the one whose column it is
+    asked for; the plane of the lane's rows of x; and gid << 12 in both halves."""
     n = 4 * tiles
-    lines = [f".reg .f32 s<{n}>; .reg .b32 c<2>;", *(f"mov.f32 s{i}, ${n + i};" for i in range(n))]
-    lines += [f"mov.b32 c0, ${2 * n + 1}; mov.b32 c1, ${2 * n + 2};", *_multiply(f"${2 * n}", tiles, count)]
+    at, mine, plane, rows = (f"${2 * n + i}" for i in range(4))
+    lines = [
+        _REGISTERS, f".reg .f32 s<{n}>;",
+        *(f"mov.f32 s{i}, ${n + i};" for i in range(n)),
+        f"mov.b32 g, {plane}; or.b32 r, {rows}, 0x04000400;",
+    ]  # fmt: skip
+    for i in range(at_once(kept) // 16):
+        lines += [f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [{at}+{64 * i}]; ld.shared.u8 c, [{mine}+{64 * i}];", *_sixteen(tiles)]
     lines += [f"mov.f32 ${i}, s{i};" for i in range(n)]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-def multiply_more(kept: int, count: int, tiles: int) -> str:
-    """PTX: the same of those behind the first `count`, so many at once: those of `kept` in shared memory and the rest.
+def multiply_more(kept: int, tiles: int) -> str:
+    """PTX: the same of those behind the first `at_once`: one 16 after the other, those in shared memory and the rest.
 
-    Inputs behind the sums: the lane's first 16 bytes of A, and its place; x, of its plane; where its first outlier is; the lane;
-    how many outliers the chunk has, where Outliers and Pointers are, and the number of the chunk."""
+    Inputs further: how many outliers the chunk has, where Outliers and Pointers are, and the number of the chunk."""
     n = 4 * tiles
-    at, place, planes, mine, lane, every, outliers, pointers, chunk = (f"${2 * n + i}" for i in range(9))
-    lines = [
-        f".reg .pred p, q, r, f; .reg .f32 s<{n}>; .reg .b32 c<2>, w<2>, t, i, j; .reg .b16 l, h; .reg .b64 a;",
-        *(f"mov.f32 s{i}, ${n + i};" for i in range(n)),
-        f"mov.b32 i, {count}; setp.ge.s32 q, i, {every};", "@q bra DONE;",
-        f"setp.lt.s32 p, {lane}, 16;",
-        "NEXT: bar.warp.sync -1;", *_clear(at, count), "bar.warp.sync -1;",
+    at, mine, plane, rows, count, outliers, pointers, chunk = (f"${2 * n + i}" for i in range(8))
+    begun = at_once(kept)
+    near = [
+        f"add.u32 at, {at}, {4 * begun}; min.s32 left, {count}, {kept}; mad.lo.s32 end, left, 4, {at};",
+        f"add.u32 mine, {mine}, {4 * begun};",
+        "NEXT:", "ld.shared.v4.b32 {w0, w1, w2, w3}, [at]; ld.shared.u8 c, [mine]; add.u32 mine, mine, 64;",
+        *_sixteen(tiles),
+        "add.u32 at, at, 64;", "setp.lt.s32 p, at, end;", "@p bra NEXT;",
+        f"setp.le.s32 p, {count}, {kept};", "@p bra DONE;",
     ]  # fmt: skip
-    for k in range(0, count, 32):
-        lines += [
-            f"add.s32 j, i, {lane}; {f'add.s32 j, j, {k};' if k else ''} mov.b32 w{k // 32}, 0; mad.lo.u32 t, i, 4, {mine};",
-            f"setp.lt.s32 r, j, {kept}; @r ld.shared.b32 w{k // 32}, [t+{4 * k}];",
-            f"setp.ge.s32 f, j, {kept}; setp.lt.and.s32 f, j, {every}, f; mad.wide.u32 a, {chunk}, 8, {pointers}; @f ld.global.nc.b32 t, [a];",
-            f"@f add.s32 t, t, j; mad.wide.s32 a, t, 4, {outliers}; @f ld.global.nc.b32 w{k // 32}, [a];",
-        ]
-    lines += [
-        *_put(place, planes, count), *_multiply(at, tiles, count),
-        f"add.s32 i, i, {count}; setp.lt.s32 q, i, {every};", "@q bra NEXT;",
+    lines = [
+        _REGISTERS, f".reg .f32 s<{n}>;",
+        *(f"mov.f32 s{i}, ${n + i};" for i in range(n)),
+        f"setp.le.s32 p, {count}, {begun};", "@p bra DONE;",
+        f"mov.b32 g, {plane}; or.b32 r, {rows}, 0x04000400;",
+        *(near if begun < kept else ()),
+        f"mad.wide.u32 f, {chunk}, 8, {pointers}; ld.global.nc.b32 i, [f];",
+        f"mov.u32 t, %tid.x; and.b32 t, t, 3; mad.lo.u32 t, t, 4, {kept};",  # the lane's first
+        f"add.s32 i, i, t; mad.wide.s32 f, i, 4, {outliers}; sub.s32 left, {count}, t; sub.s32 i, {count}, {kept};",
+        f"sub.u32 t, {mine}, {at}; cvt.s64.s32 e, t; add.s64 e, f, e; shr.s32 t, t, 2; sub.s32 mine, left, t;",
+        "FAR:",
+        *(f"mov.b32 w{i}, 0; setp.gt.s32 q, left, {i}; @q ld.global.nc.b32 w{i}, [f+{4 * i}];" for i in range(4)),
+        "mov.b32 c, 0; setp.gt.s32 q, mine, 0; @q ld.global.nc.u8 c, [e];",
+        *_sixteen(tiles),
+        "add.s32 i, i, -16; add.s32 left, left, -16; add.u64 f, f, 64; add.s32 mine, mine, -16; add.u64 e, e, 64;",
+        "setp.gt.s32 p, i, 0;", "@p bra FAR;",
         "DONE:", *(f"mov.f32 ${i}, s{i};" for i in range(n)),
     ]  # fmt: skip
     return "{\n" + "\n".join(lines) + "\n}"

@@ -13,7 +13,7 @@ from .launch import Launch
 from .overlap import await_previous, let_next_begin
 
 _COLUMNS = gl.constexpr(2048)  # that a program makes at once
-_PROGRAMS = 512  # of a launch of `scaled_slots_kernel`, for rows so few that several share one
+_PROGRAMS = 512  # of a launch of `slots_kernel` that scales, for rows so few that several share one
 
 
 @gluon.jit
@@ -78,10 +78,12 @@ def _bits(x):
 
 
 @gluon.jit
-def scaled_slots_kernel(X, Out, Scale, in_features, columns, WIDTH: gl.constexpr, DEPENDENT: gl.constexpr):
-    """What `prepare_kernel` makes of bf16 in slots, for in_features a multiple of 8 and faster: a thread writes the 16 bytes of
-    a unit of 8 columns at once, from four words that it reads. Each program of a row looks for the largest value on its own;
-    they share the columns. (In this way from fp16, or to rows, it was slower.)"""
+def slots_kernel(
+    X, Out, Scale, in_features, columns, SCALED: gl.constexpr, WIDTH: gl.constexpr, DEPENDENT: gl.constexpr
+):  # fmt: skip
+    """What `prepare_kernel` makes in slots, for in_features a multiple of 8 and faster: a thread writes the 16 bytes of a unit of
+    8 columns at once, from four words that it reads. Where SCALED, each program of a row looks for the largest value on its own;
+    they share the columns."""
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])
     UNITS: gl.constexpr = _COLUMNS // 8
     row = gl.program_id(0).to(gl.int64)
@@ -91,22 +93,25 @@ def scaled_slots_kernel(X, Out, Scale, in_features, columns, WIDTH: gl.constexpr
     if DEPENDENT:  # as in `prepare_kernel`
         let_next_begin(unit * 4 + part)
         await_previous(words_at + (unit * 4 + part))
-    largest = gl.zeros([UNITS, 4], gl.float32, layout)
-    for at in range(0, in_features, 4 * _COLUMNS):  # so many at once, as each waits for its reads
-        for k in gl.static_range(4):
-            begin = at + k * _COLUMNS
-            words = gl.load(words_at + (begin // 2 + unit * 4 + part), mask=begin + 8 * unit < in_features, other=0)
-            low, high = _halves(words)
-            largest = gl.maximum(largest, gl.maximum(gl.abs(low), gl.abs(high)))
-    factor, inverse = _factor(gl.max(gl.max(largest, axis=1), axis=0))
-    if gl.program_id(1) == 0:
-        gl.store(Scale + row, inverse)
+    if SCALED:
+        largest = gl.zeros([UNITS, 4], gl.float32, layout)
+        for at in range(0, in_features, 4 * _COLUMNS):  # so many at once, as each waits for its reads
+            for k in gl.static_range(4):
+                begin = at + k * _COLUMNS
+                words = gl.load(words_at + (begin // 2 + unit * 4 + part), mask=begin + 8 * unit < in_features, other=0)
+                low, high = _halves(words)
+                largest = gl.maximum(largest, gl.maximum(gl.abs(low), gl.abs(high)))
+        factor, inverse = _factor(gl.max(gl.max(largest, axis=1), axis=0))
+        if gl.program_id(1) == 0:
+            gl.store(Scale + row, inverse)
     for at in range(gl.program_id(1) * _COLUMNS, columns, gl.num_programs(1) * _COLUMNS):
         source = at // 2 + (unit // 8 * 32 + unit % 8) + part * 8
         slot = (row // WIDTH * (columns // 64) + (at // 64 + unit // 8)) * WIDTH + row % WIDTH
-        low, high = _halves(gl.load(words_at + source, mask=2 * source < in_features, other=0))
+        words = gl.load(words_at + source, mask=2 * source < in_features, other=0)
+        if SCALED:
+            low, high = _halves(words)
+            words = _bits(low * factor) | (_bits(high * factor) << 16)
         target = slot * 32 + ((unit % 8) ^ (row % 8)) * 4 + part
-        words = _bits(low * factor) | (_bits(high * factor) << 16)
         gl.store(Out.to(gl.pointer_type(gl.int32)) + target, words, mask=at + 8 * unit < columns)
 
 
@@ -117,10 +122,12 @@ def prepare_launch(
     the slots, 0 for rows."""
     scaled, columns = dtype == torch.bfloat16, layout.blocks * TILE
     types, integers = (dtype, torch.float16, torch.float32), (layout.in_features, columns)
-    if scaled and width and layout.in_features % 8 == 0:
-        parts = max(1, min(ceil_div(columns, _COLUMNS.value), _PROGRAMS // batch))
-        constants = {"WIDTH": width, "num_warps": 4} | overlaps
-        return Launch(scaled_slots_kernel, (batch, parts), device, types, integers, constants)
+    if width and layout.in_features % 8 == 0:
+        parts = ceil_div(columns, _COLUMNS.value)
+        if scaled:
+            parts = max(1, min(parts, _PROGRAMS // batch))
+        constants = {"SCALED": scaled, "WIDTH": width, "num_warps": 4} | overlaps
+        return Launch(slots_kernel, (batch, parts), device, types, integers, constants)
     grid = (batch, 1 if scaled else ceil_div(columns, _COLUMNS.value))
     constants = {"SCALED": scaled, "WIDTH": width, "BLOCK": _COLUMNS.value, "num_warps": 4} | overlaps
     return Launch(prepare_kernel, grid, device, types, integers, constants)

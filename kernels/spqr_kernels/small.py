@@ -36,7 +36,7 @@ from . import outliers, overlap, ptx
 from .checks import aligned
 from .joined import Joined
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
-from .outlier_products import KEPT, PLANE, X_PITCH, clear, multiply_first, multiply_more, put, round_of, turn
+from .outlier_products import KEPT, PLANE, X_PITCH, multiply_first, multiply_more, turn
 from .overlap import await_previous, let_next_begin
 from .prepare import prepare_launch, prepared
 from .ring import commit_copies, read4
@@ -84,17 +84,11 @@ _BOUNDS = gl.constexpr(
     " mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.nc.b32 $0, [a]; @p ld.global.nc.b32 $1, [a+8]; }"
 )
 _TILES = (1, 2)  # eights of rows of x
-_ROUND = gl.constexpr({(kept, bits): round_of(kept, bits) for kept in KEPT for bits in (2, 3, 4)})
-_ROUNDS = (32, 48, 64)
-_CLEAR = gl.constexpr({count: clear(count) for count in _ROUNDS})
-_PUT = gl.constexpr({count: put(count) for count in _ROUNDS})
-_FIRST = gl.constexpr({(count, tiles): multiply_first(count, tiles) for count in _ROUNDS for tiles in _TILES})
-_MORE = gl.constexpr({
-    (kept, count, tiles): multiply_more(kept, count, tiles) for kept in KEPT for count in _ROUNDS for tiles in _TILES
-})  # fmt: skip
+_FIRST = gl.constexpr({kept + tiles: multiply_first(kept, tiles) for kept in KEPT for tiles in _TILES})
+_MORE = gl.constexpr({kept + tiles: multiply_more(kept, tiles) for kept in KEPT for tiles in _TILES})
 _FIRST_REGISTERS, _MORE_REGISTERS = (
     gl.constexpr({n: ",".join(["=&f"] * (4 * n) + ["f"] * (4 * n) + inputs) for n in _TILES})
-    for inputs in (["r"] * 3, ["r"] * 6 + ["l", "l", "r"])
+    for inputs in (["r"] * 4, ["r"] * 5 + ["l", "l", "r"])
 )
 _TURN = gl.constexpr({8 * tiles + warps: turn(tiles, warps) for tiles in _TILES for warps in (1, 2, 4, 8)})
 _FLOATS = gl.constexpr({n: (gl.float32,) * (4 * n) for n in _TILES})
@@ -147,44 +141,17 @@ def _bounds(pointers_at, chunk, before, position, last):
 
 
 @gluon.jit
-def _put_outliers(outliers, places, planes, lane, TALL: gl.constexpr, ROUND: gl.constexpr, TILE_BYTES: gl.constexpr):
-    """The first outliers of each tile to where its words were; returns where x of their columns is."""
-    columns = ()
-    for t in gl.static_range(TALL):
-        both = gl.inline_asm_elementwise(
-            _PUT[ROUND], "=r,=r,r,r,r,r", [outliers + t * TILE_BYTES, places + t * TILE_BYTES, planes, lane],
-            dtype=(gl.int32, gl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
-        columns = columns + (both,)
-    return columns
-
-
-@gluon.jit
-def _add_products(sums, at, columns, ROUND: gl.constexpr, TILES: gl.constexpr, TILE_BYTES: gl.constexpr):
-    """The sums of each tile with products of its outliers, those that were put."""
-    after = ()
-    for t in gl.static_range(len(sums)):
-        new = gl.inline_asm_elementwise(
-            _FIRST[(ROUND, TILES)], _FIRST_REGISTERS[TILES], sums[t][: 4 * TILES] + (at + t * TILE_BYTES,) + columns[t],
-            dtype=_FLOATS[TILES], is_pure=False, pack=1,
-        )  # fmt: skip
-        after = after + (sums[t][4 * TILES :] + new,)
-    return after
-
-
-@gluon.jit
-def _add_more(
-    sums, at, places, planes, outliers, lane, counts, outliers_at, pointers_at, chunk, before, KEPT: gl.constexpr,
-    ROUND: gl.constexpr, TILES: gl.constexpr, TILE_BYTES: gl.constexpr,
+def _add_products(
+    sums, outliers, mine, planes, rows, further, KEPT: gl.constexpr, TILES: gl.constexpr, TILE_BYTES: gl.constexpr
 ):  # fmt: skip
-    """The same with those behind, where there are any."""
+    """The sums of each tile with products of its outliers: the first ones', or those behind them where there are further inputs
+    for each tile."""
     after = ()
+    MORE: gl.constexpr = len(further[0]) > 0
     for t in gl.static_range(len(sums)):
         new = gl.inline_asm_elementwise(
-            _MORE[(KEPT, ROUND, TILES)], _MORE_REGISTERS[TILES],
-            sums[t][: 4 * TILES]
-            + (at + t * TILE_BYTES, places + t * TILE_BYTES, planes, outliers + t * TILE_BYTES, lane, counts[t], outliers_at)
-            + (pointers_at, before[t] + chunk),
+            _MORE[KEPT + TILES] if MORE else _FIRST[KEPT + TILES], _MORE_REGISTERS[TILES] if MORE else _FIRST_REGISTERS[TILES],
+            sums[t][: 4 * TILES] + (outliers + t * TILE_BYTES, mine + t * TILE_BYTES, planes, rows) + further[t],
             dtype=_FLOATS[TILES], is_pure=False, pack=1,
         )  # fmt: skip
         after = after + (sums[t][4 * TILES :] + new,)
@@ -287,8 +254,9 @@ def share_of_product(
         planes = room + (STAGES * STAGE + 2 * X_STAGE)
         turn_offset = lane % 8 * _X_PITCH + lane // 8 * 16 + warp * (512 // WARPS) - gid * _X_PITCH
         plane_own = planes + (warp * (_PLANE // WARPS) + lane * 16)
-        place_offset = lane // 8 * 256 + lane % 8 * 2 - lane * 16
-        ROUND: gl.constexpr = _ROUND[(KEPT, BITS)]
+        plane_read = planes + lane // 16 * _PLANE
+        # the lane is asked for column k = lane % 16 of a product, which is that of word 4 (k % 8 / 2) + 2 (k / 8) + k % 2
+        mine_offset = lane % 8 // 2 * 16 + lane % 16 // 8 * 8 + lane % 2 * 4 - tid * 16
 
     # What is copied next: chunk `ask` of piece `ask_piece`, behind the chunks `before` of all tiles before the warp's.
     ask = first_chunk
@@ -328,6 +296,7 @@ def share_of_product(
             _ask_outliers_of(own + k * STAGE, Outliers, asked[k], lane, BITS, KEPT, TILE_BYTES)
     commit_copies(lane)
 
+    rows = gid * 0x10001000
     unknown = none + (batch >> 30)
     for_lane = lane_constants(unknown, BITS)
     if BILEVEL:
@@ -378,11 +347,6 @@ def share_of_product(
                 for k in gl.static_range(BITS):
                     its = its + (read4(at + (t * TILE_BYTES + 512 * k)),)
                 words = words + (its,)
-            if KEPT > 0:  # room for outliers
-                for t in gl.static_range(TALL):
-                    gl.inline_asm_elementwise(
-                        _CLEAR[ROUND], "=r,r", [at + t * TILE_BYTES], dtype=gl.int32, is_pure=False, pack=1
-                    )
             if BILEVEL:
                 codes = ()
                 tops = ()
@@ -440,13 +404,13 @@ def share_of_product(
                         _WAIT_OUTLIERS, "=r,r,r", [none + position, none + waited], dtype=gl.int32, is_pure=False, pack=1
                     )
             if KEPT > 0:
-                outliers = at + (512 * BITS + _STATS_BYTES) - lane * 12
-                columns = _put_outliers(outliers, at + place_offset, planes, lane, TALL, ROUND, TILE_BYTES)
-                sums = _add_products(sums, at, columns, ROUND, TILES, TILE_BYTES)
-                sums = _add_more(
-                    sums, at, at + place_offset, planes, outliers, lane, counts[0], outliers_at, pointers_at, chunk,
-                    tile_chunks, KEPT, ROUND, TILES, TILE_BYTES,
-                )  # fmt: skip
+                outliers = at + (512 * BITS + _STATS_BYTES) - (lane * 16 - tid * 16)
+                mine = outliers + mine_offset
+                further = ()
+                for t in gl.static_range(TALL):
+                    further = further + ((counts[0][t], outliers_at, pointers_at, tile_chunks[t] + chunk),)
+                sums = _add_products(sums, outliers, mine, plane_read, rows, ((),) * TALL, KEPT, TILES, TILE_BYTES)
+                sums = _add_products(sums, outliers, mine, plane_read, rows, further, KEPT, TILES, TILE_BYTES)
                 counts = counts[1:]
             then = now
             now = gl.where(now == (STAGES - 1) * STAGE, 0, now + STAGE)

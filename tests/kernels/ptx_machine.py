@@ -212,9 +212,6 @@ class Program:
             if (row % np.uint64(16)).any():
                 raise PtxError("not aligned to 16 bytes")
             place = row + (lane % 4 * 4).astype(np.uint64)
-            if name.startswith("ld"):
-                self.registers[register, on] = self.shared.bytes[self.shared.touch(on, place, 4)].view(np.uint32)[:, 0]
-                continue
             self.shared.put(on, place, self._of(register, on, "b32").reshape(-1, 1).view(np.uint8))
 
     def _matrix_by_columns(self, name: str, operands: list, on: np.ndarray) -> None:
@@ -438,7 +435,7 @@ _BESIDE: dict[str, Callable[[Program, str, list, np.ndarray], None]] = {  # arit
     r"ld\.param\.[bus]\d+": Program._parameter,
     r"ld\.((acquire\.gpu\.)?global(\.nc|\.cg)?|shared)(\.v[24])?\.[buf]\d+": Program._load,
     r"st\.((release\.gpu\.)?global|shared)(\.v[24])?\.[buf]\d+": Program._store,
-    r"(ldmatrix\.sync\.aligned\.m8n8\.x[124](\.trans)?|stmatrix\.sync\.aligned\.m8n8\.x[124])\.shared\.b16": Program._matrix,
+    r"(ldmatrix\.sync\.aligned\.m8n8\.x[124]\.trans|stmatrix\.sync\.aligned\.m8n8\.x[124])\.shared\.b16": Program._matrix,
     r"stmatrix\.sync\.aligned\.m8n8\.x[124]\.trans\.shared\.b16": Program._matrix_by_columns,
     r"mbarrier\.init\.shared::cta\.b64": Program._begin_barrier,
     r"mbarrier\.arrive(\.expect_tx)?\.shared::cta\.b64": Program._arrive,
