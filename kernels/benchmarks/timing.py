@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 SETTLE_SECONDS = 0.2
+GRAPH_MS = 3.0  # of a graph, so that what the host needs to launch it, up to 0.02, does not count
 Calls = Sequence[Callable[[], object]]
 
 
@@ -26,19 +27,26 @@ def _median(run: Callable[[], object], repeats: int) -> float:
 
 
 def graph_microseconds(calls: Calls, repeats: int = 15) -> float:
-    """Median microseconds of one call. The calls, each on data of its own, are captured in one CUDA graph."""
+    """Median microseconds of one call. The calls, each on data of its own, are captured in one CUDA graph, one round of them
+    after the other."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
     torch.cuda.synchronize()  # the data may still be on its way on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()
+        rounds = max(1, round(GRAPH_MS / _median(run, 3)))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+        for _ in range(rounds):
+            run()
     _settle(graph.replay)
-    return _median(graph.replay, repeats) * 1e3 / len(calls)
+    return _median(graph.replay, repeats) * 1e3 / (rounds * len(calls))
 
 
 def _settle(run: Callable[[], object]) -> None:

@@ -148,7 +148,8 @@ def _prepare() -> list[Variant]:
     """What makes x anew before a product of many rows."""
     found = []
     for scaled in (False, True):
-        operands = {"X": "*bf16" if scaled else "*fp16", "Out": "*fp16", "Scale": "*fp32", "in_features": "i32", "columns": "i32"}
+        x = "*bf16" if scaled else "*fp16"
+        operands = {"X": x, "Out": "*fp16", "Scale": "*fp32", "in_features": "i32", "columns": "i32"}
         constants = {"SCALED": scaled, "WIDTH": 64, "BLOCK": 2048}
         found.append(Variant(f"prepare{' scaled' * scaled}", prepare.prepare_kernel, operands, constants, 4, nvidia=(90,)))
         constants = {"SCALED": scaled, "WIDTH": 64}

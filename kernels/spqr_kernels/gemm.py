@@ -93,9 +93,9 @@ def _hold_bounds(window, most, Pointers, cell, last_cell, chunks, lane):
 
 
 @gluon.jit
-def _ask_cells(to, window, chunk, there, Outliers, lane, ENTRIES: gl.constexpr):
-    """Begins to copy the outliers of both cells of chunk number `chunk` of the window; zeros where not there."""
-    begin, middle, end, _ = read4(window + chunk * 16)
+def _ask_cells(to, bounds, there, Outliers, lane, ENTRIES: gl.constexpr):
+    """Begins to copy the outliers of both cells of a chunk; zeros where not there. bounds: as `_hold_bounds` put them."""
+    begin, middle, end, _ = bounds
     ask_outliers(to, Outliers, begin, gl.where(there, middle, begin), lane, 32 * ENTRIES)
     ask_outliers(to + 128 * ENTRIES, Outliers, middle, gl.where(there, end, middle), lane, 32 * ENTRIES)
 
@@ -121,13 +121,12 @@ def _read_chunk(at, lane, chunk, chunks, BITS: gl.constexpr, BILEVEL: gl.constex
 
 
 @gluon.jit
-def _put_cell(at, room_of_cell, lane, ENTRIES: gl.constexpr):
-    """The outliers of a cell, from where they were copied to, into the warp's room."""
+def _read_cell(at, lane, ENTRIES: gl.constexpr):
+    """The lane's outliers of a cell, from where they were copied to."""
     found = ()
     for i in gl.static_range(ENTRIES):
         found = found + (read1(at + (128 * i) + lane * 4),)
-    room_of_cell, places = outliers.put(room_of_cell, found, ENTRIES)
-    return room_of_cell, found, places
+    return found
 
 
 @gluon.jit
@@ -232,7 +231,8 @@ def share_of_product(
                 held_from = ask_chunk
                 cell = (before[0] + ask_chunk) * 2
                 most = _hold_bounds(window, most, Pointers, cell, last_cell, ask_end - ask_chunk, lane)
-            _ask_cells(own + (k * STAGE + FIRST_CELL), window, ask_chunk - held_from, left > k, Outliers, lane, ENTRIES)
+            bounds = read4(window + (ask_chunk - held_from) * 16)
+            _ask_cells(own + (k * STAGE + FIRST_CELL), bounds, left > k, Outliers, lane, ENTRIES)
         commit_copies(lane)
     next_chunk = ask_chunk
     next_slot = ask_slot
@@ -252,7 +252,9 @@ def share_of_product(
         rows = _group_rows(piece, warp, gid, parts, tile_rows, out_features, groups, WARPS)
         direct = direct_of_chunk(GroupSc, GroupZp, rows[0], rows[1], begin, groups, tid, BLOCKS_A_GROUP)
     if OUTLIERS:
-        room_of_cell, found, places = _put_cell(own + FIRST_CELL, room_of_cell, lane, ENTRIES)
+        found = _read_cell(own + FIRST_CELL, lane, ENTRIES)
+        second = _read_cell(own + (FIRST_CELL + 128 * ENTRIES), lane, ENTRIES)
+        room_of_cell, places = outliers.put(room_of_cell, found, ENTRIES)
     stage = 0
     while piece >= first_piece:
         acc = gl.zeros([16 * WARPS, BATCH], gl.float32, mma)
@@ -289,19 +291,23 @@ def share_of_product(
                     ask_half(room, barriers, X, 0, next_slot, use + 1, gl.where(left > 1, warp, 1), lane, BATCH)
                 at = own + stage
                 if OUTLIERS and s == 1:
+                    if not BRIEF:
+                        second = _read_cell(at + (FIRST_CELL + 128 * ENTRIES), lane, ENTRIES)
                     room_of_cell = outliers.clear(room_of_cell, found, places, ENTRIES)
-                    room_of_cell, found, places = _put_cell(at + (FIRST_CELL + 128 * ENTRIES), room_of_cell, lane, ENTRIES)
+                    room_of_cell, places = outliers.put(room_of_cell, second, ENTRIES)
                 if s == 3:
                     wait_for_copies(lane)
                     other = own + (STAGE - stage)
+                    if OUTLIERS:  # long before they are put
+                        found = second
+                        first_next = _read_cell(other + FIRST_CELL, lane, ENTRIES)
+                        if BRIEF:
+                            second = _read_cell(other + (FIRST_CELL + 128 * ENTRIES), lane, ENTRIES)
                     words, codes, tops = _read_chunk(other, lane, next_chunk, chunks, BITS, BILEVEL, CHUNKS_A_SET)
                     if AHEAD:
                         if chunk + 1 == end:
                             rows = _group_rows(piece - 1, warp, gid, parts, tile_rows, out_features, groups, WARPS)
                         direct = direct_of_chunk(GroupSc, GroupZp, rows[0], rows[1], next_chunk, groups, tid, BLOCKS_A_GROUP)
-                    if OUTLIERS:
-                        room_of_cell = outliers.clear(room_of_cell, found, places, ENTRIES)
-                        room_of_cell, found, places = _put_cell(other + FIRST_CELL, room_of_cell, lane, ENTRIES)
                     if BRIEF:
                         acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
                         free_half(barriers + 16, lane)
@@ -313,17 +319,23 @@ def share_of_product(
                     if new:
                         before = first_chunks(gl.maximum(ask_piece, 0) // parts, warp, tile_rows, chunks, 1, WARPS)
                         ask_slot = _slot_of(ask_piece, ask_chunk, chunks, parts)
-                    ask_weights(
-                        at + lane * 16, words_at, stats_at, stats_step, ask_chunk, before, chunks, none + 2, none + left, lane,
-                        BITS, BILEVEL, CHUNKS_A_SET, STAGE,
-                    )  # fmt: skip
                     if OUTLIERS:
                         if new | (ask_chunk - held_from >= 32):
                             held_from = ask_chunk
                             cell = (before[0] + ask_chunk) * 2
                             most = _hold_bounds(window, most, Pointers, cell, last_cell, ask_end - ask_chunk, lane)
-                        _ask_cells(at + FIRST_CELL, window, ask_chunk - held_from, left > 2, Outliers, lane, ENTRIES)
+                        bounds = read4(window + (ask_chunk - held_from) * 16)
+                    ask_weights(
+                        at + lane * 16, words_at, stats_at, stats_step, ask_chunk, before, chunks, none + 2, none + left, lane,
+                        BITS, BILEVEL, CHUNKS_A_SET, STAGE,
+                    )  # fmt: skip
+                    if OUTLIERS:
+                        _ask_cells(at + FIRST_CELL, bounds, left > 2, Outliers, lane, ENTRIES)
                     commit_copies(lane)
+                    if OUTLIERS:
+                        room_of_cell = outliers.clear(room_of_cell, found, places, ENTRIES)
+                        found = first_next
+                        room_of_cell, places = outliers.put(room_of_cell, found, ENTRIES)
                     x_slot = next_slot
                     next_slot = ask_slot
                     next_chunk = ask_chunk

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from spqr_format.layout import ceil_div
 
-X_PITCH = 528  # bytes of a row of x of a chunk: 512 and 16, so that 8 rows lie in different banks
+# Bytes of a row of x of a chunk. Of its units of 16 bytes, unit u of row n lies at u xor n % 8: copies of a row take as few
+# wavefronts as can be, and the same unit of 8 rows lies in different banks.
+X_PITCH = 512
 PLANE = 4096  # bytes of 8 rows of x of a chunk, turned: 16 of each column
 KEPT = (0, 32, 64, 128)  # words of outliers of a chunk and tile that are copied; more are read when their turn comes
 
@@ -47,15 +49,16 @@ def _sixteen(tiles: int) -> list[str]:
 
 
 def turn(tiles: int, warps: int) -> str:
-    """PTX: turns a warp's columns of x of a chunk and makes them finite: from the lane's row of the first eight at $1 to its
-    columns' places at $2."""
+    """PTX: turns a warp's columns of x of a chunk and makes them finite: from the lane's row of the first eight, of which the
+    lane's unit of the first four is at $1, to its columns' places at $2."""
     parts = [(tile, columns) for tile in range(tiles) for columns in range(0, 256 // warps, 32)]
-    lines = [".reg .b32 b<16>, t;"]
+    lines = [".reg .b32 b<16>, t, o;", "xor.b32 o, $1, 64;"]  # where its unit of the second four is
     for begin in range(0, len(parts), 4):  # the compiler moves no load before a store, so that each would be waited for
         some = list(enumerate(parts[begin : begin + 4]))
         four = [f"{{b{4 * i}, b{4 * i + 1}, b{4 * i + 2}, b{4 * i + 3}}}" for i, _ in some]
         lines += [
-            f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {four[i]}, [$1+{8 * X_PITCH * tile + 2 * columns}];"
+            f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {four[i]},"
+            f" [{'o' if columns % 64 else '$1'}+{8 * X_PITCH * tile + columns // 64 * 128}];"
             for i, (tile, columns) in some
         ]
         # 65504 for an infinite x, which times the zeros of A would be NaN; it is infinite in the product of the codes

@@ -81,9 +81,9 @@ def _bits(x):
 def slots_kernel(
     X, Out, Scale, in_features, columns, SCALED: gl.constexpr, WIDTH: gl.constexpr, DEPENDENT: gl.constexpr
 ):  # fmt: skip
-    """What `prepare_kernel` makes in slots, for in_features a multiple of 8 and faster: a thread writes the 16 bytes of a unit of
-    8 columns at once, from four words that it reads. Where SCALED, each program of a row looks for the largest value on its own;
-    they share the columns."""
+    """What `prepare_kernel` makes in slots, for in_features a multiple of 8 and faster: a thread writes the 16 bytes of a unit
+    of 8 columns at once, from four words that it reads. Where SCALED, each program of a row looks for the largest value on its
+    own; they share the columns."""
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])
     UNITS: gl.constexpr = _COLUMNS // 8
     row = gl.program_id(0).to(gl.int64)

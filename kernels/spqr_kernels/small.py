@@ -105,7 +105,8 @@ def _ask_x(at, x_at, chunk, chunks, rows, BATCH: gl.constexpr, WARPS: gl.constex
     """Begins to copy x of a chunk: a warp copies every WARPS-th row of so many, counted from its first."""
     for i in gl.static_range(BATCH // WARPS):
         gl.inline_asm_elementwise(
-            _ASK_X, "=r,r,l,r,r,r", [at + i * WARPS * _X_PITCH, x_at, chunk + i * WARPS * chunks, rows * 0 + i * WARPS, rows],
+            _ASK_X, "=r,r,l,r,r,r",
+            [(at ^ i * WARPS % 8 * 16) + i * WARPS * _X_PITCH, x_at, chunk + i * WARPS * chunks, rows * 0 + i * WARPS, rows],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
@@ -247,12 +248,13 @@ def share_of_product(
     memory.index(ROOM // (4 * THREADS) - 1).store(thread)
     room = room_of_program(thread)
     own = room + (warp * (TALL * TILE_BYTES) + lane * 16)
-    x_own = room + (STAGES * STAGE + warp * _X_PITCH + lane * 16)
+    x_own = room + (STAGES * STAGE + warp * _X_PITCH + (lane ^ warp) * 16)
     x_read = room + (STAGES * STAGE + gid * _X_PITCH)
 
     if KEPT > 0:  # x is turned to planes
         planes = room + (STAGES * STAGE + 2 * X_STAGE)
-        turn_offset = lane % 8 * _X_PITCH + lane // 8 * 16 + warp * (512 // WARPS) - gid * _X_PITCH
+        unit = warp * (32 // WARPS) + lane // 8
+        turn_offset = lane % 8 * _X_PITCH + unit // 8 * 128 + (unit % 8 ^ lane % 8) * 16 - gid * _X_PITCH
         plane_own = planes + (warp * (_PLANE // WARPS) + lane * 16)
         plane_read = planes + lane // 16 * _PLANE
         # the lane is asked for column k = lane % 16 of a product, which is that of word 4 (k % 8 / 2) + 2 (k / 8) + k % 2
@@ -363,7 +365,7 @@ def share_of_product(
                 gl.inline_asm_elementwise(
                     _TURN[8 * TILES + WARPS], "=r,r,r", [x_now + turn_offset, plane_own], dtype=gl.int32, is_pure=False, pack=1
                 )
-            x_lane = x_now + tid * 32
+            x_lane = x_now + (2 * tid ^ gid) * 16
             for s in gl.static_range(4):
                 w = ()
                 for t in gl.static_range(TALL):
@@ -381,7 +383,7 @@ def share_of_product(
                 for half in gl.static_range(2):
                     b = ()
                     for n in gl.static_range(TILES):
-                        b = b + (read4(x_lane + (8 * _X_PITCH * n + 128 * s + 16 * half)),)
+                        b = b + (read4((x_lane ^ 16 * half) + (8 * _X_PITCH * n + 128 * s)),)
                     after = ()
                     for t in gl.static_range(TALL):
                         new = ()

@@ -1,8 +1,9 @@
 """Statistics of a chunk's groups for `small_kernel`, which copies them to shared memory by its address.
 
-A warp's 320 bytes of a stage are the 48 words of statistics codes of a set (spec 4.3) and the tile statistics of the chunk's
-groups. 16 groups are a set and 16 blocks a chunk, so with bilevel groups of 32 and 64 columns a set covers CHUNKS_A_SET = 2 or
-4 chunks and goes along with each of them. Direct statistics are read from global memory, a chunk ahead.
+The first 320 of a warp's STATS_BYTES of a stage are the 48 words of statistics codes of a set (spec 4.3) and the tile
+statistics of the chunk's groups. 16 groups are a set and 16 blocks a chunk, so with bilevel groups of 32 and 64 columns a set
+covers CHUNKS_A_SET = 2 or 4 chunks and goes along with each of them. Direct statistics are read from global memory, a chunk
+ahead.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from spqr_format.layout import ceil_div
+
 from . import ptx
 from .ptx import half2
 from .ring import SET_BYTES, TOPS_BYTES
 
-STATS_BYTES = SET_BYTES + TOPS_BYTES
+# So many that the words behind them begin where 128 bytes do: copies to elsewhere take twice as long in shared memory.
+STATS_BYTES = ceil_div(SET_BYTES + TOPS_BYTES, 128) * 128
 
 # Codes $0 .. $3 of groups tid, 4 + tid, 8 + tid, 12 + tid of a set (spec 4.3), by a rotation $6 of 2, or 22 where tid is odd:
 # of each sq of row l at bit 2 and zq at bit 5 of the low half, those of row l + 8 at bits 0 and 3 of the high half. The
