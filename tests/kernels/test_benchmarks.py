@@ -18,7 +18,7 @@ from spqr_format import Layout
 from spqr_format.payload import check_payload
 
 BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
-MODULES = ("beside", "linear", "peers", "random_weights", "report", "timing", "tune_gemlite")
+MODULES = ("beside", "linear", "peers", "power", "random_weights", "report", "timing", "tune_gemlite")
 ABOUT = {
     "gpu": "Some GPU", "driver": "1", "cuda": "13.0", "torch": "2", "triton": "3", "python": "3", "date": "2026-11-22",
     "commit": "abc", "peers": {"spqr_quant": "0.2.0", "gemlite": "absent"}, "read_bytes_per_s": 4.3e12,
@@ -301,6 +301,17 @@ def test_a_loop_is_timed_where_no_graph_can_be(benchmark, monkeypatch):
     assert timing.microseconds([]) == (2.0, "graph")
     monkeypatch.setattr(timing, "graph_microseconds", fails)
     assert timing.microseconds([]) == (3.0, "loop")
+
+
+def test_power_is_read_from_what_nvidia_smi_writes(benchmark):
+    power = importlib.import_module("power")
+    lines = ["345, 78.10, 0x0000000000000001"] * 3  # before the product runs as it does
+    lines += ["1830, 745.75, 0x0000000000000004", "1515, 616.91, 0x0000000000000024", "1980, 620.53, 0x0000000000000000"]
+    seen = power.samples("\n".join(lines) + "\n")
+    assert seen == [power.Sample(1830, 745.75, 4), power.Sample(1515, 616.91, 0x24), power.Sample(1980, 620.53, 0)]
+    assert power.row("ours", seen) == "| ours | 1830 (1515 to 1980) | 621 (617 to 746) | power 66 %, heat 33 % |"
+    assert power.row("fp16", seen[2:]).endswith("| nothing |")
+    assert power.samples("") == []
 
 
 def test_tuning_imports_without_gemlite(benchmark):
