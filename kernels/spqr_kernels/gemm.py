@@ -130,6 +130,14 @@ def _read_cell(at, lane, ENTRIES: gl.constexpr):
 
 
 @gluon.jit
+def _exchange(room_of_cell, found, places, following, ENTRIES: gl.constexpr):
+    """The outliers of the following cell into the warp's room, in place of those that were found, once all lanes have added
+    theirs. Returns the room and their places."""
+    room_of_cell = outliers.clear(room_of_cell, found, places, ENTRIES)
+    return outliers.put(room_of_cell, following, ENTRIES)
+
+
+@gluon.jit
 def _group_rows(piece, warp, gid, parts, tile_rows, out_features, groups, WARPS: gl.constexpr):
     """`group_rows` of the warp's tile in a piece; behind the last piece any."""
     return group_rows(gl.minimum(gl.maximum(piece, 0) // parts * WARPS + warp, tile_rows - 1), gid, out_features, groups)
@@ -173,7 +181,8 @@ def share_of_product(
     SLOT: gl.constexpr = 128 * BATCH
     # Two slots' products take less time than x to come, so a half is told free, and asked for, as soon as can be.
     BRIEF: gl.constexpr = BATCH <= 128
-    # Direct statistics come from global memory, a chunk ahead; for 256 rows the registers that would hold them are not there.
+    # Direct statistics come from global memory, a chunk ahead, and outliers are read from shared memory long before they are
+    # put; for 256 rows the registers that would hold them are not there.
     AHEAD: gl.constexpr = BRIEF and not BILEVEL
     thread = gl.arange(0, 32 * WARPS, layout=layout)
     lane = thread % 32
@@ -293,14 +302,13 @@ def share_of_product(
                 if OUTLIERS and s == 1:
                     if not BRIEF:
                         second = _read_cell(at + (FIRST_CELL + 128 * ENTRIES), lane, ENTRIES)
-                    room_of_cell = outliers.clear(room_of_cell, found, places, ENTRIES)
-                    room_of_cell, places = outliers.put(room_of_cell, second, ENTRIES)
+                    room_of_cell, places = _exchange(room_of_cell, found, places, second, ENTRIES)
+                    found = second
                 if s == 3:
                     wait_for_copies(lane)
                     other = own + (STAGE - stage)
-                    if OUTLIERS:  # long before they are put
-                        found = second
-                        first_next = _read_cell(other + FIRST_CELL, lane, ENTRIES)
+                    if OUTLIERS:
+                        following = _read_cell(other + FIRST_CELL, lane, ENTRIES)
                         if BRIEF:
                             second = _read_cell(other + (FIRST_CELL + 128 * ENTRIES), lane, ENTRIES)
                     words, codes, tops = _read_chunk(other, lane, next_chunk, chunks, BITS, BILEVEL, CHUNKS_A_SET)
@@ -308,6 +316,9 @@ def share_of_product(
                         if chunk + 1 == end:
                             rows = _group_rows(piece - 1, warp, gid, parts, tile_rows, out_features, groups, WARPS)
                         direct = direct_of_chunk(GroupSc, GroupZp, rows[0], rows[1], next_chunk, groups, tid, BLOCKS_A_GROUP)
+                    if OUTLIERS and not BRIEF:
+                        room_of_cell, places = _exchange(room_of_cell, found, places, following, ENTRIES)
+                        found = following
                     if BRIEF:
                         acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
                         free_half(barriers + 16, lane)
@@ -332,10 +343,9 @@ def share_of_product(
                     if OUTLIERS:
                         _ask_cells(at + FIRST_CELL, bounds, left > 2, Outliers, lane, ENTRIES)
                     commit_copies(lane)
-                    if OUTLIERS:
-                        room_of_cell = outliers.clear(room_of_cell, found, places, ENTRIES)
-                        found = first_next
-                        room_of_cell, places = outliers.put(room_of_cell, found, ENTRIES)
+                    if OUTLIERS and BRIEF:
+                        room_of_cell, places = _exchange(room_of_cell, found, places, following, ENTRIES)
+                        found = following
                     x_slot = next_slot
                     next_slot = ask_slot
                     next_chunk = ask_chunk
