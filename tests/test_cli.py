@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -274,6 +275,29 @@ def test_generate_compiled(converted):
         assert result.exit_code == 0, result.output
         assert "did not compile" not in result.stderr
         assert result.stdout[:20] == eager.stdout[:20]
+
+
+def test_generate_says_what_to_do_where_a_step_cannot_be_recorded(monkeypatch):
+    """On a GPU that is made up: torch's message is told, and --eager."""
+    from spqr_loaders import RecordingError
+
+    class Model:
+        device = SimpleNamespace(type="cuda")
+
+        def generate(self, **how):
+            assert how["cache_implementation"] == "static"
+            raise RecordingError("no graph") from RuntimeError("operation not permitted when stream is capturing")
+
+    class Tokenizer:
+        def __call__(self, prompt, return_tensors):
+            return SimpleNamespace(to=lambda device: {})
+
+    monkeypatch.setattr("spqr_format.cli.generate_command.load_model", lambda *_: Model())
+    monkeypatch.setattr("spqr_format.cli.generate_command.load_tokenizer", lambda _: Tokenizer())
+    result = spqr("generate", ".", "The old man")
+    assert result.exit_code == 1
+    assert "use --eager (operation not permitted when stream is capturing)" in result.stderr
+    assert "Traceback" not in result.output
 
 
 def test_the_speed_of_generate():

@@ -12,9 +12,9 @@ SpqrError: no weight is ever left random.
 """
 
 from .config import SpqrFormatConfig
-from .decoding import graph_decoding
+from .decoding import RecordingError, graph_decoding
 from .linear import SpqrLinear
 from .load import from_pretrained
 from .quantizer import SpqrFormatQuantizer
 
-__all__ = ["SpqrFormatConfig", "SpqrFormatQuantizer", "SpqrLinear", "from_pretrained", "graph_decoding"]
+__all__ = ["RecordingError", "SpqrFormatConfig", "SpqrFormatQuantizer", "SpqrLinear", "from_pretrained", "graph_decoding"]

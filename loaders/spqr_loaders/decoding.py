@@ -35,6 +35,11 @@ from .compiling import compile_config_within_a_graph
 
 logger = logging.get_logger(__name__)
 
+
+class RecordingError(RuntimeError):
+    """The GPU cannot record as a CUDA graph what a model does in a step: it waits for the host, say, or copies from it."""
+
+
 CARRIED = {"attention_mask", "position_ids", "past_key_values"}  # tensors of a step that this loop knows how to carry on
 
 
@@ -53,7 +58,7 @@ def graph_decoding(
     input_ids: int64 (batch, prompt). Returns int64 (batch, prompt + generated). Where a step cannot be recorded (a cache that
     is not static or has layers with a window, several devices, more than token ids asked for) transformers' own loop runs, with
     a warning that says why. Raises ValueError for beam search, which is another algorithm, and where sequences may end and no
-    token is known to pad them with; RuntimeError where the GPU cannot record what the model does in a step.
+    token is known to pad them with; RecordingError where the GPU cannot record what the model does in a step.
     """
     if generation_config.num_beams > 1:
         raise ValueError(f"graph_decoding is greedy or samples: num_beams is {generation_config.num_beams}")
@@ -216,8 +221,8 @@ class _Step:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self._run()
         except RuntimeError as error:
-            advice = "generate without graph_decoding, or with spqr generate --eager"
-            raise RuntimeError(f"a step of this model cannot be recorded as a CUDA graph: {advice} ({error})") from error
+            advice = "generate it without custom_generate=graph_decoding"
+            raise RecordingError(f"a step of this model cannot be recorded as a CUDA graph: {advice} ({error})") from error
         return graph
 
     def _run(self) -> Any:

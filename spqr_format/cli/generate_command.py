@@ -63,6 +63,8 @@ def generate_command(
     import torch
     from transformers import TextStreamer
 
+    from spqr_loaders import RecordingError, graph_decoding
+
     class Timed(TextStreamer):
         """Writes down when the prompt, and then each token, came."""
 
@@ -79,12 +81,15 @@ def generate_command(
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = Timed()
     if loaded.device.type == "cuda" and not eager:
-        from spqr_loaders import graph_decoding
-
         # transformers hands no streamer to a custom_generate.
         how["custom_generate"] = functools.partial(graph_decoding, streamer=streamer)
         how |= {"cache_implementation": "static", "disable_compile": not compiled}
-    loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **how)
+    try:
+        loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **how)
+    except RecordingError as error:
+        raise click.ClickException(
+            f"{model}: a step cannot be recorded as a CUDA graph: use --eager ({error.__cause__})"
+        ) from error
     if compiled and getattr(loaded, "_compiled_call", None) is None:
         click.echo("transformers did not compile this model", err=True)
     click.echo(speed(streamer.times), err=True)

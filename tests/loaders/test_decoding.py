@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from spqr_loaders import graph_decoding
+from spqr_loaders import RecordingError, decoding, graph_decoding
 
 from .conftest import IDS, TINY
 
@@ -279,3 +280,18 @@ def test_recorded_samples_and_ends(model):
         torch.manual_seed(0)
         made.append(on_gpu.generate(IDS.cuda(), **how, **custom))
     assert torch.equal(*made)
+
+
+def test_a_step_that_cannot_be_recorded(monkeypatch):
+    """torch's error is told as the cause, of what was tried and what else there is to do."""
+    step = object.__new__(decoding._Step)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+
+    def waits():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    step._run = waits
+    with pytest.raises(RecordingError, match="without custom_generate=graph_decoding") as raised:
+        step._record()
+    assert "stream is capturing" in str(raised.value.__cause__)
