@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from linear import COLD_BYTES, GROUPS, SHAPES, WRONG, relative_error, shapes_of
+from linear import GROUPS, SHAPES, WRONG, cold_count, relative_error, shapes_of
 from random_weights import random_tensors
 from timing import graph_microseconds
 from torch import Tensor
@@ -59,7 +59,7 @@ def line(
     """A line of the table: every round's time of each kind, and what the first takes of the second's time. dtype: of x."""
     tensors, layout = random_tensors(layout, share, 0, device)
     whole = join(tensors, layout)
-    copies = [whole.clone() for _ in range(1 if device == "cpu" else int(COLD_BYTES // (4 * whole.numel())) + 2)]
+    copies = [whole.clone() for _ in range(cold_count(whole.nbytes, device))]
     x = torch.randn(batch, layout.in_features, device=device).to(dtype)
     exact = reference.dequantize(tensors, layout).double()
     products = {name: [bind(copy, layout) for copy in copies] for name, bind in kinds.items()}

@@ -89,6 +89,17 @@ def row(matrix: Matrix, copies: list[Product], exact: Tensor, batch: int, clock:
     return {**found, "status": "ok", "us": us, "clock": kind, "bytes_per_s": matrix.nbytes / us * 1e6}
 
 
+def cold_count(nbytes: int, device: str) -> int:
+    """Copies of a matrix of so many bytes over which products rotate, so that none is found in L2."""
+    return 1 if device == "cpu" else int(COLD_BYTES // nbytes) + 2
+
+
+def products_of(matrix: Matrix, device: str) -> list[Product]:
+    """Those of `cold_count` copies, the first one of the matrix itself."""
+    count = cold_count(matrix.nbytes, device)
+    return [matrix.bind(matrix.tensors if i == 0 else [t.clone() for t in matrix.tensors]) for i in range(count)]
+
+
 def measure(
     peer: str, case: Case, batches: Iterable[int], clock: Clock = microseconds, device: str = "cuda", deadline: float = 1e99
 ) -> list[dict[str, Any]]:
@@ -98,8 +109,7 @@ def measure(
     try:
         matrix = kind.make(case, device)
         exact = matrix.exact()
-        count = 1 if device == "cpu" else int(COLD_BYTES // matrix.nbytes) + 2
-        copies = [matrix.bind(matrix.tensors if i == 0 else [t.clone() for t in matrix.tensors]) for i in range(count)]
+        copies = products_of(matrix, device)
     except Exception as error:
         return [{**about, "batch": batch, "status": _failed(error)} for batch in batches]
     return [{**about, **row(matrix, copies, exact, b, clock)} for b in batches if time.monotonic() < deadline]

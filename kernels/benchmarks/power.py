@@ -16,12 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from linear import COLD_BYTES, shapes_of
-from random_weights import random_tensors
-
-from spqr_format.layout import Layout
-from spqr_kernels import dispatch
-from spqr_kernels.joined import Joined, join
+from linear import products_of, shapes_of
+from peers import PEERS, Case
+from timing import Calls, captured
 
 SECONDS = 1.3
 EVERY_MS = 60
@@ -40,9 +37,9 @@ class Sample:
 
 
 def samples(text: str) -> list[Sample]:
-    """Of nvidia-smi's lines: MHz, W and the bits, behind those of the start."""
+    """Of nvidia-smi's lines, MHz, W and the bits: behind those of the start, and without a last one that was cut short."""
     found = []
-    for line in text.strip().splitlines()[_FIRST:]:
+    for line in text[: text.rfind("\n") + 1].splitlines()[_FIRST:]:
         mhz, watts, reasons = line.split(",")
         found.append(Sample(int(mhz), float(watts), int(reasons.strip(), 16)))
     return found
@@ -59,16 +56,9 @@ def row(name: str, seen: Sequence[Sample]) -> str:
     )
 
 
-def watched(calls: Sequence[Callable[[], object]]) -> list[Sample]:
+def watched(calls: Calls) -> list[Sample]:
     """What nvidia-smi sees while these calls repeat."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(max(1, 60 // len(calls))):
-            for call in calls:
-                call()
+    graph, _ = captured(calls)
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     place = f"{gpu.pci_domain_id:08X}:{gpu.pci_bus_id:02X}:{gpu.pci_device_id:02X}.0"
     command = ["nvidia-smi", f"--id={place}", f"--query-gpu={_ASKED}", "--format=csv,noheader,nounits", "-lms", str(EVERY_MS)]
@@ -86,27 +76,21 @@ def watched(calls: Sequence[Callable[[], object]]) -> list[Sample]:
     return seen
 
 
-def main(words: list[str] | None = None) -> None:
+def main(words: list[str] | None = None, watch: Callable[[Calls], list[Sample]] = watched, device: str = "cuda") -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", default="28672x8192", help="out x in")
     parser.add_argument("--share", type=float, default=0.01, help="of outliers")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 16, 64])
     asked = parser.parse_args(words)
-    (out, columns), *_ = shapes_of([asked.shape])
-    tensors, layout = random_tensors(Layout(out, columns), asked.share, 0, "cuda")
-    whole = join(tensors, layout)
-    ours = [Joined(whole.clone(), layout) for _ in range(int(COLD_BYTES // (4 * whole.numel())) + 2)]
-    dense = [torch.randn(out, columns, device="cuda").half() for _ in range(int(COLD_BYTES // (2 * out * columns)) + 2)]
+    shape, *_ = shapes_of([asked.shape])
+    kinds = {name: PEERS[name].make(Case(shape, asked.share), device) for name in ("ours", "fp16")}
+    products = {name: products_of(matrix, device) for name, matrix in kinds.items()}
     print("| product | MHz | W | held back by |\n|---|---:|---:|---|")
     for batch in asked.batches:
-        x = torch.randn(batch, columns, device="cuda").half()
-        kinds = {
-            "ours": [partial(dispatch.linear, x, matrix, layout, None) for matrix in ours],
-            "fp16": [partial(torch.nn.functional.linear, x, weight) for weight in dense],
-        }
-        for name, calls in kinds.items():
-            print(row(f"{name}, batch {batch}", watched(calls)), flush=True)
+        for name, copies in products.items():
+            x = torch.randn(batch, shape[1], device=device).to(kinds[name].dtype)
+            print(row(f"{name}, batch {batch}", watch([partial(copy, x) for copy in copies])), flush=True)
 
 
 if __name__ == "__main__":

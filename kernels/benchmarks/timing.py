@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -26,27 +27,32 @@ def _median(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def graph_microseconds(calls: Calls, repeats: int = 15) -> float:
-    """Median microseconds of one call. The calls, each on data of its own, are captured in one CUDA graph, one round of them
-    after the other."""
+def _run(calls: Calls) -> None:
+    for call in calls:
+        call()
 
-    def run() -> None:
-        for call in calls:
-            call()
 
+def captured(calls: Calls) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A CUDA graph of some GRAPH_MS in which the calls, each on data of its own, follow each other round after round, and how
+    many calls it has."""
     torch.cuda.synchronize()  # the data may still be on its way on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-        rounds = max(1, round(GRAPH_MS / _median(run, 3)))
+        _run(calls[:2])
+        rounds = max(1, round(GRAPH_MS / _median(partial(_run, calls), 3)))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
-            run()
+            _run(calls)
+    return graph, rounds * len(calls)
+
+
+def graph_microseconds(calls: Calls, repeats: int = 15) -> float:
+    """Median microseconds of one call, as `captured`."""
+    graph, count = captured(calls)
     _settle(graph.replay)
-    return _median(graph.replay, repeats) * 1e3 / (rounds * len(calls))
+    return _median(graph.replay, repeats) * 1e3 / count
 
 
 def _settle(run: Callable[[], object]) -> None:
@@ -60,14 +66,9 @@ def _settle(run: Callable[[], object]) -> None:
 
 def loop_microseconds(calls: Calls, repeats: int = 15) -> float:
     """Median microseconds of one call, launched one by one: what the host needs counts where the GPU waits for it."""
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    run()
+    _run(calls)
     torch.cuda.synchronize()
-    return _median(run, repeats) * 1e3 / len(calls)
+    return _median(partial(_run, calls), repeats) * 1e3 / len(calls)
 
 
 def microseconds(calls: Calls) -> tuple[float, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import shutil
@@ -303,15 +304,46 @@ def test_a_loop_is_timed_where_no_graph_can_be(benchmark, monkeypatch):
     assert timing.microseconds([]) == (3.0, "loop")
 
 
+def test_a_graph_is_as_many_rounds_as_take_its_time(benchmark, monkeypatch):
+    """On a GPU that is made up: what a call takes is a part of all that were captured."""
+    timing = sys.modules["timing"]
+    for name in ("Stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda: types.SimpleNamespace(replay=None))
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "_settle", lambda run: None)
+    monkeypatch.setattr(timing, "_median", lambda run, repeats: 3.3 if run is None else 0.6)  # ms: of the graph, of a round
+    made = []
+    calls = [lambda k=k: made.append(k) for k in range(3)]
+    assert timing.graph_microseconds(calls) == pytest.approx(3300 / (5 * 3))
+    assert made == [0, 1, *[0, 1, 2] * 5]  # two before it, then what is captured
+
+
 def test_power_is_read_from_what_nvidia_smi_writes(benchmark):
     power = importlib.import_module("power")
     lines = ["345, 78.10, 0x0000000000000001"] * 3  # before the product runs as it does
     lines += ["1830, 745.75, 0x0000000000000004", "1515, 616.91, 0x0000000000000024", "1980, 620.53, 0x0000000000000000"]
-    seen = power.samples("\n".join(lines) + "\n")
+    seen = power.samples("\n".join(lines) + "\n1845, 7")
     assert seen == [power.Sample(1830, 745.75, 4), power.Sample(1515, 616.91, 0x24), power.Sample(1980, 620.53, 0)]
     assert power.row("ours", seen) == "| ours | 1830 (1515 to 1980) | 621 (617 to 746) | power 66 %, heat 33 % |"
     assert power.row("fp16", seen[2:]).endswith("| nothing |")
     assert power.samples("") == []
+
+
+def test_power_of_each_product(benchmark, capsys):
+    """With an nvidia-smi that is made up, of what is multiplied."""
+    power = importlib.import_module("power")
+    shapes = []
+
+    def watch(calls):
+        shapes.append([tuple(call().shape) for call in calls])
+        return [power.Sample(1000, 500.0, 0)]
+
+    power.main(["--shape", "64x256", "--batches", "1", "3"], watch, "cpu")
+    assert shapes == [[(1, 64)], [(1, 64)], [(3, 64)], [(3, 64)]]
+    names = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert names == ["| ours, batch 1", "| fp16, batch 1", "| ours, batch 3", "| fp16, batch 3"]
 
 
 def test_tuning_imports_without_gemlite(benchmark):
