@@ -90,7 +90,7 @@ def many_rows_kernel(
     BATCH: gl.constexpr, WARPS: gl.constexpr, ROOM: gl.constexpr, ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
     PARTS: gl.constexpr,
 ):  # fmt: skip
-    """The same with `gemm`'s way of a product. X fp16 as `prepare_kernel` makes it, a block in each of its slots."""
+    """The same with `gemm`'s way of a product. X fp16 as `prepare.py` makes it, a block in each of its slots."""
     first, y, program, rows, begin = _of_program(Blocks, Table, Y, programs, experts, out_features, BATCH, PARTS, DEPENDENT)
     if begin >= 0:
         leaves = leaves_in(Stored + gl.multiple_of(begin, 32), (at_scales, at_zeros, at_pointers, at_outliers))

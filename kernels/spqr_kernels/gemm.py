@@ -165,7 +165,7 @@ def share_of_product(
     A piece of Y is BATCH of the n and 16 * WARPS of the o; pieces are counted along n first, in `parts`. Positions, base and
     extra: as `shares` has them. What a program has of a piece that ends in another goes to Partial fp32
     [programs, 16 * WARPS * BATCH] in the order of its registers, with one of the flags, 8 bytes a program.
-    X fp16 as `prepare_kernel` makes it. ENTRIES: outliers of a cell that a lane copies; those beyond are added in the end, one
+    X fp16 as `prepare.py` makes it. ENTRIES: outliers of a cell that a lane copies; those beyond are added in the end, one
     by one.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -179,10 +179,10 @@ def share_of_product(
     CELL: gl.constexpr = (_CELL_BYTES + _WINDOW_BYTES) * OUTLIERS
     OWN: gl.constexpr = CELL + 2 * STAGE
     SLOT: gl.constexpr = 128 * BATCH
-    # Two slots' products take less time than x to come, so a half is told free, and asked for, as soon as can be.
+    # Two slots' products take less time than x to come, so a half is told free, and asked for, as soon as can be. And for 256
+    # rows the registers are not there that hold outliers from long before they are put, and direct statistics, which come from
+    # global memory, from a chunk before.
     BRIEF: gl.constexpr = BATCH <= 128
-    # Direct statistics come from global memory, a chunk ahead, and outliers are read from shared memory long before they are
-    # put; for 256 rows the registers that would hold them are not there.
     AHEAD: gl.constexpr = BRIEF and not BILEVEL
     thread = gl.arange(0, 32 * WARPS, layout=layout)
     lane = thread % 32
@@ -262,7 +262,8 @@ def share_of_product(
         direct = direct_of_chunk(GroupSc, GroupZp, rows[0], rows[1], begin, groups, tid, BLOCKS_A_GROUP)
     if OUTLIERS:
         found = _read_cell(own + FIRST_CELL, lane, ENTRIES)
-        second = _read_cell(own + (FIRST_CELL + 128 * ENTRIES), lane, ENTRIES)
+        if BRIEF:
+            second = _read_cell(own + (FIRST_CELL + 128 * ENTRIES), lane, ENTRIES)
         room_of_cell, places = outliers.put(room_of_cell, found, ENTRIES)
     stage = 0
     while piece >= first_piece:

@@ -2,7 +2,7 @@
 
 A half is two slots, and a slot 64 columns of WIDTH rows of x, 128 bytes each, as `wgmma` reads them: the 16-byte pieces of
 row n stand at their number xor n % 8, and column 16 b + 4 c + 2 h + i of the 64 at 16 c + 8 h + 2 b + i, which is where a
-lane's weights are in its words. `prepare_kernel` writes x so that slots that follow each other are one piece of memory.
+lane's weights are in its words. `prepare.py` writes x so that slots that follow each other are one piece of memory.
 
 Each half has two barriers (`mbarrier`): one tells that it has come, one that all warps are done with it. Warps wait for these
 only, never for each other, so one may make weights while others multiply. This is PTX: Gluon would put barriers of the whole

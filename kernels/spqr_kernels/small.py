@@ -58,7 +58,7 @@ X_STAGES = 2
 
 
 def tile_bytes(bits: int, kept: int) -> int:
-    """Of shared memory for a chunk of a tile."""
+    """Of shared memory for a chunk of a tile: a multiple of 128, as places of x, which lie behind, are xored below that."""
     return 512 * bits + STATS_BYTES + 4 * kept
 
 
