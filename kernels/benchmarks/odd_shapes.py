@@ -33,6 +33,15 @@ def _rows(batch: int) -> Callable[[Stored, Layout, Tensor], Iterator[tuple[Tenso
     return run
 
 
+def _narrowest(tensors: Stored, layout: Layout, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The kernel of many rows with as few as large matrices give it: for small ones another is faster."""
+    from spqr_kernels import gemm
+
+    x = torch.randn(20, layout.in_features, device=weight.device).half()
+    matrix = joined.Joined(joined.join(tensors, layout), layout)
+    yield gemm.linear(x, matrix, layout, None), x.double() @ weight.T
+
+
 def _older(tensors: Stored, layout: Layout, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     from spqr_kernels import decode
 
@@ -71,8 +80,8 @@ def _experts(tensors: Stored, layout: Layout, weight: Tensor) -> Iterator[tuple[
 
 
 RUNS = {
-    "one-row": [_rows(1)], "batches": [_rows(batch) for batch in (2, 9, 17, 33, 65, 300)], "older-gpus": [_older],
-    "dense": [_dense], "siblings": [_siblings], "experts": [_experts],
+    "one-row": [_rows(1)], "batches": [*(_rows(batch) for batch in (2, 9, 17, 33, 65, 300)), _narrowest],
+    "older-gpus": [_older], "dense": [_dense], "siblings": [_siblings], "experts": [_experts],
 }  # fmt: skip
 
 

@@ -163,9 +163,9 @@ def _small(title: str, kind: dict[str, Any], operands: dict[str, str], sizes: di
     operands = operands | {"Partial": "*fp32"} | sizes | dict.fromkeys(("reciprocal", "base", "extra"), "i32")
     dense = [(small.choice_for(8, True, False), 8, 0, " dense")]
     for choice, width, kept, what in [
-        (small.choice_for(width, kind["BILEVEL"], large), width, 64, " large" * large)
-        for width in small.WIDTHS
-        for large in (False, True)[: 1 + kind["BILEVEL"]]
+        (small.choice_for(each, kind["BILEVEL"], large), each, 64, " large" * large)
+        for each in small.WIDTHS
+        for large in (False, True)[: 1 + (kind["BILEVEL"] and each in small.LARGE_CHOICES)]
     ] + dense * (title == "3-bit bilevel"):
         constants = kind | {
             "HAS_BIAS": False, "SCALED": False, "BATCH": width, "WARPS": choice.warps, "TALL": choice.tall,

@@ -19,11 +19,10 @@ from .joined import Joined
 from .launch import on_device
 
 # Largest batch of each kernel; beyond, dequantizing and cuBLAS are faster. The first is between what was measured on an H200
-# at 512, where it is faster, and at 2048 (kernels/benchmarks/README.md). Up to the second, at most `small.WIDEST`, a kernel for
-# few rows takes its place. The decode kernel, without outliers and with them, stands in where
-# `wgmma` is not, and there nothing was measured: `small` needs `stmatrix`, which is on no GPU before those that have `wgmma`.
+# at 512, where it is faster, and at 2048 (kernels/benchmarks/README.md); for few rows, `small.most_rows`, another one takes its
+# place. The decode kernel, without outliers and with them, stands in where `wgmma` is not, and there nothing was measured:
+# `small` needs `stmatrix`, which is on no GPU before those that have `wgmma`.
 GEMM_BATCH = 1024
-SMALL_BATCH = 16
 DECODE_BATCH = {False: 64, True: 32}
 _SPLIT_BATCH = 256  # up to which cuBLAS may split columns: what was seen to lose exactness had 33 rows
 TOGETHER = 3  # matrices of one x that a launch takes at most
@@ -158,7 +157,7 @@ def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> 
     elif fits and in_place and batch <= GEMM_BATCH and has_wgmma(device):
         from . import gemm, small
 
-        product = small.linear if batch <= SMALL_BATCH else gemm.linear
+        product = small.linear if batch <= small.most_rows((layout,)) else gemm.linear
         y = product(rows.contiguous(), tensors, layout, bias)
     elif fits and in_place and batch <= DECODE_BATCH[sparse]:
         from . import decode

@@ -17,7 +17,6 @@ from spqr_format.layout import CHUNK, TILE, Layout, ceil_div
 
 from . import gemm, overlap, small
 from .checks import aligned
-from .dispatch import SMALL_BATCH
 from .experts import Table
 from .joined_words import leaves_in, words_of
 from .launch import REMEMBERED, Launch
@@ -25,6 +24,7 @@ from .overlap import await_previous
 from .prepare import prepare_launch, prepared
 from .siblings import alike
 
+_FEW = 16  # rows of a block that `small` multiplies: there are as many matrices as fill a GPU
 _CHUNKS = 16  # of a program, about: so many that its begin does not count
 
 
@@ -116,10 +116,11 @@ def _launches(
     """What makes x anew where need be, and the product. layout, kept and entries: as `siblings.alike` has
     them."""
     chunks = layout.blocks // CHUNK
-    few, scaled = width <= SMALL_BATCH, dtype == torch.bfloat16
+    few, scaled = width <= _FEW, dtype == torch.bfloat16
     if few:
         all_chunks = layout.tile_rows * chunks * parts * min(experts, blocks)
-        how = small.choice_for(width, layout.statistics == "bilevel", all_chunks >= small.LARGE)
+        large = small.is_large(width, all_chunks, kept > 0)
+        how = small.choice_for(width, layout.statistics == "bilevel", large)
         constants, tiles = small.constants_for(layout, kept, width, how), how.warps * how.tall
     else:
         constants, tiles = gemm.constants_for(layout, entries, width), gemm.CHOICES[width].warps

@@ -36,11 +36,15 @@ def _sixteen(tiles: int) -> list[str]:
             "lop3.b32 t, t, 0xF000F000, r, 0x6A;",
             "mov.b32 u, 0x04000400; set.eq.u32.f16x2 u, t, u;",
             "{ .reg .b32 c; mov.b32 c, 0x84008400; set.eq.u32.f16x2 t, t, c; }",
+            "mul.rn.f16x2 v, v, one;",
             f"and.b32 a{2 * pair}, v, u;",
             f"and.b32 a{2 * pair + 1}, v, t;",
         ]
     x = [f"b{i}" for i in range(2 * tiles)]
-    lines.append(f"mad.lo.u32 c, c, 16, g; ldmatrix.sync.aligned.m8n8.x{len(x)}.trans.shared.b16 {{{', '.join(x)}}}, [c];")
+    lines.append("mad.lo.u32 c, c, 16, g;")
+    for first in range(0, tiles, 2):
+        some = x[2 * first : 2 * first + 4]
+        lines.append(f"ldmatrix.sync.aligned.m8n8.x{len(some)}.trans.shared.b16 {{{', '.join(some)}}}, [c+{PLANE * first}];")
     for tile in range(tiles):
         sums = "{" + ", ".join(f"s{4 * tile + i}" for i in range(4)) + "}"
         b = "{" + ", ".join(x[2 * tile : 2 * tile + 2]) + "}"
@@ -70,7 +74,7 @@ def turn(tiles: int, warps: int) -> str:
     return "{\n" + "\n".join([*lines, "mov.b32 $0, $1;"]) + "\n}"
 
 
-_REGISTERS = ".reg .pred p, q; .reg .b32 w<4>, a<4>, b<4>, c, t, u, v, g, r, at, mine, end, left, i; .reg .b64 f, e;"
+_REGISTERS = ".reg .pred p, q; .reg .b32 w<4>, a<4>, b<8>, c, t, u, v, g, one, r, at, mine, end, left, i; .reg .b64 f, e;"
 
 
 def multiply_first(kept: int, tiles: int) -> str:
@@ -78,13 +82,13 @@ def multiply_first(kept: int, tiles: int) -> str:
     fewer, with zeros behind them.
 
     Inputs behind the sums: where in shared memory the lane's four of the first 16 words are; where the one whose column it is
-    asked for; the plane of the lane's rows of x; and gid << 12 in both halves."""
+    asked for; the plane of the lane's rows of x; gid << 12 in both halves; and 1 in the units of the sums, as half2."""
     n = 4 * tiles
-    at, mine, plane, rows = (f"${2 * n + i}" for i in range(4))
+    at, mine, plane, rows, one = (f"${2 * n + i}" for i in range(5))
     lines = [
         _REGISTERS, f".reg .f32 s<{n}>;",
         *(f"mov.f32 s{i}, ${n + i};" for i in range(n)),
-        f"mov.b32 g, {plane}; or.b32 r, {rows}, 0x04000400;",
+        f"mov.b32 g, {plane}; or.b32 r, {rows}, 0x04000400; mov.b32 one, {one};",
     ]  # fmt: skip
     for i in range(at_once(kept) // 16):
         lines += [f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [{at}+{64 * i}]; ld.shared.u8 c, [{mine}+{64 * i}];", *_sixteen(tiles)]
@@ -97,7 +101,7 @@ def multiply_more(kept: int, tiles: int) -> str:
 
     Inputs further: how many outliers the chunk has, where Outliers and Pointers are, and the number of the chunk."""
     n = 4 * tiles
-    at, mine, plane, rows, count, outliers, pointers, chunk = (f"${2 * n + i}" for i in range(8))
+    at, mine, plane, rows, one, count, outliers, pointers, chunk = (f"${2 * n + i}" for i in range(9))
     begun = at_once(kept)
     near = [
         f"add.u32 at, {at}, {4 * begun}; min.s32 left, {count}, {kept}; mad.lo.s32 end, left, 4, {at};",
@@ -111,7 +115,7 @@ def multiply_more(kept: int, tiles: int) -> str:
         _REGISTERS, f".reg .f32 s<{n}>;",
         *(f"mov.f32 s{i}, ${n + i};" for i in range(n)),
         f"setp.le.s32 p, {count}, {begun};", "@p bra DONE;",
-        f"mov.b32 g, {plane}; or.b32 r, {rows}, 0x04000400;",
+        f"mov.b32 g, {plane}; or.b32 r, {rows}, 0x04000400; mov.b32 one, {one};",
         *(near if begun < kept else ()),
         f"mad.wide.u32 f, {chunk}, 8, {pointers}; ld.global.nc.b32 i, [f];",
         f"mov.u32 t, %tid.x; and.b32 t, t, 3; mad.lo.u32 t, t, 4, {kept};",  # the lane's first

@@ -20,7 +20,7 @@ from spqr_format.layout import CHUNK, TILE, Layout
 
 from . import gemm, matvec, outliers, overlap, pair_outliers, small
 from .checks import aligned
-from .dispatch import SMALL_BATCH, TOGETHER
+from .dispatch import TOGETHER
 from .joined_words import leaves_in, words_of
 from .launch import REMEMBERED, Launch
 from .prepare import prepared
@@ -236,7 +236,7 @@ def linears(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], bi
     x = x.view(batch, in_features)
     shapes, kept, entries = alike(layouts)
     scale = results[0]  # where the kernels are told not to look
-    if batch <= SMALL_BATCH:
+    if batch <= small.most_rows(shapes):
         prepare, product, parts = _few_rows(shapes, kept, batch, dtype, given, x.device)
         if prepare is not None:
             x, scale = prepared(prepare, x, layouts[0], batch)

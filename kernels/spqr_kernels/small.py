@@ -1,8 +1,8 @@
-"""Kernel of small batches for NVIDIA GPUs (sm_90 and newer): y = x W^T for 2 .. 16 rows of x, `mma.m16n8k16`, outliers fused.
+"""Kernel of small batches for NVIDIA GPUs (sm_90 and newer): y = x W^T for 2 .. 32 rows of x, `mma.m16n8k16`, outliers fused.
 
-A warp holds one or two tiles, each 16 rows of W. A lane's words become fp16 weights in registers and are the A fragments as
-they stand; x is B, and because the order of columns within a product is free, 16 bytes of a row of x are the B fragments of two
-products for each tile.
+A warp holds one or two tiles, each 16 rows of W. A lane's words become fp16 weights in registers (`scaled_codes`) and are the A
+fragments as they stand; x is B, and because the order of columns within a product is free, 16 bytes of a row of x are the B
+fragments of two products for each tile.
 
 Outliers are not added to the weights but multiplied on their own (`outlier_products.py`). The products go to the same sums. An
 infinite x counts as the largest finite one there, as infinity times zero is NaN: y is infinite by the product of the codes, so
@@ -32,7 +32,7 @@ from triton.experimental.gluon import language as gl
 
 from spqr_format.layout import CELL_COLUMNS, CHUNK, TILE, Layout, ceil_div
 
-from . import outliers, overlap, ptx
+from . import outliers, overlap, ptx, scaled_codes
 from .checks import aligned
 from .joined import Joined
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
@@ -43,8 +43,6 @@ from .ring import commit_copies, read4
 from .shares import Share, await_parts, last_position, publish, share_out
 from .stage_statistics import (
     STATS_BYTES,
-    bilevel_constants,
-    bilevel_statistics,
     codes_of_chunk,
     direct_of_chunk,
     group_rows,
@@ -52,7 +50,6 @@ from .stage_statistics import (
     statistics_step,
 )
 from .stages import ask_outliers, ask_weights, first_chunks, room_of_program
-from .weights import dequantize_by, direct_statistics, lane_constants
 
 X_STAGES = 2
 
@@ -83,12 +80,12 @@ _BOUNDS = gl.constexpr(
     "{ .reg .pred p; .reg .b64 a; setp.lt.s32 p, $4, $5; mad.wide.u32 a, $3, 8, $2;"
     " mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.nc.b32 $0, [a]; @p ld.global.nc.b32 $1, [a+8]; }"
 )
-_TILES = (1, 2)  # eights of rows of x
+_TILES = (1, 2, 4)  # eights of rows of x
 _FIRST = gl.constexpr({kept + tiles: multiply_first(kept, tiles) for kept in KEPT for tiles in _TILES})
 _MORE = gl.constexpr({kept + tiles: multiply_more(kept, tiles) for kept in KEPT for tiles in _TILES})
 _FIRST_REGISTERS, _MORE_REGISTERS = (
     gl.constexpr({n: ",".join(["=&f"] * (4 * n) + ["f"] * (4 * n) + inputs) for n in _TILES})
-    for inputs in (["r"] * 4, ["r"] * 5 + ["l", "l", "r"])
+    for inputs in (["r"] * 5, ["r"] * 6 + ["l", "l", "r"])
 )
 _TURN = gl.constexpr({8 * tiles + warps: turn(tiles, warps) for tiles in _TILES for warps in (1, 2, 4, 8)})
 _FLOATS = gl.constexpr({n: (gl.float32,) * (4 * n) for n in _TILES})
@@ -143,16 +140,16 @@ def _bounds(pointers_at, chunk, before, position, last):
 
 @gluon.jit
 def _add_products(
-    sums, outliers, mine, planes, rows, further, KEPT: gl.constexpr, TILES: gl.constexpr, TILE_BYTES: gl.constexpr
+    sums, outliers, mine, planes, rows, one, further, KEPT: gl.constexpr, TILES: gl.constexpr, TILE_BYTES: gl.constexpr
 ):  # fmt: skip
     """The sums of each tile with products of its outliers: the first ones', or those behind them where there are further inputs
-    for each tile."""
+    for each tile. one: 1 in the units of the sums, as half2."""
     after = ()
     MORE: gl.constexpr = len(further[0]) > 0
     for t in gl.static_range(len(sums)):
         new = gl.inline_asm_elementwise(
             _MORE[KEPT + TILES] if MORE else _FIRST[KEPT + TILES], _MORE_REGISTERS[TILES] if MORE else _FIRST_REGISTERS[TILES],
-            sums[t][: 4 * TILES] + (outliers + t * TILE_BYTES, mine + t * TILE_BYTES, planes, rows) + further[t],
+            sums[t][: 4 * TILES] + (outliers + t * TILE_BYTES, mine + t * TILE_BYTES, planes, rows, one) + further[t],
             dtype=_FLOATS[TILES], is_pure=False, pack=1,
         )  # fmt: skip
         after = after + (sums[t][4 * TILES :] + new,)
@@ -298,12 +295,12 @@ def share_of_product(
             _ask_outliers_of(own + k * STAGE, Outliers, asked[k], lane, BITS, KEPT, TILE_BYTES)
     commit_copies(lane)
 
+    if BILEVEL:  # of a group for each lane, of the first tile for half of them and of the last one for the others
+        reach_offset = lane // 16 * (TALL - 1) * TILE_BYTES + lane % 16 // CHUNKS_A_SET * 8 + (512 * BITS + 192) - lane * 16
     rows = gid * 0x10001000
     unknown = none + (batch >> 30)
-    for_lane = lane_constants(unknown, BITS)
-    if BILEVEL:
-        for_statistics = bilevel_constants(unknown, BITS)
-    else:
+    for_weights = scaled_codes.constants(unknown, BITS, BILEVEL)
+    if not BILEVEL:
         direct_rows = _group_rows((first_piece * WARPS + warp) * TALL, gid, out_features, groups, TALL)
         direct_next = _direct_of_chunk(GroupSc, GroupZp, direct_rows, first_chunk, groups, tid, BLOCKS_A_GROUP)
     zero = gl.zeros([THREADS], gl.float32, layout)
@@ -317,6 +314,7 @@ def share_of_product(
     while position < last:
         end = gl.minimum(begin + (last - position), chunks)
         sums = ((zero,) * (SUMS * SETS),) * TALL
+        units = scaled_codes.first_units(unknown)
         tile_chunks = first_chunks(piece, warp, tile_rows, chunks, TALL, WARPS)
         for chunk in range(begin, end):
             gl.inline_asm_elementwise(_WAIT, "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
@@ -356,49 +354,52 @@ def share_of_product(
                     its, tops_at = codes_of_chunk(at + t * TILE_BYTES, lane, chunk, chunks, 512 * BITS, CHUNKS_A_SET)
                     codes = codes + (its,)
                     tops = tops + (tops_at,)
+                most = scaled_codes.reach(at + reach_offset)
             else:  # read a chunk ahead
                 direct = direct_next
                 if chunk + 1 == chunks:
                     direct_rows = _group_rows(((piece + 1) * WARPS + warp) * TALL, gid, out_features, groups, TALL)
                 direct_next = _direct_of_chunk(GroupSc, GroupZp, direct_rows, following, groups, tid, BLOCKS_A_GROUP)
+                most = scaled_codes.reach_of_direct(direct)
             if KEPT > 0:
                 gl.inline_asm_elementwise(
                     _TURN[8 * TILES + WARPS], "=r,r,r", [x_now + turn_offset, plane_own], dtype=gl.int32, is_pure=False, pack=1
                 )
+            sums, units = scaled_codes.grow(sums, units, most, BITS)  # a branch, which nothing should wait behind
             x_lane = x_now + (2 * tid ^ gid) * 16
             for s in gl.static_range(4):
                 w = ()
                 for t in gl.static_range(TALL):
-                    if BILEVEL:
-                        s0, o0, s1, o1 = bilevel_statistics(codes[t][s], tops[t], s, for_statistics, BITS, CHUNKS_A_SET)
-                    else:
-                        of_slot = direct[t][s * len(direct[t]) // 4]
-                        s0, o0 = direct_statistics(of_slot[0], of_slot[1], BITS)
-                        s1, o1 = direct_statistics(of_slot[2], of_slot[3], BITS)
                     slot = ()
                     for k in gl.static_range(BITS):
                         slot = slot + (words[t][k][s],)
-                    of_tile = dequantize_by(for_lane, slot, s0, o0, s1, o1, BITS)
+                    if BILEVEL:
+                        tops_at = tops[t] + 32 // CHUNKS_A_SET * s
+                        of_tile = scaled_codes.bilevel_weights(slot, codes[t][s], tops_at, units, for_weights, BITS)
+                    else:
+                        of_slot = direct[t][s * len(direct[t]) // 4]
+                        of_tile = scaled_codes.direct_weights(slot, of_slot, units, for_weights, BITS)
                     w = w + (of_tile,)
                 for half in gl.static_range(2):
-                    b = ()
+                    after = ((),) * TALL
                     for n in gl.static_range(TILES):
-                        b = b + (read4((x_lane ^ 16 * half) + (8 * _X_PITCH * n + 128 * s)),)
-                    after = ()
-                    for t in gl.static_range(TALL):
+                        b = read4((x_lane ^ 16 * half) + (8 * _X_PITCH * n + 128 * s))
                         new = ()
-                        for n in gl.static_range(TILES):
+                        for t in gl.static_range(TALL):
                             d = (sums[t][4 * n], sums[t][4 * n + 1], sums[t][4 * n + 2], sums[t][4 * n + 3])
                             for c in gl.static_range(2):
                                 d = gl.inline_asm_elementwise(
                                     _MMA, _MMA_REGISTERS,
                                     [w[t][4 * half + 2 * c], w[t][8 + 4 * half + 2 * c], w[t][4 * half + 2 * c + 1],
-                                     w[t][9 + 4 * half + 2 * c], b[n][2 * c], b[n][2 * c + 1], d[0], d[1], d[2], d[3]],
+                                     w[t][9 + 4 * half + 2 * c], b[2 * c], b[2 * c + 1], d[0], d[1], d[2], d[3]],
                                     dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
                                 )  # fmt: skip
-                            new = new + d
-                        after = after + (sums[t][SUMS:] + new,)
-                    sums = after
+                            new = new + (after[t] + d,)
+                        after = new
+                    new = ()
+                    for t in gl.static_range(TALL):
+                        new = new + (sums[t][SUMS:] + after[t],)
+                    sums = new
                 if KEPT > 0 and s == 2:  # x is turned by all warps by now
                     # with more than two stages, x came after a chunk's outliers: but for those of a program's first chunk
                     waited = position if STAGES == 2 else first
@@ -411,21 +412,23 @@ def share_of_product(
                 further = ()
                 for t in gl.static_range(TALL):
                     further = further + ((counts[0][t], outliers_at, pointers_at, tile_chunks[t] + chunk),)
-                sums = _add_products(sums, outliers, mine, plane_read, rows, ((),) * TALL, KEPT, TILES, TILE_BYTES)
-                sums = _add_products(sums, outliers, mine, plane_read, rows, further, KEPT, TILES, TILE_BYTES)
+                one = scaled_codes.one_in_units(units, BITS)
+                sums = _add_products(sums, outliers, mine, plane_read, rows, one, ((),) * TALL, KEPT, TILES, TILE_BYTES)
+                sums = _add_products(sums, outliers, mine, plane_read, rows, one, further, KEPT, TILES, TILE_BYTES)
                 counts = counts[1:]
             then = now
             now = gl.where(now == (STAGES - 1) * STAGE, 0, now + STAGE)
             x_now = 2 * x_read + X_STAGE - x_now
             x_then = 2 * x_own + X_STAGE - x_then
             position += 1
+        one_unit = scaled_codes.unit_of(units, BITS)
         total = ()
         for t in gl.static_range(TALL):
             for i in gl.static_range(SUMS):
                 if SETS == 2:
-                    total = total + (sums[t][i] + sums[t][SUMS + i],)
+                    total = total + ((sums[t][i] + sums[t][SUMS + i]) * one_unit,)
                 else:
-                    total = total + (sums[t][i],)
+                    total = total + (sums[t][i] * one_unit,)
         if (begin == 0) & (end == chunks):
             tile = (piece * WARPS + warp) * TALL
             _write(total, Scale, Bias, Y, tile, batch, out_features, gid, tid, SCALED, HAS_BIAS, TILES, TALL, BESIDE)
@@ -500,10 +503,16 @@ class Small:
     least: int  # chunks of a program
 
 
-WIDTHS = (8, 16)
-WIDEST = WIDTHS[-1]
-LARGE = 512 * 32  # chunks of all tiles: 8192 x 8192. With fewer, two tiles of a warp leave too few programs.
-CHOICES = {8: Small(4, 1, 112, 4, 2, 2, 3), 16: Small(4, 1, 128, 4, 3, 1, 2)}  # by width, measured on an H200
+WIDTHS = (8, 16, 32)
+# Chunks of all tiles, of a matrix without outliers and with them, up to which this kernel is faster with more than 16 rows of x
+# than `gemm`, which has to make x anew: those of 4096 x 11008 and 4096 x 4096, but not 8192 x 8192 and 5120 x 5120.
+WIDE = {False: 688 * 16, True: 256 * 16}
+# Chunks of all tiles from which two tiles of a warp leave enough programs: those of 8192 x 8192, and with 16 rows of x and
+# outliers those of 11008 x 4096.
+LARGE, LARGE_FOR_16 = 512 * 32, 688 * 16
+CHOICES = {  # by width, measured on an H200
+    8: Small(4, 1, 128, 4, 2, 2, 3), 16: Small(4, 1, 128, 4, 3, 1, 2), 32: Small(4, 1, 168, 3, 2, 1, 2),
+}  # fmt: skip
 # Of large matrices with bilevel statistics; direct ones wait in registers for a chunk, and for two tiles the loop would spill.
 LARGE_CHOICES = {8: Small(4, 2, 128, 4, 2, 1, 2), 16: Small(4, 2, 168, 3, 2, 1, 2)}
 
@@ -516,9 +525,21 @@ class Launches(NamedTuple):
     parts: int
 
 
+@cache
+def most_rows(layouts: tuple[Layout, ...]) -> int:
+    """Rows of x up to which this kernel is faster than `gemm` for matrices that share a launch."""
+    chunks = sum(layout.tile_rows * (layout.blocks // CHUNK) for layout in layouts)
+    return WIDTHS[-1] if chunks <= WIDE[any(layout.outliers for layout in layouts)] else WIDTHS[-2]
+
+
+def is_large(width: int, chunks: int, outliers: bool) -> bool:
+    """Whether a launch of so many chunks, of all tiles, is large for so many rows of x."""
+    return chunks >= (LARGE_FOR_16 if width == 16 and outliers else LARGE)
+
+
 def choice_for(width: int, bilevel: bool, large: bool) -> Small:
-    """How a kernel for so many rows of x runs. large: whether the matrix has LARGE chunks or more."""
-    return (LARGE_CHOICES if bilevel and large else CHOICES)[width]
+    """How a kernel for so many rows of x runs. large: as `is_large` has it."""
+    return LARGE_CHOICES[width] if bilevel and large and width in LARGE_CHOICES else CHOICES[width]
 
 
 def outliers_of_a_chunk(layout: Layout) -> int:
@@ -570,7 +591,7 @@ def plan_of(layouts: Sequence[Layout], kept: int, batch: int, dtype: torch.dtype
     layout = layouts[0]
     chunks, columns = layout.blocks // CHUNK, layout.blocks * TILE
     width = next(width for width in WIDTHS if width >= batch)
-    large = sum(each.tile_rows for each in layouts) * chunks >= LARGE
+    large = is_large(width, sum(each.tile_rows for each in layouts) * chunks, kept > 0)
     choice = choice_for(width, layout.statistics == "bilevel", large)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     every = [ceil_div(each.tile_rows, choice.warps * choice.tall) * chunks for each in layouts]
@@ -599,7 +620,7 @@ def _launches(
 
 
 def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
-    """x W^T + bias for x fp16 or bf16 [batch, in], batch at most WIDEST, contiguous, and checked operands of a layout of whole
+    """x W^T + bias for x fp16 or bf16 [batch, in], batch at most 32, contiguous, and checked operands of a layout of whole
     chunks, not permuted where it has outliers. Returns [batch, out] in x's dtype."""
     batch, dtype = x.shape[0], x.dtype
     given = None if bias is None else bias.dtype

@@ -1,4 +1,4 @@
-"""A lane's weights in fp16, for the kernels of batches: its words, and the statistics of their groups, to 16 words of two.
+"""A lane's weights in fp16, for `gemm` and `decode`: its words, and the statistics of their groups, to 16 words of two.
 
 Each weight is rounded three times: its scale, its offset (middle - zero) * scale, and the sum of both.
 """

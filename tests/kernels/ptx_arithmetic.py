@@ -129,6 +129,7 @@ _OPERATIONS: dict[str, tuple[Callable[..., np.ndarray], str, str]] = {
     "div": (_divide, "t", "t t"),
     "rem": (_remainder, "t", "t t"),
     "neg": (lambda a: -a, "t", "t"),
+    "abs": (abs, "t", "t"),
     "min": (np.fmin, "t", "t t"),  # what is not NaN
     "max": (np.fmax, "t", "t t"),
     "max.relu": (lambda a, b: np.maximum(np.maximum(a, b), 0), "t", "t t"),

@@ -415,6 +415,13 @@ class Program:
         best = (np.min if how == "min" else np.max)(self._of(source, on, kind).reshape(-1, 32), axis=1)
         self.registers[to, on] = np.repeat(write(best, kind), 32)
 
+    def _any(self, name: str, operands: list, on: np.ndarray) -> None:
+        self._warps(on)
+        to, source, mask = operands
+        self._all_lanes([mask], [2**32 - 1])
+        found = self._of(source, on, "pred").reshape(-1, 32).any(axis=1)
+        self.registers[to, on] = np.repeat(found, 32).astype(np.uint64)
+
     def _mma(self, name: str, operands: list, on: np.ndarray) -> None:
         self._warps(on)
         pair = name.split(".")[-2] + "x2"
@@ -453,6 +460,7 @@ _BESIDE: dict[str, Callable[[Program, str, list, np.ndarray], None]] = {  # arit
     r"shfl\.sync\.bfly\.b32": Program._butterfly,
     r"shfl\.sync\.idx\.b32": Program._indexed,
     r"redux\.sync\.(min|max)\.[su]32": Program._reduce,
+    r"vote\.sync\.any\.pred": Program._any,
     r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32": Program._mma,
     r"griddepcontrol\.(wait|launch_dependents)": Program._nothing,
 }

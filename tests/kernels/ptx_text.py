@@ -135,4 +135,8 @@ class Kernel:
             return arguments[int(parameter[1])] % 2**64
         if re.fullmatch(r"0[fFdD][0-9A-Fa-f]+", name):
             return int(name[2:], 16)
-        return int(name.rstrip("U"), 0) % 2**64 if re.fullmatch(r"-?\d\w*", name) else NOTHING
+        if not re.match(r"-?\d", name):
+            return NOTHING
+        if not re.fullmatch(r"-?\d\w*", name):
+            raise PtxError(f"no number: {name}")  # PTX has decimal fractions, no kernel does
+        return int(name.rstrip("U"), 0) % 2**64

@@ -36,7 +36,8 @@ def spills(name: str) -> int:
 
     With 256 rows of x half of all registers are sums; groups of 32 have most, 34 with Triton 3.9. Siblings
     and experts have some more, as what a program chose of several must be held. Nearly all are outside of the
-    loop over the columns, and with a register more fewer programs would fit, which was slower; the kernel of one row, none to
+    loop over the columns, those of small batches all (26 are with direct statistics and Triton 3.9 alone), and with a register
+    more fewer programs would fit, which was slower; the kernel of one row, none to
     four with Triton 3.6, may read some words a pair of chunks. The decode kernel is for GPUs without `wgmma`.
     """
     if name in GEMM:
@@ -44,7 +45,7 @@ def spills(name: str) -> int:
     if name.startswith("decode"):
         return 16
     if name in SMALL:
-        return 10
+        return 26 if "direct" in name else 11
     limited = VARIANTS[name].registers is not None
     return 16 if limited and name.split()[0] in ("matvec", "siblings", "experts") else 0
 

@@ -126,7 +126,7 @@ def test_every_batch_on_cuda(random_matrix, kind):
     ids=lambda k: "-".join(map(str, k.values())),
 )  # fmt: skip
 @pytest.mark.gpu
-def test_batches_of_2_to_16_on_cuda(random_matrix, monkeypatch, kind):
+def test_small_batches_on_cuda(random_matrix, monkeypatch, kind):
     """Which kernel is theirs, and all of its kinds: rows and columns that fill no program and no block, several programs, x as
     it is and made anew, and products beside each other give the same bits."""
     from spqr_kernels import small
@@ -140,8 +140,8 @@ def test_batches_of_2_to_16_on_cuda(random_matrix, monkeypatch, kind):
         whole = joined.join(tensors, matrix.layout)
         exact = torch.from_numpy(matrix.dequantize()).double()
         bias = torch.randn(rows).bfloat16()
-        half = [(batch, torch.float16) for batch in (*range(2, 10), 12, 15, 16)]
-        for batch, dtype in [*half, *((batch, torch.bfloat16) for batch in (3, 8, 9, 16))]:
+        half = [(batch, torch.float16) for batch in (*range(2, 10), 12, 15, 16, 17, 32)]
+        for batch, dtype in [*half, *((batch, torch.bfloat16) for batch in (3, 8, 9, 16, 25))]:
             x = torch.randn(batch, columns).to(dtype)
             added = bias if dtype == torch.bfloat16 else None  # each pair is compiled anew
             expected = x.double() @ exact.T + (0 if added is None else added.double())
@@ -211,7 +211,8 @@ def test_groups_of_several_blocks_on_cuda(random_matrix, kernel, kind):
         exact = torch.from_numpy(matrix.dequantize())
         if kernel == "unpack":
             assert torch.equal(dequantize(tensors, matrix.layout, torch.float16).cpu(), exact.half()), chunks
-        for batch in {"one-row": (1,), "small": (2, 3, 8, 13), "gemm": (17, 40, 300), "decode": (2, 33), "unpack": ()}[kernel]:
+        batches = {"one-row": (1,), "small": (2, 3, 8, 13, 32), "gemm": (33, 40, 300), "decode": (2, 33), "unpack": ()}
+        for batch in batches[kernel]:
             x = torch.randn(batch, columns).half()
             product = decode.linear if kernel == "decode" else linear  # on Hopper nothing dispatches to it
             y = product(x.cuda(), tensors, matrix.layout, None)
@@ -263,7 +264,7 @@ def test_which_kernel_a_batch_takes(random_matrix, monkeypatch):
         name = module.__name__.split(".")[-1]
         monkeypatch.setattr(module, "linear", lambda x, *rest, name=name: taken.append(name) or torch.zeros(len(x), 32))
     monkeypatch.setattr(dispatch, "has_tensor_cores", lambda device: True)
-    batches = (1, 2, dispatch.SMALL_BATCH, dispatch.SMALL_BATCH + 1, dispatch.GEMM_BATCH)
+    batches = (1, 2, 32, 33, dispatch.GEMM_BATCH)
     for hopper, expected in (
         (True, ["matvec", "small", "small", "gemm", "gemm"]),
         (False, ["matvec", "decode", "decode", "decode"]),
@@ -279,7 +280,17 @@ def test_which_kernel_a_batch_takes(random_matrix, monkeypatch):
         permuted_outliers = random_matrix(32, 256, permuted=True, outliers=0.1)
         linear(torch.zeros(2, 256).half(), stored(permuted_outliers, "cpu"), permuted_outliers.layout)
         assert taken == []
-    assert dispatch.SMALL_BATCH <= small.WIDEST
+
+
+@pytest.mark.parametrize(("outliers", "most"), [(0, {4096: 32, 8192: 16}), (1, {4096: 32, 4352: 16})])
+def test_up_to_how_many_rows_the_kernel_of_small_batches_is_faster(outliers, most):
+    pytest.importorskip("triton", reason="no Triton")
+    from spqr_kernels import small
+
+    for rows, batch in most.items():
+        assert small.most_rows((Layout(rows, 4096 + 4096 * (outliers == 0), outliers=outliers),)) == batch
+        half = Layout(rows // 2, 4096 + 4096 * (outliers == 0), outliers=outliers)
+        assert small.most_rows((half, half)) == batch
 
 
 @pytest.mark.parametrize("device", DEVICES)

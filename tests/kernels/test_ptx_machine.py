@@ -146,6 +146,10 @@ def test_floating_point(a, b, c, p, q):
             word = one(name, pair, half(c) | half(a) << 16)
             assert same(word & 0xFFFF, expected[0])
             assert same(word >> 16, expected[1])
+        word = one("abs.f16x2", pair)
+        assert same(word & 0xFFFF, abs(np.float16(a)))
+        assert same(word >> 16, abs(np.float16(b)))
+        assert one("setp.gt.f16", half(a), half(b)) == (a > b)
         fused = one("fma.rn.f16x2", half(a), half(b), half(c))
         assert same(fused & 0xFFFF, np.float16(np.longdouble(a) * np.longdouble(b) + np.longdouble(c)))
         assert same(one("add.f32", single(p), single(q)), np.float32(p) + np.float32(q))
@@ -267,6 +271,17 @@ def test_largest_of_a_warp():
         np.testing.assert_array_equal(outcome(body.replace("{0}", name), given).view(found.dtype), np.repeat(found, 32))
 
 
+def test_any_of_a_warp():
+    body = """
+    ld.global.b32 %r1, [%rd2]; setp.gt.u32 %p0, %r1, 9; vote.sync.any.pred %p1, %p0, -1; selp.b32 %r2, 1, 0, %p1;
+    st.global.b32 [%rd3], %r2;
+    """
+    for large, expected in (((), (0, 0)), ((40,), (0, 1)), ((0, 31, 63), (1, 1))):
+        given = np.full(64, 9, np.uint32)
+        given[list(large)] = 10
+        np.testing.assert_array_equal(outcome(body, given), np.repeat(expected, 32))
+
+
 COPY = SHARED + "cp.async.ca.shared.global [%r9], [%rd2], 4{0}; cp.async.commit_group;\n"
 READ = "ld.shared.b32 %r3, [%r9]; st.global.b32 [%rd3], %r3;"
 
@@ -322,6 +337,7 @@ def test_what_another_thread_wrote(distance, barrier):
         ("setp.lt.u32 %p0, %r0, 3; @%p0 bra OUT; bar.warp.sync -1; OUT:", "not all threads"),
         ("AGAIN: bra AGAIN;", "no end"),
         ("add.s32 %r1, %r0, %q;", "unknown name %q"),
+        ("mul.rn.f32 %f0, %f0, 0.5;", "no number"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_an_error(body, why, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ptx_memory import Memory
 
 FP16, BF16 = torch.float16, torch.bfloat16
 EVERY_WAY = [(width, small.choice_for(width, True, large)) for width in small.WIDTHS for large in (False, True)]
+EVERY_WAY.pop()  # the widest are for small matrices alone
 EVERY_WAY.append((8, small.Small(2, 2, 255, 2, 3, 2, 2)))
 
 
@@ -61,10 +63,11 @@ def product(matrix, x, dtype=FP16, scale=None, bias=None, modes=(True,), only=No
 
 
 def check(y, expected):
-    """Each row of y against its norm in float64; 4.6e-4 is what was measured at most, and bf16 rounds y by 1.7e-3."""
+    """Each row of y, which has few values here, against its norm in float64: weights are 5e-4 off, y is rounded by 2e-4, or in
+    bf16 by 1.7e-3."""
     assert torch.isfinite(y).all()
     error = (y.double() - expected).norm(dim=1) / expected.norm(dim=1)
-    assert error.max() < (6e-4 if y.dtype == FP16 else 2.5e-3)
+    assert error.max() < (8e-4 if y.dtype == FP16 else 2.5e-3)
 
 
 KINDS = [  # matrix, rows of x, rows and columns of W, dtype of y, whether it counts as large
@@ -79,13 +82,16 @@ KINDS = [  # matrix, rows of x, rows and columns of W, dtype of y, whether it co
     ({"weight_bits": 4, "group_size": 128, "statistics": "direct"}, 9, 200, 1010, BF16, False),
     ({"weight_bits": 3, "group_size": 48, "statistics": "direct", "outliers": 0.0}, 3, 17, 1792, FP16, False),
     ({"weight_bits": 3}, 13, 200, 256, FP16, False),
+    ({"weight_bits": 4}, 32, 88, 768, FP16, False),
+    ({"weight_bits": 2, "group_size": 32, "outliers": 0.0}, 19, 70, 1010, BF16, False),
+    ({"weight_bits": 4, "group_size": 32, "statistics": "direct"}, 27, 40, 1792, FP16, False),
 ]
 
 
 @pytest.mark.parametrize(("kind", "batch", "rows", "columns", "dtype", "large"), KINDS, ids=lambda k: str(k).replace(" ", ""))
 def test_every_kind_of_matrix(random_matrix, monkeypatch, kind, batch, rows, columns, dtype, large):
     """Rows that fill no piece, columns that fill no block; programs begin and end within pieces."""
-    monkeypatch.setattr(small, "LARGE", 1 if large else 1 << 30)
+    monkeypatch.setattr(small, "is_large", lambda *_: large)
     matrix = random_matrix(rows, columns, **kind)
     x = rows_of_x(batch, columns)
     scale, bias, expected = expected_of(matrix, x, dtype)
@@ -134,6 +140,41 @@ def test_crowded_outliers(random_matrix, way):
         x = rows_of_x(way, 1024)
         _, y = product(matrix, x)
         check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
+
+
+def with_scales(matrix, factors):
+    """The same matrix with scales and outliers of each 256 columns times a power of two."""
+    a_group = np.repeat(np.asarray(factors, np.float32), 256 // matrix.layout.group_size)
+    values = matrix.values.astype(np.float32) * np.asarray(factors)[matrix.col_indices // 256]
+    changed = {"values": values.clip(-60000, 60000).astype(np.float16)}
+    if matrix.layout.statistics == "direct":
+        changed["group_scales"] = (matrix.group_scales * a_group).astype(np.float16)
+    else:
+        changed["tile_stats"] = (matrix.tile_stats * np.stack([a_group, *[np.ones_like(a_group)] * 3], -1)).astype(np.float16)
+    return dataclasses.replace(matrix, **changed)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("way", [(8, True), (8, False), (16, True), (32, False)], ids=str)
+@pytest.mark.parametrize("statistics", ["bilevel", "direct"])
+def test_scales_of_any_size(random_matrix, multiprocessors, monkeypatch, bits, way, statistics):
+    """Units follow the largest scales: from chunk to chunk, up to weights of 60000; what another program adds has others. And
+    where all scales are small, weights are as exact."""
+    batch, large = way
+    monkeypatch.setattr(small, "is_large", lambda *_: large)
+    multiprocessors(2)
+    group = {"group_size": 16} if statistics == "bilevel" else {"group_size": 64, "statistics": "direct"}
+    base = random_matrix(72, 256 * 6, weight_bits=bits, outliers=0.01, **group)
+    largest = float(np.abs(base.dequantize()).max())
+    up = 2.0 ** int(np.log2(60000 / largest))
+    for factors in ((1, 4, 2, 64, 0.5, 1024), (up, 1, 1, 2, 4, up / 8), (1 / 32,) * 6, (1, 1, 1, 1, 1, 32)):
+        matrix = with_scales(base, factors)
+        exact = torch.from_numpy(matrix.dequantize()).double()
+        assert torch.isfinite(exact).all()
+        x = rows_of_x(batch, 256 * 6) / (2048 if up in factors else 16)  # y is fp16
+        launch, y = product(matrix, x)
+        assert launch.grid[0] > 1
+        check(y, x.double() @ exact.T)
 
 
 @pytest.mark.parametrize("way", EVERY_WAY[1:3], ids=str, indirect=True)
