@@ -505,8 +505,9 @@ class Small:
 
 WIDTHS = (8, 16, 32)
 # Chunks of all tiles, of a matrix without outliers and with them, up to which this kernel is faster with more than 16 rows of x
-# than `gemm`, which has to make x anew: those of 4096 x 11008 and 4096 x 4096, but not 8192 x 8192 and 5120 x 5120.
-WIDE = {False: 688 * 16, True: 256 * 16}
+# than `gemm`, which has to make x anew: those of 4096 x 11008, and of 5120 x 5120, where both take as long; but not those of
+# 8192 x 8192 and 4096 x 8192.
+WIDE = {False: 256 * 43, True: 320 * 20}
 # Chunks of all tiles from which two tiles of a warp leave enough programs: those of 8192 x 8192, and with 16 rows of x and
 # outliers those of 11008 x 4096.
 LARGE, LARGE_FOR_16 = 512 * 32, 688 * 16

@@ -42,8 +42,9 @@ def in_turns(launch):
     return [program for some in itertools.zip_longest(*each) for program in some if program is not None]
 
 
-def products(matrices, x, dtype, modes=(True,)):
-    """The launch, and for each matrix what it gives and what it should, float64: [batch, out]."""
+def products(matrices, x, dtype, modes=(True,), few=16):
+    """The launch, and for each matrix what it gives and what it should, float64: [batch, out]. few: rows up to which `small`
+    multiplies."""
     layouts = tuple(matrix.layout for matrix in matrices)
     shapes, kept, entries = siblings.alike.__wrapped__(layouts)
     scaled = [expected_of(matrix, x, dtype) for matrix in matrices]
@@ -53,7 +54,7 @@ def products(matrices, x, dtype, modes=(True,)):
         plain = [x.double() @ torch.from_numpy(matrix.dequantize()).double().T for matrix in matrices]
         expected = [y * scale.double()[:, None] + bias.double() for y, bias in zip(plain, biases, strict=True)]
     given, blocks = None if scale is None else dtype, layouts[0].blocks
-    if len(x) <= 16:
+    if len(x) <= few:
         launches = siblings._few_rows.__wrapped__(shapes, kept, len(x), dtype, given, CPU)
         parts = launches.parts
         made = torch.nn.functional.pad(x, (0, blocks * 16 - x.shape[1]))
@@ -89,16 +90,18 @@ def products(matrices, x, dtype, modes=(True,)):
     ids=lambda k: str(k).replace(" ", ""),
 )
 def test_every_matrix_has_its_product(random_matrix, multiprocessors, monkeypatch, kind, batch, rows, columns, dtype, count):
-    """Matrices that share pieces between programs and that have one; rows that fill no piece. None reads another's outliers."""
+    """Matrices that share pieces between programs and that have one; rows that fill no piece. None reads another's outliers.
+    For 20 rows both kernels."""
     multiprocessors(count)
     shares = (0.01, 0.03, 0.002)
     matrices = [random_matrix(out, columns, seed=i, **{"outliers": shares[i]} | kind) for i, out in enumerate(rows)]
     width = next((width for width in gemm_plan.CHOICES if width >= batch), 256)
     monkeypatch.setattr(gemm_plan, "CHOICES", {width: gemm_plan.CHOICES[width]})
-    launch, found = products(matrices, rows_of_x(batch, columns), dtype)
-    assert launch.grid[0] > len(rows)
-    for y, expected in found:
-        check(y, expected)
+    for few in (16, 32) if batch == 20 else (16,):
+        launch, found = products(matrices, rows_of_x(batch, columns), dtype, few=few)
+        assert launch.grid[0] > len(rows)
+        for y, expected in found:
+            check(y, expected)
 
 
 @pytest.mark.parametrize("batch", [4, 18])
