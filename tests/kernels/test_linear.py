@@ -293,6 +293,15 @@ def test_up_to_how_many_rows_the_kernel_of_small_batches_is_faster(outliers, mos
         assert small.most_rows((half, half)) == batch
 
 
+def test_which_matrices_are_large_for_small_batches():
+    pytest.importorskip("triton", reason="no Triton")
+    from spqr_kernels import small
+
+    found = [small.is_large(width, 688 * 16, outliers) for width in (8, 16) for outliers in (False, True)]
+    assert found == [False, False, False, True]  # 11008 x 4096
+    assert all(small.is_large(width, 512 * 32, outliers) for width in (8, 16) for outliers in (False, True))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_crowded_outliers(random_matrix, device):
     """Cells with up to all of their 2048 weights, beside empty ones: more than kernels fetch at once."""

@@ -177,6 +177,32 @@ def test_scales_of_any_size(random_matrix, multiprocessors, monkeypatch, bits, w
         check(y, x.double() @ exact.T)
 
 
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "places"),
+    [
+        ({"group_size": 16}, [(0, 3), (0, 13), (1, 7), (1, 24)]),  # tile and group
+        ({"group_size": 64}, [(0, 1), (1, 6)]),
+        ({"group_size": 64, "statistics": "direct"}, [(3, 1), (12, 0), (20, 6), (31, 3)]),  # row and group
+    ],
+    ids=lambda k: str(k).replace(" ", ""),
+)
+def test_one_large_scale(random_matrix, monkeypatch, large, kind, places):
+    """Wherever it is, the lane that looks after it finds it: y would be infinite. It is little more than what that one group
+    gives, and as far off as its scale and offset are by themselves, 1e-3 here."""
+    monkeypatch.setattr(small, "is_large", lambda *_: large)
+    base = random_matrix(32, 512, outliers=0.01, **kind)
+    x = rows_of_x(16, 512) / 64
+    for place in places:
+        name = "group_scales" if base.layout.statistics == "direct" else "tile_stats"
+        scales = getattr(base, name).copy()
+        scales[place if name == "group_scales" else (*place, 0)] *= 512
+        matrix = dataclasses.replace(base, **{name: scales})
+        _, y = product(matrix, x)
+        expected = x.double() @ torch.from_numpy(matrix.dequantize()).double().T
+        assert (y.double() - expected).norm() < 2e-3 * expected.norm(), place
+
+
 @pytest.mark.parametrize("way", EVERY_WAY[1:3], ids=str, indirect=True)
 def test_an_infinite_x(random_matrix, way):
     """Reaches its own row of y alone, and gives no NaN there where its column has no outlier."""
