@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from spqr_converters.presets import PRESETS
-from spqr_format.cli import COMMANDS, main
+from spqr_format.cli import COMMANDS, generate_command, main
 from spqr_format.cli.generate_command import speed
 
 ROOT = Path(__file__).parent.parent
@@ -298,6 +298,16 @@ def test_generate_says_what_to_do_where_a_step_cannot_be_recorded(monkeypatch):
     assert result.exit_code == 1
     assert "use --eager (operation not permitted when stream is capturing)" in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(("device", "begins", "said"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)])
+def test_generate_says_what_a_gpu_waits_for(monkeypatch, capsys, device, begins, said):
+    monkeypatch.setattr(generate_command, "_PATIENCE", 0.2)
+    with generate_command._explained(device) as begun:
+        if begins:
+            begun()
+        time.sleep(0.6)
+    assert ("compiling kernels" in capsys.readouterr().err) == said
 
 
 def test_the_speed_of_generate():

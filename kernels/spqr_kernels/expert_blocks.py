@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Rows of a block, by the rows of x that an expert has on average: up to so many. A block of 8, 16, .. rows takes about 1.4,
-# 1.7, 2.4, 2.7, 3.7 and 5.8 times as long as a row alone (28672 x 8192 with 1 % of outliers, kernels/benchmarks/README.md; the
+# Rows of a block, by the rows of x that an expert has on average: up to so many. A block of 8, 16, .. rows takes about 1.3,
+# 1.6, 2.5, 2.7, 3.8 and 5.9 times as long as a row alone (28672 x 8192 with 1 % of outliers, kernels/benchmarks/README.md; the
 # last is half of 512 rows), and an expert has one block that is half empty. Other widths for a number were not timed.
 WIDTHS = {8: 5, 16: 13, 32: 22, 64: 52, 128: 160, 256: 1024}
 MOST = 1024  # rows an expert on average, beyond which a layer's rows are taken in turns: their copies need memory

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import statistics
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import click
 
 from .model import chosen_device, device_option, dtype_option, load_model, load_tokenizer
 from .output import duration
+
+_PATIENCE = 5.0  # seconds without a token, after which a GPU's user is told why
 
 
 @click.command("generate")
@@ -66,33 +71,52 @@ def generate_command(
     from spqr_loaders import RecordingError, graph_decoding
 
     class Timed(TextStreamer):
-        """Writes down when the prompt, and then each token, came."""
+        """Writes down when the prompt, and then each token, came. Calls `begun` before the first token."""
 
-        def __init__(self) -> None:
+        def __init__(self, begun: Callable[[], None]) -> None:
             super().__init__(tokenizer, skip_special_tokens=True)
             self.times: list[float] = []
+            self.begun = begun
 
         def put(self, value: Any) -> None:
             self.times.append(time.perf_counter())
+            if len(self.times) == 2:
+                self.begun()
             super().put(value)
 
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    streamer = Timed()
-    if loaded.device.type == "cuda" and not eager:
-        # transformers hands no streamer to a custom_generate.
-        how["custom_generate"] = functools.partial(graph_decoding, streamer=streamer)
-        how |= {"cache_implementation": "static", "disable_compile": not compiled}
-    try:
-        loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **how)
-    except RecordingError as error:
-        raise click.ClickException(
-            f"{model}: a step cannot be recorded as a CUDA graph: use --eager ({error.__cause__})"
-        ) from error
+    with _explained(loaded.device.type) as begun:
+        streamer = Timed(begun)
+        if loaded.device.type == "cuda" and not eager:
+            # transformers hands no streamer to a custom_generate.
+            how["custom_generate"] = functools.partial(graph_decoding, streamer=streamer)
+            how |= {"cache_implementation": "static", "disable_compile": not compiled}
+        try:
+            loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **how)
+        except RecordingError as error:
+            raise click.ClickException(
+                f"{model}: a step cannot be recorded as a CUDA graph: use --eager ({error.__cause__})"
+            ) from error
     if compiled and getattr(loaded, "_compiled_call", None) is None:
         click.echo("transformers did not compile this model", err=True)
     click.echo(speed(streamer.times), err=True)
+
+
+@contextlib.contextmanager
+def _explained(device: str) -> Iterator[Callable[[], None]]:
+    """Says on stderr what a GPU's user waits for, unless what it gives is called in time."""
+    # on a line of its own: the prompt's stands open
+    text = "\ncompiling kernels for this GPU and the shapes of this model: they are kept, and later runs begin at once"
+    notice = threading.Timer(_PATIENCE, functools.partial(click.echo, text, err=True))
+    notice.daemon = True
+    if device == "cuda":
+        notice.start()
+    try:
+        yield notice.cancel
+    finally:
+        notice.cancel()
 
 
 def speed(times: list[float]) -> str:
