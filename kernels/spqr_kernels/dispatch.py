@@ -157,7 +157,7 @@ def linear(x: Tensor, tensors: Tensors, layout: Layout, bias: Tensor | None) -> 
     elif fits and in_place and batch <= GEMM_BATCH and has_wgmma(device):
         from . import gemm, small
 
-        product = small.linear if batch <= small.most_rows((layout,)) else gemm.linear
+        product = small.linear if batch <= small.most_rows((layout,), x.dtype) else gemm.linear
         y = product(rows.contiguous(), tensors, layout, bias)
     elif fits and in_place and batch <= DECODE_BATCH[sparse]:
         from . import decode

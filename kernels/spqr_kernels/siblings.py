@@ -236,7 +236,7 @@ def linears(x: Tensor, joined: Sequence[Tensor], layouts: tuple[Layout, ...], bi
     x = x.view(batch, in_features)
     shapes, kept, entries = alike(layouts)
     scale = results[0]  # where the kernels are told not to look
-    if batch <= small.most_rows(shapes):
+    if batch <= small.most_rows(shapes, dtype):
         prepare, product, parts = _few_rows(shapes, kept, batch, dtype, given, x.device)
         if prepare is not None:
             x, scale = prepared(prepare, x, layouts[0], batch)

@@ -527,10 +527,11 @@ class Launches(NamedTuple):
 
 
 @cache
-def most_rows(layouts: tuple[Layout, ...]) -> int:
-    """Rows of x up to which this kernel is faster than `gemm` for matrices that share a launch."""
+def most_rows(layouts: tuple[Layout, ...], dtype: torch.dtype) -> int:
+    """Rows of x up to which this kernel is faster than `gemm` for matrices that share a launch. bf16 is made anew for both."""
     chunks = sum(layout.tile_rows * (layout.blocks // CHUNK) for layout in layouts)
-    return WIDTHS[-1] if chunks <= WIDE[any(layout.outliers for layout in layouts)] else WIDTHS[-2]
+    wide = dtype == torch.float16 and chunks <= WIDE[any(layout.outliers for layout in layouts)]
+    return WIDTHS[-1] if wide else WIDTHS[-2]
 
 
 def is_large(width: int, chunks: int, outliers: bool) -> bool:
