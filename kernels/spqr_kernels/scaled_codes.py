@@ -27,8 +27,8 @@ _PLACES = {2: (4, 6, 8), 3: (1, 4, 7), 4: (3, 7)}
 _MOST = 0.96875 * 2.0**16  # that a scale times a power of two may be: below 65504, with room for how it was rounded
 # 2**`_top` counted in units, as half2, is what is called units below: large where the unit is small.
 _FIRST = 2.0**15  # units at first: the largest power of two in fp16
-_STEP = 2.0**-4  # by which units change
-_LEAST = 2.0**-5  # units whose reach is beyond fp16
+_STEP = 2.0**-2  # by which units change
+_LEAST = 2.0**-7  # units: their reach is beyond fp16, for all bits, and 1 in them, 2**-24 or more, is not 0 yet
 
 
 def _top(bits: int) -> int:

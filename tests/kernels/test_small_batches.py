@@ -177,6 +177,28 @@ def test_scales_of_any_size(random_matrix, multiprocessors, monkeypatch, bits, w
         check(y, x.double() @ exact.T)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("statistics", ["bilevel", "direct"])
+def test_the_largest_scales_of_fp16(random_matrix, bits, statistics):
+    """Scales of 60000 beside codes next to their zero: weights are finite, though codes times scales are not, nor, with bilevel
+    statistics, what is told of their size. Outliers as large are not lost."""
+    kind = {"group_size": 16} if statistics == "bilevel" else {"group_size": 64, "statistics": "direct"}
+    base = random_matrix(24, 512, weight_bits=bits, outliers=0.01, **kind)
+    codes = (1 + np.arange(base.codes.size, dtype=np.uint8).reshape(base.codes.shape) % 7 // 4).astype(np.uint8)
+    if statistics == "direct":
+        changed = {"group_scales": np.full_like(base.group_scales, 60000), "group_zeros": np.full_like(base.group_zeros, 1)}
+    else:  # s = 12000 (0 - 5), z = 0.25 (4 - 0)
+        stats = np.tile(np.array([12000, 5, 0.25, 0], np.float16), (*base.tile_stats.shape[:2], 1))
+        changed = {"tile_stats": stats, "scale_codes": base.scale_codes * 0, "zero_codes": base.zero_codes * 0 + 4}
+    matrix = dataclasses.replace(base, codes=codes, values=np.full_like(base.values, 50000), **changed)
+    exact = torch.from_numpy(matrix.dequantize()).double()
+    assert exact.abs().max() < 2 * 65504
+    x = rows_of_x(8, 512) / 4096
+    _, y = product(matrix, x)
+    expected = x.double() @ exact.T
+    assert (y.double() - expected).norm() < 2e-3 * expected.norm()  # the offset is rounded where it is as large as a weight
+
+
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize(
     ("kind", "places"),
