@@ -114,16 +114,19 @@ def variants() -> list[Variant]:
         found += _small(title, kind, operands, sizes)
         sizes |= dict.fromkeys(("parts", "base", "extra"), "i32")
         operands |= {"Partial": "*fp32"}
-        for batch, choice in gemm_plan.CHOICES.items():
+        clustered = {64: (2,), 128: (8,), 256: (2,)} if title == "3-bit bilevel" else {}
+        for batch, cluster in [(width, size) for width in gemm_plan.CHOICES for size in (1, *clustered.get(width, ()))]:
             if title != "3-bit bilevel" and batch not in (32, 256):
                 continue  # minutes of compiling for little
+            choice = gemm_plan.CHOICES[batch]
             room = gemm_plan.room_bytes(kind["BITS"], 2, batch, choice.warps)
             constants = kind | {
                 "OUTLIERS": True, "HAS_BIAS": False, "SCALED": False, "BATCH": batch, "WARPS": choice.warps,
-                "ROOM": room, "ENTRIES": 2,
+                "ROOM": room, "ENTRIES": 2, "CLUSTER": cluster,
             }  # fmt: skip
-            found.append(Variant(f"gemm {title} batch {batch}", gemm.gemm_kernel, {"X": "*fp16"} | operands | sizes, constants,
-                                 choice.warps, choice.registers, nvidia=(90,)))  # fmt: skip
+            name = f"gemm {title} batch {batch}" + f" clusters of {cluster}" * (cluster > 1)
+            found.append(Variant(name, gemm.gemm_kernel, {"X": "*fp16"} | operands | sizes, constants, choice.warps,
+                                 choice.registers, nvidia=(90,)))  # fmt: skip
         sizes = {"out_features": "i32", "in_features": "i32", "chunks": "i32", "groups": "i32"}
         operands = _STORED | _OUTLIERS | {"Out": "*fp16"} | sizes
         words, bits_at = field_constants(kind["BITS"])
@@ -206,7 +209,9 @@ def _sibling_batches(of_one: list[Variant]) -> list[Variant]:
     }
     found = []
     for variant in of_one:
-        if variant.kernel in kernels and "3-bit bilevel batch" in variant.name:
+        if variant.kernel in kernels and "3-bit bilevel batch" in variant.name:  # one kind of clusters is enough
+            if variant.constants.get("CLUSTER", 1) not in (1, 8):
+                continue
             kernel, own = kernels[variant.kernel]
             operands = _siblings(("batch", "chunks", "groups", own), ("base", "extra"))
             found.append(dataclasses.replace(variant, name=f"siblings {variant.name}", kernel=kernel, arguments=operands))
@@ -227,7 +232,7 @@ def _expert_batches(of_one: list[Variant]) -> list[Variant]:
     kernels = {small.small_kernel: expert_batches.few_rows_kernel, gemm.gemm_kernel: expert_batches.many_rows_kernel}
     found = []
     for variant in of_one:
-        if variant.kernel in kernels and "3-bit bilevel batch" in variant.name:
+        if variant.kernel in kernels and "3-bit bilevel batch" in variant.name and variant.constants.get("CLUSTER", 1) == 1:
             operands = {"X": "*fp16", "Scale": "*fp32", "Blocks": "*i32", "Table": "*i64", "Stored": "*i32", "Y": "*fp16"}
             sizes = (
                 "programs",
@@ -238,7 +243,8 @@ def _expert_batches(of_one: list[Variant]) -> list[Variant]:
             )
             operands |= dict.fromkeys((*sizes, "out_features", "base"), "i32")
             operands |= dict.fromkeys(("at_scales", "at_zeros", "at_pointers", "at_outliers"), "i32")
-            constants = {name: value for name, value in variant.constants.items() if name != "HAS_BIAS"} | {"PARTS": 2}
+            constants = {name: value for name, value in variant.constants.items() if name not in ("HAS_BIAS", "CLUSTER")}
+            constants["PARTS"] = 2
             found.append(
                 dataclasses.replace(
                     variant,

@@ -6,7 +6,8 @@ of its own (`stages`), so no warp waits for the others but for x that they still
 tensor cores work. Outliers are added to the weights before the product (`outliers`).
 
 Programs, as many as run at once, share the product evenly (`shares`), and go through their pieces from the last to the first:
-the part of a piece that another program adds up is made first, and so is there when that one comes to it, last. Every sum has
+the part of a piece that another program adds up is made first, and so is there when that one comes to it, last. Where pieces
+are so few that two or more programs can have each, these are a cluster, and add up in shared memory (`clusters`). Every sum has
 one fixed order, so results repeat bit for bit.
 """
 
@@ -24,14 +25,14 @@ from triton.experimental.gluon.language.nvidia import hopper
 
 from spqr_format.layout import CHUNK, Layout
 
-from . import outliers, overlap
+from . import clusters, outliers, overlap
 from .checks import aligned
 from .gemm_plan import CHOICES, WINDOW_BYTES, Plan, plan_for, room_bytes
 from .joined import Joined
 from .lanes import barrier, reinterpret
 from .launch import LEAVES, REMEMBERED, Launch, addresses, constants_of
 from .overlap import await_previous, let_next_begin
-from .pieces import add_parts, add_rest, opaque_zero, store_part, write
+from .pieces import add_parts, add_rest, finish, opaque_zero, rest_of, store_part
 from .prepare import prepare_launch, prepared
 from .ring import commit_copies, read1, read4, wait_for_copies
 from .shares import await_parts, last_position, publish
@@ -158,7 +159,7 @@ def share_of_product(
     batch, out_features, tile_rows, chunks, groups, parts, base, extra,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, ROOM: gl.constexpr,
-    ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr, BESIDE: gl.constexpr = 1,
+    ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr, BESIDE: gl.constexpr = 1, CLUSTER: gl.constexpr = 1,
 ):  # fmt: skip
     """What a program does of Y[n, o] = Scale[n] sum_i X[n, i] W[o, i] (+ Bias[o]), Y [batch, BESIDE * out].
 
@@ -166,7 +167,8 @@ def share_of_product(
     extra: as `shares` has them. What a program has of a piece that ends in another goes to Partial fp32
     [programs, 16 * WARPS * BATCH] in the order of its registers, with one of the flags, 8 bytes a program.
     X fp16 as `prepare.py` makes it. ENTRIES: outliers of a cell that a lane copies; those beyond are added in the end, one
-    by one.
+    by one. CLUSTER: where more than 1, so many programs have a piece, each some of its chunks, and nothing else: base and
+    extra are not looked at, nor is Partial.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BATCH, 16])
@@ -190,8 +192,14 @@ def share_of_product(
     gid = lane // 4
     tid = lane % 4
     none = thread * 0
-    first = last_position(program - 1, base, extra)
-    last = last_position(program, base, extra)
+    if CLUSTER == 1:
+        first = last_position(program - 1, base, extra)
+        last = last_position(program, base, extra)
+    else:
+        rank = program % CLUSTER
+        piece_begin = program // CLUSTER * chunks
+        first = piece_begin + chunks * rank // CLUSTER
+        last = piece_begin + chunks * (rank + 1) // CLUSTER
     first_piece = first // chunks
     first_chunk = first - first_piece * chunks
     piece = (last - 1) // chunks
@@ -365,22 +373,39 @@ def share_of_product(
         near_n = gl.arange(0, BATCH, layout=gl.SliceLayout(0, mma))[None, :]
         zero = opaque_zero(piece)
         own_part = Partial + program.to(gl.int64) * (16 * WARPS * BATCH)
-        if end < chunks:
+        if CLUSTER > 1:
+            clusters.meet(thread)  # none reads its x any more
+            clusters.send(acc, rank, near_row, near_n, zero, CLUSTER)
+            if OUTLIERS:  # noqa: SIM102, the compiler's condition and the GPU's
+                if gl.max(most, axis=0) > 32 * ENTRIES:
+                    barrier()
+                    for each in range(WARPS):
+                        rest, rest_row, rest_n = rest_of(
+                            X, Pointers, Outliers, first_tile + each, begin, end, first_row, batch, tile_rows, chunks, BATCH,
+                            WARPS, 32 * ENTRIES,
+                        )  # fmt: skip
+                        clusters.add(rest, rank, each * 16 + rest_row, rest_n, BATCH, WARPS, CLUSTER)
+            clusters.meet(thread)
+            EACH: gl.constexpr = BATCH // CLUSTER
+            part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, EACH, 16])
+            row = gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(1, part))[:, None]
+            n = gl.arange(0, EACH, layout=gl.SliceLayout(0, part))[None, :]
+            total = clusters.receive(row, n, zero, CLUSTER, WARPS)
+            finish(
+                total, room, Scale, Bias, Y, row, n, first_row + rank * EACH, first_tile * 16, batch, out_features, thread,
+                zero, SCALED, HAS_BIAS, 2 * SLOT, BESIDE,
+            )  # fmt: skip
+        elif end < chunks:
             store_part(acc, own_part, near_row, near_n, zero)
         else:
             if begin > 0:
                 await_parts(flags, program, first - first_chunk, base, extra, thread)
                 acc = add_parts(acc, Partial, program, first - first_chunk, base, extra, near_row, near_n, zero)
-            if SCALED:
-                acc *= gl.load(Scale + first_row + near_n, mask=first_row + near_n < batch, other=0)
-            row = first_tile * 16 + near_row
-            if HAS_BIAS:
-                acc += gl.load(Bias + row, mask=row < out_features, other=0).to(gl.float32)
-            barrier()  # the second half of the ring is free now
-            write(
-                acc, room, Y, near_row, near_n, first_row, first_tile * 16, batch, out_features, thread, zero, 2 * SLOT, BESIDE
-            )
-        if OUTLIERS:  # noqa: SIM102, the compiler's condition and the GPU's
+            finish(
+                acc, room, Scale, Bias, Y, near_row, near_n, first_row, first_tile * 16, batch, out_features, thread, zero,
+                SCALED, HAS_BIAS, 2 * SLOT, BESIDE,
+            )  # fmt: skip
+        if OUTLIERS and CLUSTER == 1:  # noqa: SIM102, the compiler's condition and the GPU's
             if gl.max(most, axis=0) > 32 * ENTRIES:
                 barrier()
                 for each in range(WARPS):
@@ -388,7 +413,7 @@ def share_of_product(
                         Y, own_part, X, Scale, Pointers, Outliers, first_tile, each, begin, end, first_row, batch, out_features,
                         tile_rows, chunks, SCALED, BATCH, WARPS, 32 * ENTRIES, BESIDE,
                     )  # fmt: skip
-        if end < chunks:
+        if CLUSTER == 1 and end < chunks:
             publish(flags + program + none, thread)
         release_room(thread)
         piece -= 1
@@ -406,14 +431,14 @@ def gemm_kernel(
     batch, out_features, tile_rows, chunks, groups, parts, base, extra,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, ROOM: gl.constexpr,
-    ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
+    ENTRIES: gl.constexpr, CLUSTER: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """`share_of_product` for every program. The flags stand behind all of Partial."""
     flags = Partial.to(gl.pointer_type(gl.int64)) + gl.num_programs(0) * (8 * WARPS * BATCH)
     share_of_product(
         gl.program_id(0), X, Scale, Weight, StatCodes, TileStats, GroupSc, GroupZp, Pointers, Outliers, Bias, Y, Partial, flags,
         batch, out_features, tile_rows, chunks, groups, parts, base, extra, BITS, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, HAS_BIAS,
-        SCALED, BATCH, WARPS, ROOM, ENTRIES, DEPENDENT,
+        SCALED, BATCH, WARPS, ROOM, ENTRIES, DEPENDENT, 1, CLUSTER,
     )  # fmt: skip
 
 
@@ -444,7 +469,8 @@ def plan_of(
     tiles = [each.tile_rows for each in layouts]
     plan = plan_for(batch, tiles, layout.blocks // CHUNK, multiprocessors, entries > 0)
     overlaps = overlap.options(device, joined)
-    constants = {"SCALED": dtype == torch.bfloat16} | overlaps | constants_for(layout, entries, plan.width)
+    constants = {"SCALED": dtype == torch.bfloat16, "CLUSTER": plan.cluster} | overlaps
+    constants |= constants_for(layout, entries, plan.width)
     return plan, prepare_launch(layout, batch, dtype, device, plan.width, overlaps), constants
 
 
@@ -460,7 +486,8 @@ def _launches(
         plan.shares[0].extra,
     )  # fmt: skip
     constants |= {"HAS_BIAS": bias is not None}
-    return Launches(plan, prepare, Launch(gemm_kernel, (plan.programs, 1), device, dtypes, integers, constants))
+    product = Launch(gemm_kernel, (plan.programs, 1), device, dtypes, integers, constants, plan.cluster)
+    return Launches(plan, prepare, product)
 
 
 def linear(x: Tensor, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:

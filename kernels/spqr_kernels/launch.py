@@ -47,10 +47,11 @@ class Launch:
 
     def __init__(
         self, kernel: Any, grid: tuple[int, int], device: torch.device, dtypes: Sequence[torch.dtype], integers: Sequence[int],
-        constants: Mapping[str, Any],
+        constants: Mapping[str, Any], cluster: int = 1,
     ) -> None:  # fmt: skip
-        """dtypes: what the addresses point to. constants: of the kernel, and Triton's options for it."""
-        self.kernel, self.grid, self.device = kernel, (*grid, 1), device
+        """dtypes: what the addresses point to. constants: of the kernel, and Triton's options for it. cluster: how many
+        programs that follow each other run as one."""
+        self.kernel, self.grid, self.device, self.cluster = kernel, (*grid, 1), device, cluster
         self.dtypes, self.integers, self.constants = tuple(dtypes), tuple(integers), dict(constants)
         self._rest: tuple[Any, ...] = ()
         self._run: Any = None
@@ -62,10 +63,24 @@ class Launch:
                 self._run(*addresses, *self._rest)
                 return
             given = [_Pointer(a, t) if isinstance(a, int) else a for a, t in zip(addresses, self.dtypes, strict=True)]
-            compiled = self.kernel[self.grid](*given, *self.integers, **self.constants)
             names = self.kernel.arg_names[len(given) + len(self.integers) :]
             self._rest = (*self.integers, *(self.constants[name] for name in names))
-            self._run = compiled[self.grid]
+            if self.cluster == 1:
+                compiled = self.kernel[self.grid](*given, *self.integers, **self.constants)
+                self._run = compiled[self.grid]
+            else:
+                run = self._of_clusters(given)
+                run(*addresses, *self._rest)
+                self._run = run
+
+    def _of_clusters(self, given: Sequence[Any]) -> Any:
+        """What launches the kernel in clusters, compiled. Triton has them for kernels of which every tensor is spread over a
+        cluster; here each program has its own tensors, and only the launch is told."""
+        compiled = self.kernel.warmup(*given, *self.integers, grid=self.grid, **self.constants)
+        warps, _, shared = compiled.packed_metadata
+        compiled.packed_metadata = (warps, self.cluster, shared)
+        programs, more, one = self.grid
+        return compiled[(programs // self.cluster, more, one)]
 
 
 _HERE = contextlib.nullcontext()

@@ -80,7 +80,7 @@ def opaque_zero(number):
 
 
 @gluon.jit
-def _place(row, n, zero, WARPS: gl.constexpr):
+def place(row, n, zero, WARPS: gl.constexpr):
     """Where a number of a piece stands among those of all threads, of which each has four that follow each other."""
     thread = row // 16 * 32 + row % 8 * 4 + n % 8 // 2 + zero
     return thread * 4 + (n // 8 * (128 * WARPS) + row % 16 // 8 * 2 + n % 2)
@@ -90,7 +90,7 @@ def _place(row, n, zero, WARPS: gl.constexpr):
 def store_part(acc, Part, row, n, zero):
     """The sums acc [rows of W, rows of x] to Part, in the order of registers. row, n: number of each in the piece, [.., 1] and
     [1, ..] in the layout of acc."""
-    to = _place(row, n, zero, acc.shape[0] // 16)
+    to = place(row, n, zero, acc.shape[0] // 16)
     base = (row * 0 + zero).to(gl.int64) + Part.to(gl.int64)
     gl.inline_asm_elementwise(_STORE_PART, _STORE_PART_REGISTERS, [base, to, acc], dtype=gl.int32, is_pure=False, pack=4)
 
@@ -103,7 +103,7 @@ def add_parts(acc, Partial, program, piece_begin, base, extra, row, n, zero):
     NUMBERS: gl.constexpr = acc.shape[1] // 2
     PARTS: gl.constexpr = _PARTS[NUMBERS]
     TOGETHER: gl.constexpr = _NUMBERS[NUMBERS]
-    at = _place(row, n, zero, WARPS)
+    at = place(row, n, zero, WARPS)
     nothing = row * 0 + zero
     other = program - 1
     while last_position(other, base, extra) > piece_begin:
@@ -165,19 +165,32 @@ def write(
 
 
 @gluon.jit
-def add_rest(
-    Y, Part, X, Scale, Pointers, Outliers, first_tile, each, begin, end, first_row, batch, out_features, tile_rows, chunks,
-    SCALED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, FETCHED: gl.constexpr, BESIDE: gl.constexpr,
+def finish(
+    acc, room, Scale, Bias, Y, row, n, first_row, row0, batch, out_features, thread, zero, SCALED: gl.constexpr,
+    HAS_BIAS: gl.constexpr, TILE_AT: gl.constexpr, BESIDE: gl.constexpr,
 ):  # fmt: skip
-    """Adds x times those outliers of chunks begin .. end - 1 of tile number `each` of a piece that were not copied, one by one:
-    to Y, or where the piece ends in another program to this one's part of it."""
+    """Scales acc and adds the bias, and writes it as `write` does, once all threads of the program have come here."""
+    if SCALED:
+        acc *= gl.load(Scale + first_row + n, mask=first_row + n < batch, other=0)
+    if HAS_BIAS:
+        acc += gl.load(Bias + row0 + row, mask=row0 + row < out_features, other=0).to(gl.float32)
+    barrier()  # the second half of the ring is free now
+    write(acc, room, Y, row, n, first_row, row0, batch, out_features, thread, zero, TILE_AT, BESIDE)
+
+
+@gluon.jit
+def rest_of(
+    X, Pointers, Outliers, tile, begin, end, first_row, batch, tile_rows, chunks, BATCH: gl.constexpr, WARPS: gl.constexpr,
+    FETCHED: gl.constexpr,
+):  # fmt: skip
+    """x times those outliers of chunks begin .. end - 1 of a tile that were not copied: fp32 [16, BATCH], and numbers of its
+    rows, [16, 1], and of rows of x, [1, BATCH], from first_row on."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
     near = gl.arange(0, BATCH, layout=gl.SliceLayout(0, layout))
     n = first_row + near
     slots = X + first_row.to(gl.int64) * (chunks * 256)  # each [BATCH, 64]
     total = gl.zeros([16, BATCH], gl.float32, layout)
-    tile = first_tile + each
     if tile < tile_rows:
         own = Pointers + tile.to(gl.int64) * (2 * chunks)
         for cell in range(2 * begin, 2 * end):
@@ -189,12 +202,27 @@ def add_rest(
                 x = gl.load(slot + (near * 64 + ((place // 8) ^ (near % 8)) * 8 + place % 8), mask=n < batch, other=0)
                 value = (word >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
                 total += gl.where(row == ((word >> 12) & 15), value, 0.0)[:, None] * x.to(gl.float32)[None, :]
+    return total, row[:, None], near[None, :]
+
+
+@gluon.jit
+def add_rest(
+    Y, Part, X, Scale, Pointers, Outliers, first_tile, each, begin, end, first_row, batch, out_features, tile_rows, chunks,
+    SCALED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, FETCHED: gl.constexpr, BESIDE: gl.constexpr,
+):  # fmt: skip
+    """Adds `rest_of` tile number `each` of a piece to Y, or where the piece ends in another program to its part."""
+    tile = first_tile + each
+    total, row, near = rest_of(
+        X, Pointers, Outliers, tile, begin, end, first_row, batch, tile_rows, chunks, BATCH, WARPS, FETCHED
+    )
+    if tile < tile_rows:
         if end < chunks:
-            at2 = Part + _place(each * 16 + row[:, None], near[None, :], 0, WARPS)
-            gl.store(at2, gl.load(at2) + total)
+            at = Part + place(each * 16 + row, near, 0, WARPS)
+            gl.store(at, gl.load(at) + total)
         else:
+            n = first_row + near
             if SCALED:
-                total *= gl.load(Scale + n, mask=n < batch, other=0)[None, :]
-            at3 = Y + n.to(gl.int64)[None, :] * (BESIDE * out_features) + (tile * 16 + row)[:, None]
-            inside = ((tile * 16 + row) < out_features)[:, None] & (n < batch)[None, :]
-            gl.store(at3, (gl.load(at3, mask=inside, other=0).to(gl.float32) + total).to(Y.dtype.element_ty), mask=inside)
+                total *= gl.load(Scale + n, mask=n < batch, other=0)
+            to = Y + n.to(gl.int64) * (BESIDE * out_features) + (tile * 16 + row)
+            inside = (tile * 16 + row < out_features) & (n < batch)
+            gl.store(to, (gl.load(to, mask=inside, other=0).to(gl.float32) + total).to(Y.dtype.element_ty), mask=inside)

@@ -118,7 +118,7 @@ def many_rows_kernel(
     at_scales2, at_zeros2, at_pointers2, at_outliers2, out_features2, base2, extra2,
     BITS: gl.constexpr, BILEVEL: gl.constexpr, BLOCKS_A_GROUP: gl.constexpr, OUTLIERS: gl.constexpr,
     HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr, ROOM: gl.constexpr,
-    ENTRIES: gl.constexpr, DEPENDENT: gl.constexpr,
+    ENTRIES: gl.constexpr, CLUSTER: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """`gemm_kernel` of three matrices, base and extra of each for the programs that it has."""
     NUMBERS: gl.constexpr = 16 * WARPS * BATCH  # in Partial, of a program
@@ -135,7 +135,7 @@ def many_rows_kernel(
         _of(program, first1, first2, (Y0, Y1, Y2)), Partial + first * NUMBERS, flags, batch, out_features,
         gl.cdiv(out_features, 16), chunks, groups, parts, _of(program, first1, first2, (base0, base1, base2)),
         _of(program, first1, first2, (extra0, extra1, extra2)), BITS, BILEVEL, BLOCKS_A_GROUP, OUTLIERS, HAS_BIAS, SCALED,
-        BATCH, WARPS, ROOM, ENTRIES, DEPENDENT,
+        BATCH, WARPS, ROOM, ENTRIES, DEPENDENT, 1, CLUSTER,
     )  # fmt: skip
 
 
@@ -203,7 +203,8 @@ def _many_rows(
     integers = (batch, layouts[0].blocks // CHUNK, layouts[0].groups, plan.parts, *_geometry(layouts, plan.shares))
     dtypes = (torch.float16, torch.float32, *_pointers(dtype, bias), torch.float32)
     constants |= {"HAS_BIAS": bias is not None}
-    return gemm.Launches(plan, prepare, Launch(many_rows_kernel, (plan.programs, 1), device, dtypes, integers, constants))
+    product = Launch(many_rows_kernel, (plan.programs, 1), device, dtypes, integers, constants, plan.cluster)
+    return gemm.Launches(plan, prepare, product)
 
 
 @cache

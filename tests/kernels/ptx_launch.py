@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from ptx_machine import Program
+from ptx_machine import Program, run_cluster
 from ptx_text import Kernel
 from triton.backends.compiler import GPUTarget
 
@@ -37,8 +37,8 @@ def compiled(kernel, signature, constants, warps, registers):
 
 
 def run(launch, memory, addresses, modes=(True, False), only=None, order=None, **forced):
-    """All programs of a launch, or the one of number `only`, or as many as `order` has, in that order; asynchronous copies late
-    and at once. forced: constants that are other than the launch's."""
+    """All programs of a launch, or the one of number `only`, or as many as `order` has, in that order and whole clusters;
+    asynchronous copies late and at once. forced: constants that are other than the launch's."""
     if order is None:
         order = range(launch.grid[0]) if only is None else (only,)
     constants = dict(launch.constants) | forced
@@ -51,8 +51,10 @@ def run(launch, memory, addresses, modes=(True, False), only=None, order=None, *
     for late in modes:
         before = memory.bytes.copy()
         for y in range(launch.grid[1]):
-            for x in order:
-                Program(kernel, memory, [*addresses, *launch.integers], (x, y, 0), launch.grid, late).run()
+            for first in range(0, len(order), launch.cluster):
+                some = order[first : first + launch.cluster]
+                given = [*addresses, *launch.integers]
+                run_cluster([Program(kernel, memory, given, (x, y, 0), launch.grid, late) for x in some])
         results.append(memory.bytes)
         memory.bytes = before
     memory.bytes = results[0]

@@ -1,4 +1,5 @@
-"""A machine for the PTX that Triton makes of a kernel: the threads of one program (a CTA) run on numpy arrays, without a GPU.
+"""A machine for the PTX that Triton makes of a kernel: the threads of one program (a CTA), or of the few of a cluster, run on
+numpy arrays, without a GPU.
 
 What it checks is what a compiled kernel computes and touches, lane by lane: addresses, alignment and bounds of every access,
 branches within a warp, barriers, asynchronous copies, fragments of products. It does not know how long anything takes, adds
@@ -67,6 +68,11 @@ class Program:
 
     def run(self) -> None:
         """From the first instruction until all threads have ended."""
+        run_cluster([self])
+
+    def begin(self, cluster: Sequence[Program], rank: int) -> None:
+        """Before the first instruction, as the one of that rank of a cluster's programs."""
+        self.cluster, self.rank = cluster, rank
         kernel, threads = self.kernel, self.kernel.threads
         arguments = [*self.arguments, *[0] * (kernel.parameters - len(self.arguments))]
         self.registers = np.empty((len(kernel.registers), threads), np.uint64)
@@ -80,12 +86,20 @@ class Program:
         self.groups = np.zeros(threads, np.int64)  # of products, committed
         # Numbers of products: the last one of each warp that read each KB of shared memory, and of which each thread knows.
         self.issued = 0
+        self.met = 0  # the last one before the last meeting of the cluster
         self.reads = np.zeros((len(self.shared.bytes) // 1024 + 1, threads // 32), np.int64)
         self.known = np.zeros((threads, threads // 32), np.int64)
         self.at = np.zeros(threads, np.int64)  # the next instruction of each thread
-        self.ended, self.waits = np.zeros(threads, bool), np.zeros(threads, bool)
+        self.ended, self.waits, self.meets = np.zeros(threads, bool), np.zeros(threads, bool), np.zeros(threads, bool)
+
+    def proceed(self) -> bool:
+        """Until all threads have ended; False where they wait for the other programs of the cluster."""
         while not self.ended.all():
-            free = ~(self.ended | self.waits)
+            free = ~(self.ended | self.waits | self.meets)
+            if not free.any() and self.meets.any():
+                if not self.meets.all():
+                    raise PtxError("not all threads of a program come to the cluster's barrier")
+                return False
             if not free.any():  # all have come to the barrier
                 self.waits[:] = False
                 self.known[:] = self.issued
@@ -95,6 +109,15 @@ class Program:
             first = self.at[free].min()
             later = self.at[free & (self.at > first)]
             self._straight(np.flatnonzero(free & (self.at == first)), int(first), int(later.min()) if len(later) else 1 << 62)
+        return True
+
+    def meet(self) -> None:
+        """Behind the cluster's barrier."""
+        if self.products:
+            raise PtxError("a product on its way when the cluster meets")
+        self.meets[:] = False
+        self.known[:] = self.met = self.issued
+        self.shared.meet()
 
     def _straight(self, threads: np.ndarray, at: int, until: int) -> None:
         """These threads from an instruction on, until they branch, wait, end or meet others."""
@@ -127,6 +150,9 @@ class Program:
             self.ended[on] = True
         elif name == "bar.sync":
             self.waits[on] = True
+        elif name == "barrier.cluster.wait.acquire.aligned":
+            self._warps(on)
+            self.meets[on] = True
         else:
             known = next((do for pattern, do in _BESIDE.items() if re.fullmatch(pattern, name)), None)
             if known:
@@ -195,6 +221,39 @@ class Program:
         else:
             self.memory.bytes[self.memory.bytes_at(addresses, raw.shape[1], True)] = raw
 
+    def _map(self, name: str, operands: list, on: np.ndarray) -> None:
+        """mapa: the address with the program's rank, from 1 on, in its upper byte."""
+        to, address, rank = (operands[0], *(self.registers[operand, on] for operand in operands[1:]))
+        if (rank >= len(self.cluster)).any():
+            raise PtxError(f"the cluster has no program {rank.max()}")
+        self.registers[to, on] = address | (rank + np.uint64(1)) << np.uint64(24)
+
+    def _by_cluster(self, address: Address, on: np.ndarray, size: int) -> list[tuple[np.ndarray, Program, np.ndarray]]:
+        """Which of the threads reach which program's memory, and where."""
+        addresses = self._addresses(address, on)
+        ranks = (addresses >> np.uint64(24)).astype(np.int64) - 1
+        found = []
+        for rank in np.unique(ranks):
+            if rank < 0:
+                raise PtxError("an address of no program of the cluster")
+            some, other = np.flatnonzero(ranks == rank), self.cluster[rank]
+            local = addresses[some] & np.uint64(2**24 - 1)
+            if (other.reads[local.astype(np.int64) // 1024] > other.met).any():
+                raise PtxError("an access to what a product of another program read, and no meeting between")
+            places = other.shared.touch_by_cluster(self.rank, on[some], self.shared.common, local, size)
+            found.append((some, other, places))
+        return found
+
+    def _load_by_cluster(self, name: str, operands: list, on: np.ndarray) -> None:
+        for some, other, places in self._by_cluster(operands[1], on, 4):
+            self.registers[operands[0], on[some]] = other.shared.bytes[places].view("u4")[:, 0]
+
+    def _store_by_cluster(self, name: str, operands: list, on: np.ndarray) -> None:
+        source = operands[1] if isinstance(operands[1], tuple) else (operands[1],)
+        raw = np.stack([self._of(register, on, "b32") for register in source], 1).view(np.uint8)
+        for some, other, places in self._by_cluster(operands[0], on, raw.shape[1]):
+            other.shared.bytes[places] = raw[some]
+
     def _matrix(self, name: str, operands: list, on: np.ndarray) -> None:
         """ldmatrix and stmatrix: lanes 8 i .. 8 i + 7 have the addresses of the rows of matrix i, 16 bytes each, of which four
         lanes have 4 each; or where the name says trans eight lanes 2 each of two rows."""
@@ -260,6 +319,8 @@ class Program:
                 raise PtxError("a copy to what a product still reads")
             if (self.shared.owner[room] == 0).any():
                 raise PtxError(f"outside of all arrays: {place}")
+            if self.shared.used_by_cluster(room):
+                raise PtxError("a copy to what another program of the cluster used, and no meeting between")
             if self.shared.used_since_barrier(room):
                 raise PtxError("a copy to what threads used, without a barrier between")
             if self.shared.written_without_fence(room):
@@ -437,11 +498,29 @@ class Program:
         """Kernels before and after are not there, and memory is one."""
 
 
+def run_cluster(programs: Sequence[Program]) -> None:
+    """Programs of a cluster, by rank: each until it waits for the others, and so on until all have ended."""
+    for rank, program in enumerate(programs):
+        program.begin(programs, rank)
+    while True:
+        ended = [program.proceed() for program in programs]
+        if all(ended):
+            return
+        if any(ended):
+            raise PtxError("a program has ended for which others of the cluster wait")
+        for program in programs:
+            program.meet()
+
+
 _BESIDE: dict[str, Callable[[Program, str, list, np.ndarray], None]] = {  # arithmetic
     r"mov\.(pred|[bufs]\d+)": Program._move,
     r"ld\.param\.[bus]\d+": Program._parameter,
     r"ld\.((acquire\.gpu\.)?global(\.nc|\.cg)?|shared)(\.v[24])?\.[buf]\d+": Program._load,
     r"st\.((release\.gpu\.)?global|shared)(\.v[24])?\.[buf]\d+": Program._store,
+    r"mapa\.shared::cluster\.u32": Program._map,
+    r"ld\.shared::cluster\.f32": Program._load_by_cluster,
+    r"st\.shared::cluster(\.v4)?\.f32": Program._store_by_cluster,
+    r"barrier\.cluster\.arrive\.release\.aligned": Program._nothing,
     r"(ldmatrix\.sync\.aligned\.m8n8\.x[124]\.trans|stmatrix\.sync\.aligned\.m8n8\.x[124])\.shared\.b16": Program._matrix,
     r"stmatrix\.sync\.aligned\.m8n8\.x[124]\.trans\.shared\.b16": Program._matrix_by_columns,
     r"mbarrier\.init\.shared::cta\.b64": Program._begin_barrier,

@@ -61,6 +61,10 @@ class SharedMemory(Memory):
         self._last = {what: np.full((3, end), -1, np.int64) for what in ("write", "read")}  # thread, barriers, common
         self.fences = np.zeros(kernel.threads, np.int64)  # between what each thread does itself and the copy engine
         self._fences_before = np.zeros(end, np.int64)  # of the last writer of each byte, when it wrote
+        # Of the last access by way of the cluster to each byte: the program's rank, the thread, its program's common barriers,
+        # and meetings of the cluster; and what `common` was at the last meeting.
+        self._remote = np.full((4, end), -1, np.int64)
+        self.meetings = self._common_met = 0
 
     def touch(self, threads: np.ndarray, addresses: np.ndarray, size: int, writes: bool = False) -> np.ndarray:
         """`bytes_at`, where no other thread's access without a barrier between conflicts."""
@@ -72,7 +76,30 @@ class SharedMemory(Memory):
             ordered |= (thread // 32 == mine // 32) & (barriers < passed)
             if not ordered.all():
                 raise PtxError(f"no barrier between a {what} of thread {thread[~ordered][0]} and this access")
+        if (self._remote[3][places] == self.meetings).any():
+            raise PtxError("no meeting of the cluster between an access of another program and this one")
         for row, value in zip(self._last["write" if writes else "read"], (mine, passed, self.common), strict=True):
+            row[places] = value
+        return places
+
+    def meet(self) -> None:
+        """All threads of all programs of the cluster have come to its barrier."""
+        self.barriers += 1
+        self.common += 1
+        self.meetings += 1
+        self._common_met = self.common
+
+    def touch_by_cluster(self, source: int, threads: np.ndarray, common: int, addresses: np.ndarray, size: int) -> np.ndarray:
+        """`bytes_at` for threads of the program of rank `source`, which have passed so many common barriers of their own: where
+        no access since the last meeting conflicts but of the same program, before a barrier of its own."""
+        places = self.bytes_at(addresses, size, True)
+        if any((last[2][places] >= self._common_met).any() for last in self._last.values()):
+            raise PtxError("no meeting of the cluster between an access of this program and one of another")
+        rank, thread, before, meetings = self._remote[:, places]
+        ordered = (meetings < self.meetings) | ((rank == source) & ((before < common) | (thread == threads[:, None])))
+        if not ordered.all():
+            raise PtxError("no meeting of the cluster between accesses of two programs")
+        for row, value in zip(self._remote, (source, threads[:, None], common, self.meetings), strict=True):
             row[places] = value
         return places
 
@@ -87,6 +114,10 @@ class SharedMemory(Memory):
     def used_since_barrier(self, places: slice) -> bool:
         """Whether a thread has written or read there since the last barrier of all threads."""
         return any((last[2, places] >= self.common).any() for last in self._last.values())
+
+    def used_by_cluster(self, places: slice) -> bool:
+        """Whether another program of the cluster has been there since the last meeting."""
+        return bool((self._remote[3, places] == self.meetings).any())
 
     def written_without_fence(self, places: slice) -> bool:
         """Whether a thread has written there and passed no fence since."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from spqr_kernels import gemm, gemm_plan, outliers, prepare
+from spqr_kernels import clusters, gemm, gemm_plan, outliers, prepare
 from spqr_kernels.launch import LEAVES
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,9 +26,12 @@ FP16, BF16 = torch.float16, torch.bfloat16
 def plan_of(monkeypatch):
     """Called with a width and a number of multiprocessors: plans know these alone."""
 
-    def have(width, multiprocessors=1):
+    def have(width, multiprocessors=1, cluster=1):
         pretend_gpu(monkeypatch, multiprocessors)
         monkeypatch.setattr(gemm_plan, "CHOICES", {width: gemm_plan.CHOICES[width]})
+        monkeypatch.setattr(clusters, "SIZES", (cluster,) if cluster > 1 else ())
+        monkeypatch.setattr(clusters, "at_once", lambda size, count: count // size)
+        monkeypatch.setattr(gemm_plan, "_ADD_UP_US", -1e9)
 
     return have
 
@@ -143,11 +146,36 @@ def test_more_than_32_chunks(random_matrix, plan_of, width, programs):
     check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
 
 
-@pytest.mark.parametrize("width", [32, 128])
-def test_crowded_outliers(random_matrix, plan_of, width):
+CLUSTERS = [  # matrix, width, programs of a cluster, rows of x, rows and columns of W, dtype of y
+    ({"weight_bits": 3}, 64, 2, 64, 256, 1280, FP16),
+    ({"weight_bits": 3}, 64, 4, 50, 130, 9 * 256, BF16),
+    ({"weight_bits": 3, "outliers": 0.0}, 128, 2, 129, 100, 1024, FP16),
+    ({"weight_bits": 2, "group_size": 64}, 128, 8, 101, 130, 4090, FP16),
+    ({"weight_bits": 4, "group_size": 32, "statistics": "direct"}, 256, 2, 200, 50, 1280, BF16),
+    ({"weight_bits": 3}, 256, 4, 256, 136, 2048, FP16),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "size", "batch", "rows", "columns", "dtype"), CLUSTERS, ids=lambda k: str(k).replace(" ", "")
+)
+def test_clusters(random_matrix, plan_of, kind, width, size, batch, rows, columns, dtype):
+    """The programs of each have some of the columns, not all as many, and of each piece some of the rows of x."""
+    plan_of(width, 4 * size, size)
+    matrix = random_matrix(rows, columns, **kind)
+    x = rows_of_x(batch, columns)
+    scale, bias, expected = expected_of(matrix, x, dtype)
+    plan, y = product(matrix, x, dtype, scale, bias, modes=(True, False))
+    assert plan.cluster == size
+    assert plan.programs == plan.pieces * size
+    check(y, expected)
+
+
+@pytest.mark.parametrize(("width", "cluster"), [(32, 1), (128, 1), (64, 2)])
+def test_crowded_outliers(random_matrix, plan_of, width, cluster):
     """Cells with none, with as many as are copied and one more or less, and with all of their weights; the last tile's, behind
     which no outlier is."""
-    plan_of(width)
+    plan_of(width, cluster, cluster)
     share = np.zeros((40, 1024))
     for cell, count in enumerate((1, 31, 32, 33, 63, 64, 65, 0)):
         share[3, 128 * cell : 128 * cell + count] = 1
@@ -160,7 +188,8 @@ def test_crowded_outliers(random_matrix, plan_of, width):
         matrix = with_outliers(base, some)
         assert outliers.outliers_a_lane(matrix.layout) == entries
         x = rows_of_x(width, 1024)
-        _, y = product(matrix, x)
+        plan, y = product(matrix, x)
+        assert plan.cluster == cluster
         check(y, x.double() @ torch.from_numpy(matrix.dequantize()).double().T)
 
 

@@ -28,6 +28,14 @@ def test_every_row_and_chunk_is_covered_once(batch, tiles, chunks, multiprocesso
     assert plan.programs == sum(share.programs for share in plan.shares)
     shared, pieces = False, 0
     for tile_rows, share in zip(tiles, plan.shares, strict=True):
+        if plan.cluster > 1:  # each has a piece
+            assert plan.cluster <= chunks
+            assert plan.programs <= multiprocessors
+            rows_of_pieces, left = divmod(share.programs, plan.cluster * plan.parts)
+            assert not left
+            assert choice.warps * rows_of_pieces >= tile_rows > choice.warps * (rows_of_pieces - 1)
+            pieces += rows_of_pieces * plan.parts
+            continue
         ends = last_positions(share)
         assert ends[-1] % (plan.parts * chunks) == 0
         rows_of_pieces = ends[-1] // (plan.parts * chunks)
@@ -51,6 +59,15 @@ def test_pieces_that_do_not_fill_the_gpu_are_shared():
 def test_pieces_that_nearly_fill_the_gpu_are_whole():
     plan = plan_for(512, [512], 32, 132, True)  # 128 pieces
     assert (plan.width, plan.programs, plan.shares, plan.partial) == (256, 128, (Share(128, 32, 0),), 0)
+
+
+def test_pieces_for_half_of_the_gpu_are_those_of_clusters():
+    """4096 x 4096 and 4096 x 11008 at 512 rows, 8192 x 8192 at 64: 64 pieces of two programs each."""
+    for batch, rows, columns in ((512, 4096, 4096), (512, 4096, 11008), (64, 8192, 8192)):
+        plan = plan_for(batch, [rows // 16], columns // 256, 132, True)
+        assert (plan.cluster, plan.pieces, plan.programs, plan.partial) == (2, 64, 128, 0)
+    assert plan_for(64, [192], 16, 132, True).cluster == 4  # 24 pieces
+    assert plan_for(64, [256], 16, 132, True).cluster == 1  # 32 clusters of four find no room at once, two are too few
 
 
 @given(positions=st.lists(st.integers(1, 100_000), min_size=1, max_size=3), least=st.integers(2, 4), most=st.integers(1, 600))

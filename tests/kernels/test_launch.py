@@ -38,13 +38,19 @@ class Recorder:
 
         return run
 
+    def warmup(self, *args, grid, **kwargs):
+        self.first.append((grid, args, kwargs))
+        return SimpleCompiled(self.later)
+
 
 class SimpleCompiled:
+    """Notes with what it is launched: the grid, what Triton's launcher is told of the kernel, and arguments."""
+
     def __init__(self, calls: list) -> None:
-        self.calls = calls
+        self.calls, self.packed_metadata = calls, (4, 1, 1000)
 
     def __getitem__(self, grid):
-        return lambda *args: self.calls.append((grid, args))
+        return lambda *args: self.calls.append((grid, *([self.packed_metadata] * (self.packed_metadata[1] > 1)), args))
 
 
 def test_the_first_call_compiles_and_later_ones_give_the_same_in_the_order_of_the_signature():
@@ -58,6 +64,23 @@ def test_the_first_call_compiles_and_later_ones_give_the_same_in_the_order_of_th
     assert [(p.data_ptr(), p.dtype) for p in (x, y)] == [(32, torch.float16), (64, torch.int32)]
     assert kernel.later == [((7, 2, 1), (96, 128, 5, 6, 3, 4))]
     assert len(kernel.first) == 1
+
+
+def test_a_launch_of_clusters_only_compiles_first():
+    """Without clusters its programs would wait for each other. Triton's launcher counts in clusters."""
+    kernel = Recorder()
+    launch = Launch(kernel, (12, 1), torch.device("cpu"), (torch.float16, torch.int32), (5, 6), {"WARPS": 4, "BITS": 3}, 4)
+    launch(32, 64)
+    launch(96, 128)
+    assert kernel.later == [((3, 1, 1), (4, 4, 1000), (x, y, 5, 6, 3, 4)) for x, y in ((32, 64), (96, 128))]
+    assert len(kernel.first) == 1
+
+
+def test_triton_tells_its_launcher_of_clusters_as_a_launch_does():
+    """warps, programs of a cluster and bytes of shared memory, which `Launch` writes anew."""
+    compiler = pytest.importorskip("triton.backends.nvidia.compiler", reason="no Triton")
+    told = compiler.CUDABackend.pack_metadata(None, SimpleNamespace(num_warps=8, num_ctas=2, shared=1000))
+    assert told == (8, 2, 1000)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ptx_arithmetic import PtxError, arithmetic, read, write  # beside this file, not part of a package
-from ptx_machine import Program
+from ptx_machine import Program, run_cluster
 from ptx_memory import Memory
 from ptx_text import Kernel
 
@@ -318,6 +318,49 @@ def test_what_another_thread_wrote(distance, barrier):
     for wrong in (put + weaker + get, put + barrier + get + weaker + again):
         with pytest.raises(PtxError, match="no barrier"):
             outcome(wrong)
+
+
+MEET = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
+# The other program's rank in %r5; the place of the thread's word in its memory in %r6.
+OTHER = SHARED + "mov.u32 %r4, %ctaid.x; xor.b32 %r5, %r4, 1; mapa.shared::cluster.u32 %r6, %r9, %r5;"
+SEND = "mov.b32 %f0, %r0; st.shared::cluster.f32 [%r6], %f0;"
+KEEP = "ld.shared.b32 %r3, [%r9]; st.global.b32 [%rd3], %r3;"
+
+
+def outcome_of_two(body):
+    """What the threads of the last program of a cluster of two wrote to [%rd3]."""
+    memory = Memory()
+    given, target = memory.add(np.arange(64, dtype=np.uint32)), memory.add(np.zeros(64, np.uint32), writable=True)
+    kernel = Kernel(HEAD.format(threads=64) + body + "\nret;\n}")
+    run_cluster([Program(kernel, memory, [given, target, 7], (rank, 0, 0), (2, 1, 1)) for rank in range(2)])
+    return memory.array(target)
+
+
+def test_programs_of_a_cluster_reach_each_others_memory():
+    """Once all have met: behind what they do themselves, and before they look."""
+    np.testing.assert_array_equal(outcome_of_two(OTHER + SEND + MEET + KEEP), np.arange(64))
+    more = "ld.shared::cluster.f32 %f1, [%r6]; mov.b32 %r7, %f1; add.u32 %r7, %r7, 5; mov.b32 %f1, %r7;"
+    more += "st.shared::cluster.f32 [%r6], %f1;"
+    np.testing.assert_array_equal(outcome_of_two(OTHER + SEND + more + MEET + KEEP), np.arange(64) + 5)
+    own = "st.shared.b32 [%r9], %r0;"
+    np.testing.assert_array_equal(outcome_of_two(OTHER + own + MEET + SEND + MEET + KEEP), np.arange(64))
+    for wrong in (SEND + KEEP, own + SEND + MEET, SEND + "bar.sync 0;" + KEEP, SEND + SEND.replace("%r6", "%r6+4") + MEET):
+        with pytest.raises(PtxError, match="no meeting"):
+            outcome_of_two(OTHER + wrong)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("setp.eq.u32 %p0, %r4, 1; @%p0 bra OUT; " + MEET + " OUT:", "has ended"),
+        ("setp.lt.u32 %p0, %r0, 32; @%p0 bra OUT; " + MEET + " OUT:", "not all threads"),
+        ("mov.u32 %r5, 2; mapa.shared::cluster.u32 %r6, %r9, %r5;", "no program 2"),
+        ("st.shared::cluster.f32 [%r9], %f0;", "no program of the cluster"),
+    ],
+)
+def test_what_is_wrong_in_a_cluster_is_an_error(body, why):
+    with pytest.raises(PtxError, match=why):
+        outcome_of_two(OTHER + body)
 
 
 @pytest.mark.parametrize(

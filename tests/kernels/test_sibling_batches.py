@@ -38,8 +38,9 @@ def in_turns(launch):
     first1, first2 = (
         launch.integers[list(launch.kernel.arg_names).index(name) - len(launch.dtypes)] for name in ("first1", "first2")
     )
-    each = range(first1), range(first1, first2), range(first2, launch.grid[0])
-    return [program for some in itertools.zip_longest(*each) for program in some if program is not None]
+    each = (range(*some, launch.cluster) for some in ((0, first1), (first1, first2), (first2, launch.grid[0])))
+    firsts = [program for some in itertools.zip_longest(*each) for program in some if program is not None]
+    return [first + rank for first in firsts for rank in range(launch.cluster)]
 
 
 def products(matrices, x, dtype, modes=(True,), few=16):
@@ -102,6 +103,17 @@ def test_every_matrix_has_its_product(random_matrix, multiprocessors, monkeypatc
         assert launch.grid[0] > len(rows)
         for y, expected in found:
             check(y, expected)
+
+
+def test_matrices_of_clusters(random_matrix, multiprocessors, monkeypatch):
+    multiprocessors(8)
+    monkeypatch.setattr(gemm_plan, "CHOICES", {64: gemm_plan.CHOICES[64]})
+    monkeypatch.setattr(gemm_plan, "_ADD_UP_US", -1e9)
+    matrices = [random_matrix(out, 1280, seed=i, outliers=0.01) for i, out in enumerate((130, 40, 17))]
+    launch, found = products(matrices, rows_of_x(50, 1280), BF16)
+    assert (launch.cluster, launch.grid[0]) == (2, 8)
+    for y, expected in found:
+        check(y, expected)
 
 
 @pytest.mark.parametrize("batch", [4, 18])
