@@ -508,6 +508,7 @@ WIDTHS = (8, 16, 32)
 # than `gemm`, which has to make x anew: those of 4096 x 11008, and of 5120 x 5120, where both take as long; but not those of
 # 8192 x 8192 and 4096 x 8192.
 WIDE = {False: 256 * 43, True: 320 * 20}
+WIDE_BF16 = 128 * 16  # the same for bf16, which is made anew for both: those of 2048 x 4096, with outliers or without
 # Chunks of all tiles from which two tiles of a warp leave enough programs: those of 8192 x 8192, and with 16 rows of x and
 # outliers those of 11008 x 4096.
 LARGE, LARGE_FOR_16 = 512 * 32, 688 * 16
@@ -528,10 +529,10 @@ class Launches(NamedTuple):
 
 @cache
 def most_rows(layouts: tuple[Layout, ...], dtype: torch.dtype) -> int:
-    """Rows of x up to which this kernel is faster than `gemm` for matrices that share a launch. bf16 is made anew for both."""
+    """Rows of x up to which this kernel is faster than `gemm` for matrices that share a launch."""
     chunks = sum(layout.tile_rows * (layout.blocks // CHUNK) for layout in layouts)
-    wide = dtype == torch.float16 and chunks <= WIDE[any(layout.outliers for layout in layouts)]
-    return WIDTHS[-1] if wide else WIDTHS[-2]
+    wide = WIDE_BF16 if dtype == torch.bfloat16 else WIDE[any(layout.outliers for layout in layouts)]
+    return WIDTHS[-1] if chunks <= wide else WIDTHS[-2]
 
 
 def is_large(width: int, chunks: int, outliers: bool) -> bool:

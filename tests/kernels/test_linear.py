@@ -291,6 +291,8 @@ def test_up_to_how_many_rows_the_kernel_of_small_batches_is_faster(outliers, mos
         whole, half = (Layout(out, 4096 + 4096 * (outliers == 0), outliers=outliers) for out in (rows, rows // 2))
         assert small.most_rows((whole,), torch.float16) == small.most_rows((half, half), torch.float16) == batch
         assert small.most_rows((whole,), torch.bfloat16) == 16
+        few, more = (Layout(out, 4096, outliers=outliers) for out in (2048, 2064))
+        assert [small.most_rows((each,), torch.bfloat16) for each in (few, more)] == [32, 16]
 
 
 def test_which_matrices_are_large_for_small_batches():
