@@ -20,6 +20,7 @@ from spqr_kernels import dequantize, expert_blocks, experts, joined, ops, refere
 MATRICES = [  # tiles that are not full, chunks odd and even, a share of outliers
     (Layout(33, 768), 0.01), (Layout(80, 512, weight_bits=2), 0.02), (Layout(17, 1280), 0.0),
     (Layout(48, 512, weight_bits=4, statistics="direct", group_size=128), 0.01), (Layout(40, 768, group_size=32), 0.01),
+    (Layout(150, 4096), 0.01),  # programs in clusters of 4 and 8
 ]  # fmt: skip
 Stored = dict[str, Tensor]
 
