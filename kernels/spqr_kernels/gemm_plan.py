@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from spqr_format.layout import ceil_div
 
 from . import clusters
+from .launch import has_clusters
 from .outliers import CELL_BYTES
 from .shares import Share, share_out
 from .slots import BARRIER_BYTES
@@ -82,7 +83,7 @@ def _plans(width: int, batch: int, tiles: Sequence[int], chunks: int, multiproce
     if all(count % rounds == 0 for count in of_each):
         shares = tuple(Share(count // rounds, rounds * chunks, 0) for count in of_each)
         found.append(Plan(choice, width, 1, parts, pieces, shares, 0, rounds * chunks * chunk_us))
-    for cluster in clusters.SIZES if choice.resident == 1 else ():
+    for cluster in clusters.SIZES if choice.resident == 1 and has_clusters() else ():
         if pieces <= clusters.at_once(cluster, multiprocessors) and chunks >= _LEAST_CHUNKS * cluster and width >= 16 * cluster:
             shares = tuple(Share(count * cluster, 0, 0) for count in of_each)
             us = ceil_div(chunks, cluster) * chunk_us + _ADD_UP_US * width / 256

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -74,13 +75,26 @@ class Launch:
                 self._run = run
 
     def _of_clusters(self, given: Sequence[Any]) -> Any:
-        """What launches the kernel in clusters, compiled. Triton has them for kernels of which every tensor is spread over a
-        cluster; here each program has its own tensors, and only the launch is told."""
+        """What launches the kernel in clusters, compiled; where `has_clusters`. Triton has them for kernels of which every
+        tensor is spread over a cluster; here each program has its own tensors, and only the launch is told."""
         compiled = self.kernel.warmup(*given, *self.integers, grid=self.grid, **self.constants)
         warps, _, shared = compiled.packed_metadata
         compiled.packed_metadata = (warps, self.cluster, shared)
         programs, more, one = self.grid
         return compiled[(programs // self.cluster, more, one)]
+
+
+@cache
+def has_clusters() -> bool:
+    """Whether Triton tells its launcher of a kernel what `Launch` writes anew: warps, programs of a cluster, bytes of shared
+    memory. 3.6 to 3.9 do; it is no promise of Triton's."""
+    try:
+        from triton.backends.nvidia.compiler import CUDABackend
+
+        told = CUDABackend.pack_metadata(None, SimpleNamespace(num_warps=8, num_ctas=2, shared=1000))
+    except (ImportError, AttributeError, TypeError):
+        return False
+    return bool(told == (8, 2, 1000))
 
 
 _HERE = contextlib.nullcontext()

@@ -76,11 +76,20 @@ def test_a_launch_of_clusters_only_compiles_first():
     assert len(kernel.first) == 1
 
 
-def test_triton_tells_its_launcher_of_clusters_as_a_launch_does():
-    """warps, programs of a cluster and bytes of shared memory, which `Launch` writes anew."""
+@pytest.mark.parametrize(("told", "known"), [(None, True), ((8, 2, 1000, 0), False), ((2, 8, 1000), False)])
+def test_clusters_are_launched_where_triton_tells_its_launcher_of_them_as_known(monkeypatch, told, known):
+    """The Triton that is installed does. Where one does not, no plan has clusters, and products are made without."""
     compiler = pytest.importorskip("triton.backends.nvidia.compiler", reason="no Triton")
-    told = compiler.CUDABackend.pack_metadata(None, SimpleNamespace(num_warps=8, num_ctas=2, shared=1000))
-    assert told == (8, 2, 1000)
+    from spqr_kernels import gemm_plan, launch
+
+    if told is not None:
+        monkeypatch.setattr(compiler.CUDABackend, "pack_metadata", lambda self, metadata: told)
+    launch.has_clusters.cache_clear()
+    try:
+        assert launch.has_clusters() is known
+        assert (gemm_plan.plan_for(512, [256], 16, 132, True).cluster > 1) is known
+    finally:
+        launch.has_clusters.cache_clear()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
